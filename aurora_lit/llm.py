@@ -228,9 +228,15 @@ class LLM:
             for call in calls.values():
                 tracker.add(call)
             while self._engine.has_work:
-                for call_id, deltas in tracker.advance(self._engine.round()).updates:
-                    failed = [delta.index for delta in deltas if delta.finish_reason == "error"]
-                    added, stopped = streams[call_id].add([each for each in deltas if each.finish_reason != "error"])
+                updates = tracker.advance(self._engine.round()).updates
+                for call_id, told in [(call_id, delta) for call_id, deltas in updates for delta in deltas]:
+                    try:
+                        added, stopped = streams[call_id].add([told])
+                    except (RequestError, RuntimeError):
+                        if told.finish_reason != "error":
+                            raise
+                        answers[call_id][told.index].finish_reason = "error"
+                        continue
                     for delta in added:
                         if delta.index == 0:
                             num_cached[call_id] = delta.num_cached_tokens
@@ -238,9 +244,6 @@ class LLM:
                                 known = delta.prompt_logprobs
                                 of_prompt[call_id] = [None if each is None else self._logprobs(each) for each in known]
                         self._extend(answers[call_id][delta.index], delta)
-                    for index in failed:
-                        if answers[call_id][index].finish_reason is None:  # else a stop string came before
-                            answers[call_id][index].finish_reason = "error"
                     for index in stopped:
                         tracker.cancel_request(call_id, index)
         finally:

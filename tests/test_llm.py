@@ -274,6 +274,22 @@ def test_a_grammar_that_fails_on_the_way_ends_its_answer_alone(
     assert not llm._engine.has_work
 
 
+def test_a_stop_string_wins_over_a_grammar_that_fails_in_its_round(
+    llm: LLM, target: Target, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    llm._engine = make_engine(target, random_draft(target), grammars=a_compiler(target), eos_token_ids=frozenset([END]))
+
+    def failing(self: Grammar, tokens: Sequence[int]) -> None:
+        raise RequestError("too complex")
+
+    monkeypatch.setattr(Grammar, "advance", failing)
+    structured = replace(GREEDY, structured_outputs=StructuredOutputsParams(regex="AB*C"))
+    stopped, failed = llm.generate([PROMPTS[0]] * 2, [replace(structured, stop=("A",)), structured])
+    assert (stopped.outputs[0].text, stopped.outputs[0].finish_reason) == ("", "stop")
+    assert len(stopped.outputs[0].token_ids) == 1
+    assert (failed.outputs[0].token_ids, failed.outputs[0].finish_reason) == ([], "error")
+
+
 def test_a_chat_takes_the_chat_template(llm: LLM, target: Target) -> None:
     chat = [{"role": "user", "content": PROMPTS[0]}]
     one, both = llm.chat(chat, GREEDY), llm.chat([chat, chat], GREEDY)

@@ -38,7 +38,7 @@ DEFAULT_OPTIONS = AnswerOptions()
 
 @dataclass(frozen=True, kw_only=True)
 class TextDelta(Delta):
-    """A delta with its text. Tokens and log-probabilities go up to the token that completed a stop string."""
+    """A delta with its text. Tokens, log-probabilities and accepted proposals go up to what completed a stop string."""
 
     text: str
     """Whole characters that later tokens cannot change; may be empty although there are new tokens."""
@@ -85,18 +85,18 @@ class AnswerStream:
         """Add one round's deltas.
 
         Raises RequestError if a choice failed because its grammar could not be followed, RuntimeError if one without a
-        grammar failed.
+        grammar failed. One that a stop string has ended first has not failed.
         """
         added, stopped = [], []
         for delta in deltas:
             if delta.index not in self._unfinished:  # a stop string has ended it, and the worker did not know yet
                 continue
-            if delta.finish_reason == "error":
+            texts, num_tokens, finish_reason = self._decode(delta)
+            if finish_reason == "error":  # and no stop string came before, in the same round
                 field = self._options.grammar_field
                 if not field:
                     raise RuntimeError(delta.error or "the engine gave no reason")
                 raise RequestError(f"{field} cannot be used: {delta.error}", param=field, code="invalid_value")
-            texts, num_tokens, finish_reason = self._decode(delta)
             if finish_reason is not None:
                 self._unfinished.remove(delta.index)
                 if delta.finish_reason is None:
@@ -110,8 +110,8 @@ class AnswerStream:
                     logprobs=None if delta.logprobs is None else delta.logprobs[:num_tokens],
                     prompt_logprobs=delta.prompt_logprobs,
                     num_proposed=delta.num_proposed,
-                    num_accepted=delta.num_accepted,
-                    accepted_from=delta.accepted_from,
+                    num_accepted=min(delta.num_accepted, num_tokens),
+                    accepted_from=delta.accepted_from[:num_tokens],
                     finish_reason=finish_reason,
                     draft_versions=delta.draft_versions,
                     domain=delta.domain,

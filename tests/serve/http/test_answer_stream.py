@@ -1,6 +1,7 @@
 """AnswerStream: the same text and the same tokens, however late the worker learns of a stop string."""
 
 import random
+from dataclasses import replace
 
 import pytest
 from support.fake_engine import FakeEngine, FakeOptions, tiny_tokenizer
@@ -95,7 +96,7 @@ def test_a_stop_token_counts_but_does_not_show():
 
 def test_the_speculation_of_the_round_that_completes_a_stop_string_counts_and_later_rounds_do_not():
     (deltas,) = answer(requests_of("abcdefgh", stop=("d",)), delay_rounds=5)
-    assert [(delta.num_proposed, delta.num_accepted) for delta in deltas] == [(2, 2), (2, 2)]
+    assert [(delta.num_proposed, delta.num_accepted) for delta in deltas] == [(2, 2), (2, 1)], "the answer has one"
     assert deltas[-1].draft_versions == ("fake-000001",)
 
 
@@ -109,6 +110,31 @@ def test_an_error_of_the_engine_is_raised_unless_the_choice_has_ended_before():
     stream = AnswerStream(TOKENIZER, requests_of("", stop=("a",)))
     assert stream.add([Delta(index=0, token_ids=tuple(TOKENIZER.encode("a")))]).stopped == (0,)
     assert stream.add([failed]) == ((), ())
+
+
+@pytest.mark.parametrize("tokens_per_round", [1, 3])
+def test_a_stop_string_wins_over_an_error_of_its_round(tokens_per_round):
+    """Where each token comes in a round of its own, the answer has ended before the error."""
+    ids = TOKENIZER.encode("abc")
+    rounds = [tuple(ids[i : i + tokens_per_round]) for i in range(0, len(ids), tokens_per_round)]
+    deltas = [Delta(index=0, token_ids=token_ids) for token_ids in rounds]
+    deltas[-1] = replace(deltas[-1], finish_reason="error", error="too complex")
+    seen = []
+    stream = AnswerStream(TOKENIZER, requests_of("", stop=("b",)), AnswerOptions(grammar_field="guided_json"))
+    for delta in deltas:
+        seen += stream.add([delta]).deltas
+    assert (text(seen), tokens(seen), seen[-1].finish_reason) == ("a", TOKENIZER.encode("ab"), "stop")
+    with pytest.raises(RequestError, match="too complex"):
+        AnswerStream(TOKENIZER, requests_of("", stop=("X",)), AnswerOptions(grammar_field="guided_json")).add(deltas)
+
+
+def test_no_more_proposals_are_accepted_than_there_are_tokens_up_to_a_stop_string():
+    ids = tuple(TOKENIZER.encode("abcd"))
+    for stop, accepted_from in (("b", (3, 3)), ("c", (3, 3, 2)), ("d", (3, 3, 2)), ("X", (3, 3, 2))):
+        delta = Delta(index=0, token_ids=ids, num_proposed=5, num_accepted=3, accepted_from=(3, 3, 2))
+        ((seen,), _) = AnswerStream(TOKENIZER, requests_of("", stop=(stop,))).add([delta])
+        assert (seen.num_proposed, seen.num_accepted) == (5, len(accepted_from))
+        assert seen.accepted_from == accepted_from
 
 
 @pytest.mark.parametrize("seed", range(40))
