@@ -12,7 +12,6 @@ from typing import NamedTuple, Protocol
 
 import torch
 
-from aurora_lit.modules.sampling.distribution import uses_temperature_only
 from aurora_lit.request import Output
 from aurora_lit.serve.sequences.round_plan import DecodingRow
 from aurora_lit.serve.sequences.sequence import RunningSequence
@@ -115,7 +114,6 @@ def notify_round(
     explored = drafted and proposal.explored_at is not None
     if source in (SOURCE_LOOKUP, SOURCE_MEMORY):
         count = min(count, accepted + 1)  # nothing is learned from copied tokens after a rejected one
-    has_logprobs = explored and proposal.logprobs is not None and uses_temperature_only(sequence.params)
     note = RoundNote(
         root=sequence.length - committed - 1,
         version=version if drafted else "",
@@ -123,7 +121,7 @@ def notify_round(
         explored=explored,
         draft_temperature=proposal.explored_at if explored and proposal.explored_at is not None else 1.0,
         proposals=[proposal.tokens[column - 1] for column in columns[:count]],
-        logprobs=proposal.logprobs[:count] if has_logprobs and proposal.logprobs is not None else None,
+        logprobs=proposal.logprobs[:count] if explored and proposal.logprobs is not None else None,
         accepted=accepted,
     )
     observer.on_commit(sequence, note, last if proposal.parents is None else lambda: last()[[0, *columns]])

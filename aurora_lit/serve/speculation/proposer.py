@@ -8,9 +8,10 @@ caught up with: it reads `max_catch_up_s` worth of positions a round until it ha
 
 Exploration: in a share of the rounds that draft, all greedy sequences that may be stored draw their proposals from the
 draft at a separate temperature, so that a learner sees what else the draft could have proposed, and how probable it
-was. Verification does not change, so the output stays exact, but fewer of these proposals are accepted. Such rounds
-propose chains. Sampled sequences do not explore: what is accepted of them depends on the noise that target and draft
-share, and a policy rewarded by p(a) alone would learn to propose the likeliest token, which that noise accepts less.
+was; those with penalties, a bias or a grammar do not, since their rewards cannot be computed. Verification does not
+change, so the output stays exact, but fewer of these proposals are accepted. Such rounds propose chains. Sampled
+sequences do not explore: what is accepted of them depends on the noise that target and draft share, and a policy
+rewarded by p(a) alone would learn to propose the likeliest token, which that noise accepts less.
 
 Where a sequence's grammar leaves no choice, what it forces is proposed, and nothing else is looked for.
 
@@ -33,6 +34,7 @@ from aurora_lit.kernels.copy_rates import CopyReliability
 from aurora_lit.kernels.draft_steps import Drafted
 from aurora_lit.kernels.products import ColumnDraws
 from aurora_lit.kernels.suffix_index import Copies, LookUp
+from aurora_lit.modules.sampling.distribution import uses_temperature_only
 from aurora_lit.serve.sequences.round_plan import NO_PROPOSAL, Proposal, WeighedChain
 from aurora_lit.serve.sequences.sequence import RunningSequence
 from aurora_lit.serve.speculation.candidate_tree import chain_of, copied, with_copies
@@ -297,7 +299,10 @@ class Proposer:
             sequences = [all_sequences[i] for i in candidates]
             explores = [False] * len(sequences)
             if self.explore_share and not decision.is_probe and self._rng.random() < self.explore_share:
-                explores = [sequence.request.store and sequence.temperature == 0 for sequence in sequences]
+                explores = [
+                    sequence.request.store and sequence.temperature == 0 and uses_temperature_only(sequence.params)
+                    for sequence in sequences
+                ]
             drafted = self._run(sequences, decision, explores, batch_size=batch_size)
         self.draft_seconds = time.perf_counter() - started
         num_read += sum(uncached[i] for i in candidates)

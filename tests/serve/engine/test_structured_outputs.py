@@ -221,13 +221,14 @@ def test_rows_without_a_grammar_need_no_logits_beside_one_that_has(case: Case, m
 
 
 def test_traces_of_masked_rows_hold_no_behaviour_log_probabilities(case: Case) -> None:
-    """A learner would compute their rewards from the unmasked distribution; options that change it do likewise."""
+    """A learner would compute their rewards from the unmasked distribution, so they do not explore."""
     for regex, has_logprobs in (("[abc01]{9,12}", False), (None, True)):
         traces: list[Trace] = []
         recorder = TraceRecorder(keep_in(traces), hidden_size=case.target.hidden_size)
         engine = case.engine(explore_share=1.0, observer=recorder)
         run(engine, requests(8, temperature=0.0, regex=regex))
-        assert sum(int(trace.explored_R.sum()) for trace in traces) > 2
+        assert (sum(int(trace.explored_R.sum()) for trace in traces) > 2) == has_logprobs
+        assert engine.stats.drafts > 2
         assert any(bool(trace.behaviour_logprob_RK.isfinite().any()) for trace in traces) == has_logprobs
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -61,6 +62,15 @@ def test_sampled_requests_do_not_explore(target: Target, kind: dict[str, float])
     run(alone, [request("sampled", PROMPT, **kind)])
     assert alone.stats.explored_drafts == 0
     assert alone.stats.drafts > 0
+
+
+@pytest.mark.parametrize("options", [{"presence_penalty": 0.5}, {"logit_bias": {3: 1.0}}, {"top_p": 0.5}])
+def test_requests_that_teach_no_policy_do_not_explore(target: Target, options: dict[str, Any]) -> None:
+    """Their rewards are not those of the model's own distribution. Truncation leaves a greedy request as it is."""
+    engine = make_engine(target, random_draft(target), explore_share=1.0, explore_temperature=1.0)
+    run(engine, [request("a", PROMPT, **options)])
+    assert engine.stats.drafts > 0
+    assert engine.stats.explored_drafts == (engine.stats.drafts if "top_p" in options else 0)
 
 
 @pytest.mark.parametrize("share", [0.0, 0.25, 1.0])
