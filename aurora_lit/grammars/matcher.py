@@ -121,18 +121,29 @@ class Grammar:
     def _look_ahead(self, forced: list[int] | None = None) -> None:
         """`forced`: what is known to follow, since finding it out takes as long as it is long."""
         allowed_W = self._here.allowed()
-        if allowed_W is None:
-            self._here = self._compile_again()
-            self._num_renewed += 1
-            for token in self._output:
-                self._here.enter(token)
-            allowed_W = self._here.allowed()
+        for with_masks in (False, True):
+            if allowed_W is None:
+                self._follow_again(with_masks=with_masks)
+                allowed_W = self._here.allowed()
         if allowed_W is None:
             reason = self._here.error or "no token of the vocabulary goes on with the output"
             raise RequestError(f"no answer can follow the grammar: {reason}", param="structured_outputs")
         self.allowed: Mask = allowed_W
         """The tokens that may follow."""
         self.forced = forced or self._here.forced()
+
+    def _follow_again(self, *, with_masks: bool) -> None:
+        """Compile the grammar again, and follow the output so far.
+
+        with_masks: as plain decoding does. What may be computed is limited from mask to mask, so this fails only where
+        plain decoding would, but takes as long as all masks so far.
+        """
+        self._here = self._compile_again()
+        self._num_renewed += not with_masks
+        for token in self._output:
+            if with_masks:
+                self._here.allowed()
+            self._here.enter(token)
 
 
 @dataclass(eq=False)

