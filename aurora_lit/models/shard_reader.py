@@ -17,7 +17,9 @@ import torch
 from safetensors import safe_open
 
 from aurora_lit.errors import SourceError
+from aurora_lit.models.source import UNQUANTISED
 
+_UNQUANTISED_TYPES = ("BF16", "F16", "F32", "F64")
 _STACKED_EXPERTS = re.compile(r"(.*)\.mlp\.experts\.(gate_up_proj|down_proj)$")
 _EXPERT_MATRICES = {
     "gate_up_proj": (("mlp", ("gate_proj", "up_proj")), ("block_sparse_moe", ("w1", "w3"))),
@@ -74,7 +76,7 @@ class ShardReader:
         """The part of a parameter given by `index`: one slice for each dimension from the first; none: all of it.
 
         Only that part is read from disk. The first slice may extend past the end; the part is then padded with rows of
-        zeros. Raises SourceError if the files lack the parameter.
+        zeros. Raises SourceError if the files lack the parameter, or if it is quantised.
         """
         stored = self._find(name)
         stacked = _STACKED_EXPERTS.match(name)
@@ -129,6 +131,10 @@ class ShardReader:
         raise self._missing(name)
 
     def _part(self, stored: Any, index: tuple[slice, ...]) -> torch.Tensor:
+        if stored.get_dtype() not in _UNQUANTISED_TYPES:
+            raise SourceError(
+                f"target.source: {self._folder} has weights that are quantised ({stored.get_dtype()}); {UNQUANTISED}"
+            )
         shape = stored.get_shape()
         inside = tuple(slice(*each.indices(size)) for each, size in zip(index, shape, strict=False))
         part: torch.Tensor = stored[inside] if inside else stored[:]

@@ -12,6 +12,7 @@ Shapes: B sequences, T positions, N positions of a flat batch, H hidden size, V 
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,6 +38,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 CPU = torch.device("cpu")
+_SCALE = re.compile(r"(?P<weight>.*(weight|proj))_scale(_inv)?")
+"""Names in files of the scales of a quantised weight, which transformers may read without them."""
+_PACKED = (".qweight", ".qzeros", ".scales")
+"""How names in files end that stand for a weight of a model."""
 
 
 def aux_layer_ids(num_layers: int) -> tuple[int, int, int]:
@@ -120,8 +125,7 @@ class Target(nn.Module):
         except (OSError, ValueError, ImportError, SafetensorError) as error:
             raise SourceError(f"target.source: {folder} is not a loadable causal language model: {error}") from error
         model, loading = loaded
-        if missing := sorted(loading["missing_keys"]):
-            raise SourceError(f"target.source: {folder} lacks weights ({', '.join(missing[:3])} …); copy it again")
+        _check_names(folder, missing=loading["missing_keys"], unread=loading["unexpected_keys"])
         if packing:
             pack_model(model, precision=precision, head=model.get_output_embeddings())
         target = cls(model.to(device), kv_dtype=dtype)
@@ -376,6 +380,21 @@ class Target(nn.Module):
             self._aux_hidden[layer_id] = args[0] if args else kwargs["hidden_states"]
 
         return record_input
+
+
+def _check_names(folder: Path, *, missing: set[str], unread: set[str]) -> None:
+    """Raise SourceError if a model has weights that its files lack, or if their scales were not read.
+
+    `unread`: names in the files that the model has not. Layers for other purposes are legitimate, with their scales.
+    """
+    scales = [name for name in unread if (own := _SCALE.fullmatch(name)) and own["weight"] not in unread]
+    if missing:
+        scales += [name for name in unread if name.endswith(_PACKED)]
+    if scales:
+        raise SourceError(f"target.source: {folder} has weights that are quantised ({min(scales)} …); {UNQUANTISED}")
+    if missing:
+        names = ", ".join(sorted(missing)[:3])
+        raise SourceError(f"target.source: {folder} lacks weights ({names} …); copy it again")
 
 
 def _end_of_text_ids(model: PreTrainedModel) -> frozenset[int]:

@@ -265,6 +265,18 @@ def test_the_reader_reads_parts_of_stored_weights(llama):
             reader.read("model.layers.9.mlp.up_proj.weight")
 
 
+@pytest.mark.parametrize("stored", [torch.float8_e4m3fn, torch.int8])
+def test_the_reader_refuses_quantised_weights_that_no_configuration_tells_of(stored, tmp_path):
+    """Their scales are in tensors of their own, which no parameter asks for."""
+    name = "model.layers.0.mlp.up_proj.weight"
+    save_file({name: torch.ones(4, 4).to(stored), f"{name}_scale": torch.ones(1)}, tmp_path / "model.safetensors")
+    with (
+        ShardReader(tmp_path, dtype=torch.float32, base_prefix="model") as reader,
+        pytest.raises(SourceError, match=r"target.source: .* quantised \(.*\); name the model with weights in bf16"),
+    ):
+        reader.read(name, slice(0, 2))
+
+
 def test_the_reader_stacks_experts_as_transformers_does(tmp_path):
     folder = save_model("mixtral", tmp_path, seed=3)
     whole = dict(Target.load(folder, precision="fp32").model.named_parameters())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -295,6 +296,64 @@ def test_quantised_weights_without_the_package_that_reads_them_are_refused_with_
     (tmp_path / "config.json").write_text('{"model_type": "llama", "quantization_config": {"quant_method": "gptq"}}')
     with pytest.raises(SourceError, match="quantised with gptq.* needs no_such_package; name the model"):
         Target.load(tmp_path, precision="fp32")
+
+
+def save_quantised(folder: Path, form: str, config: dict[str, object] | None = None) -> None:
+    """Replace a model's linear weights by those of a checkpoint in `form`, and describe them in its config.json."""
+    path, weights = folder / "model.safetensors", {}
+    for name, value in load_file(folder / "model.safetensors").items():
+        linear = name.removesuffix("_proj.weight")
+        if linear == name:
+            weights[name] = value
+        elif form == "packed":
+            weights |= {f"{linear}_proj.{part}": value.to(torch.int32) for part in ("qweight", "qzeros", "scales")}
+        elif form == "int8":
+            weights |= {name: (value * 127).to(torch.int8), f"{name}_scale": torch.tensor(1 / 127)}
+        elif form == "fp8":
+            weights |= {name: (value * 100).to(torch.float8_e4m3fn), f"{name}_scale": torch.tensor(0.01)}
+        else:  # one scale for each block of 16 x 16
+            rows, columns = (size // 16 for size in value.shape)
+            scale = torch.full((rows, columns), 0.01)
+            weights |= {name: (value * 100).to(torch.float8_e4m3fn), f"{name}_scale_inv": scale}
+    save_file(weights, path, metadata={"format": "pt"})
+    if config is not None:
+        fields = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**fields, "quantization_config": config}))
+
+
+@pytest.mark.parametrize(
+    ("family", "form", "config"),
+    [
+        ("llama", "fp8", {"quant_method": "fp8", "activation_scheme": "static"}),
+        ("llama", "fp8", {"quant_method": "modelopt", "quant_algo": "FP8"}),
+        ("llama", "fp8", None),
+        ("qwen3_moe", "fp8", None),  # the files hold experts one by one
+        ("llama", "int8", None),
+        ("llama", "packed", None),
+    ],
+)
+def test_quantised_weights_that_would_be_read_without_their_scales_are_refused(
+    family: str, form: str, config: dict[str, object] | None, tmp_path: Path
+) -> None:
+    """transformers reads them as they are, and says no more than that it does not know the scales."""
+    save_quantised(save_model(family, tmp_path), form, config)
+    with pytest.raises(SourceError, match=r"target.source: .* quantised .*_proj.*; name the model with weights in"):
+        Target.load(tmp_path, precision="bf16")
+
+
+@torch.no_grad()
+def test_fp8_weights_with_scales_of_blocks_are_read_and_layers_that_the_model_lacks_are_not(tmp_path: Path) -> None:
+    """Such as those of a multi-token prediction, which have scales too."""
+    expected = reference_model(save_model("llama", tmp_path))(tokens(2, 8)).logits
+    config = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [16, 16], "fmt": "e4m3"}
+    save_quantised(tmp_path, "fp8 in blocks", config)
+    weights = load_file(tmp_path / "model.safetensors")
+    more = {name.replace(".6.", ".7."): value.clone() for name, value in weights.items() if ".6." in name}
+    more |= {"mtp.up_proj.weight": torch.ones(2, 2), "mtp.up_proj.weight_scale": torch.ones(1)}
+    save_file({**weights, **more}, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    target = Target.load(tmp_path, precision="fp32")
+    logits = target.logits(target.forward_uncached(tokens(2, 8))[1])
+    assert float((logits - expected).norm()) < 0.2 * float(expected.norm())
 
 
 def test_a_folder_with_broken_weights_is_refused(tmp_path: Path) -> None:
