@@ -159,7 +159,8 @@ class GrammarCompiler:
     """Compiles grammars for one target in a thread of its own, so that rounds go on meanwhile."""
 
     def __init__(self, tokenizer_json: Callable[[], str], *, vocab_size: int, eos_token_ids: frozenset[int]) -> None:
-        """`tokenizer_json`: gives the state of a `tokenizers` object, when the first grammar is compiled.
+        """`tokenizer_json`: gives the state of a `tokenizers` object, without tokens beyond `vocab_size`, when the
+        first grammar is compiled.
 
         `eos_token_ids`: those of every output's end, at least one: otherwise llguidance would guess.
         """

@@ -197,12 +197,20 @@ def _served_templates(templates: Any) -> Any:
     return served if len(served) == 2 and "<tool_call>" in served["tool_use"] else served.get("default")
 
 
-def tokenizer_json(backend: BackendTokenizer) -> str:
-    """The state of a `tokenizers` object, without padding and truncation."""
+def tokenizer_json(backend: BackendTokenizer, *, vocab_size: int | None = None) -> str:
+    """The state of a `tokenizers` object, without padding and truncation.
+
+    vocab_size: added tokens for which a model of this size has no row are left out, such as one for images.
+    """
     copy = BackendTokenizer.from_str(backend.to_str())
     copy.no_padding()
     copy.no_truncation()
-    return copy.to_str()
+    state = copy.to_str()
+    if vocab_size is None or copy.get_vocab_size(with_added_tokens=True) <= vocab_size:
+        return state
+    fields = json.loads(state)
+    fields["added_tokens"] = [token for token in fields["added_tokens"] if token["id"] < vocab_size]
+    return json.dumps(fields, ensure_ascii=False)
 
 
 def transformers_tokenizer(folder: Path) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import threading
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from support.grammars import END, TOKENS, VOCAB_SIZE, allowed_after, backend, co
 from aurora_lit.errors import RequestError
 from aurora_lit.grammars import matcher as matcher_module
 from aurora_lit.grammars.matcher import Branch, Grammar, GrammarCompiler, Mask
+from aurora_lit.models.tokenizer import tokenizer_json
 from aurora_lit.request import StructuredOutputsParams
 
 LANGUAGES = {
@@ -114,6 +116,18 @@ def test_a_text_that_is_written_like_a_special_token_is_a_text(asked: dict[str, 
         place.advance([token])
     named = StructuredOutputsParams(grammar='start: "c" <0> "b"')
     assert compiler.compile(named, end_tokens=frozenset([END])).result().forced == [2, 11, 1, END]
+
+
+@pytest.mark.parametrize("asked", [{"regex": "[ab]c"}, {"grammar": 'start: "c" <end>'}])
+def test_a_token_of_the_tokenizer_that_the_target_lacks_is_left_out(asked: dict[str, Any]) -> None:
+    """As Gemma 3 has none for images where it reads text alone."""
+    tokenizer = backend()
+    size = tokenizer.get_vocab_size()
+    tokenizer.add_special_tokens(["<image>"])
+    state = partial(tokenizer_json, tokenizer, vocab_size=size)
+    compiler = GrammarCompiler(state, vocab_size=size, eos_token_ids=frozenset([END]))
+    place = compiler.compile(StructuredOutputsParams(**asked), end_tokens=frozenset([END])).result()
+    assert tokens_of(place.allowed) == ({0, 1} if "regex" in asked else {2})
 
 
 def test_a_grammar_that_the_vocabulary_cannot_spell_is_refused() -> None:

@@ -297,7 +297,7 @@ def _naming_tokenizer(tokenizer: Tokenizer, backend: BackendTokenizer, *, vocab_
     with _making_tokenizer:
         made = _naming_tokenizers.get(tokenizer)
         if made is None or made.vocab_size != vocab_size:
-            made = LLTokenizer(tokenizer_json(backend), n_vocab=vocab_size)
+            made = LLTokenizer(tokenizer_json(backend, vocab_size=vocab_size), n_vocab=vocab_size)
             _naming_tokenizers[tokenizer] = made
     return made
 

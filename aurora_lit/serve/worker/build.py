@@ -242,9 +242,8 @@ def _engine(
     )
     grammars = None
     if (backend := getattr(tokenizer, "backend_tokenizer", None)) is not None:
-        grammars = GrammarCompiler(
-            partial(tokenizer_json, backend), vocab_size=target.vocab_size, eos_token_ids=options.eos_token_ids
-        )
+        state = partial(tokenizer_json, backend, vocab_size=target.vocab_size)
+        grammars = GrammarCompiler(state, vocab_size=target.vocab_size, eos_token_ids=options.eos_token_ids)
     return Engine(
         target, draft, options, draft_version=version, observer=observer, kept_costs=kept_costs, grammars=grammars
     )

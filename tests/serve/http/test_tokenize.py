@@ -198,10 +198,10 @@ def test_grammars_that_name_special_tokens_are_checked_with_one_tokenizer(monkey
     """Making it holds the interpreter's lock, so that the whole process stands still."""
     made = list[int]()
 
-    def counted(backend: Tokenizer) -> str:
+    def counted(backend: Tokenizer, **options: int) -> str:
         made.append(1)
         time.sleep(0.05)  # another request comes meanwhile
-        return tokenizer_json(backend)
+        return tokenizer_json(backend, **options)
 
     def prepare(name: str) -> None:
         body = CompletionRequest(prompt="hello", structured_outputs={"grammar": f'start: "a" {name}'})
@@ -217,6 +217,19 @@ def test_grammars_that_name_special_tokens_are_checked_with_one_tokenizer(monkey
     tokenizer = tiny_tokenizer()
     prepare("<|end|>")
     assert len(made) == 2, "another model has its own"
+
+
+def test_grammars_may_name_special_tokens_though_the_model_lacks_one_of_the_tokenizers() -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.backend_tokenizer.add_special_tokens(["<|image|>"])
+
+    def prepare(name: str) -> None:
+        body = CompletionRequest(prompt="hello", structured_outputs={"grammar": f'start: "a" {name}'})
+        prepare_completion(body, call_id="c", tokenizer=tokenizer, limits=LIMITS)
+
+    prepare("<|end|>")
+    with pytest.raises(RequestError, match="image"):
+        prepare("<|image|>")
 
 
 _NO_SYSTEM = (

@@ -9,12 +9,13 @@ from typing import Any
 import pytest
 import torch
 from support.fake_engine import tiny_tokenizer
-from support.tiny_models import random_draft, save_model
+from support.tiny_models import random_draft, request, run, save_model
 
 from aurora_lit.config import load_config
 from aurora_lit.drafts.checkpoint import save_draft
 from aurora_lit.errors import ConfigError
 from aurora_lit.models.target import Target
+from aurora_lit.request import StructuredOutputsParams
 from aurora_lit.serve.worker import build
 from aurora_lit.serve.worker.build import eos_token_ids
 
@@ -96,6 +97,17 @@ def test_a_named_draft_is_used_where_nothing_learns_and_told_of_where_it_is_not(
     assert "from_scratch" not in caplog.text
     assert build.starting_draft(config, target)[1] == build.UNTRAINED_VERSION, "a server's learner trains it"
     assert f"draft.checkpoint={tmp_path / 'mine'} are not used" in caplog.text
+
+
+def test_structured_outputs_are_served_though_the_tokenizer_has_a_token_more_than_the_target(tmp_path: Path) -> None:
+    tokenizer = tiny_tokenizer()
+    target = Target.load(save_model("llama", tmp_path, vocab_size=len(tokenizer)), precision="fp32")
+    tokenizer.backend_tokenizer.add_special_tokens(["<|image|>"])
+    settings = ["draft.checkpoint=null", "learn.enabled=false"]
+    sizes = ["engine.max_seq_len=64", "engine.prefill_chunk_tokens=32"]
+    engine = build._engine(load_config(None, [*settings, *sizes]), target, tokenizer, observer=None)
+    asked = request("a", (1, 2, 3), structured_outputs=StructuredOutputsParams(choice=("a",)))
+    assert tokenizer.decode(run(engine, [asked])["a"].token_ids) == "a<|end|>"
 
 
 def test_a_folder_in_which_another_server_records_is_refused(tmp_path: Path) -> None:
