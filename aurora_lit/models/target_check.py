@@ -32,6 +32,7 @@ class _Target(Protocol):
 
     model: PreTrainedModel
     vocab_size: int
+    hidden_size: int
     num_layers: int
     max_positions: int
     kv_dtype: torch.dtype
@@ -64,9 +65,9 @@ def check_target(target: _Target, *, compares_attention: bool = True) -> None:
 
     `compares_attention`: also with the model's own attention, which needs all of its heads in this process.
 
-    Raises SourceError if a layer's attention does not use the KV cache, if a layer keeps other states from one pass to
-    the next, if the logits cannot be reproduced from the last hidden state, or if attention does more than the
-    interface is told.
+    Raises SourceError if a layer's attention does not use the KV cache, if hidden states are not of the size that the
+    configuration says, if logits are not finite, if a layer keeps other states from one pass to the next, if the logits
+    cannot be reproduced from the last hidden state, or if attention does more than the interface is told.
     """
     kind, ids_BT = type(target.model).__name__, _probe_inputs(target)["ids_BT"]
     try:
@@ -75,7 +76,8 @@ def check_target(target: _Target, *, compares_attention: bool = True) -> None:
             in_passes_BTV = _logits_in_passes(target).double()
             expected_BTV = target.model(input_ids=ids_BT, use_cache=False).logits.double()
             attended_BTV = _logits_of_own_attention(target).double() if compares_attention else expected_BTV
-            ours_BTV = target.logits(target.forward_uncached(ids_BT)[1]).double()
+            aux_BT3H, last_BTH = target.forward_uncached(ids_BT)
+            ours_BTV = target.logits(last_BTH).double()
     except SourceError:
         raise
     except Exception as error:  # a family may fail in any way that this file does not know of
@@ -86,6 +88,16 @@ def check_target(target: _Target, *, compares_attention: bool = True) -> None:
         raise SourceError(
             f"target.source: in {len(missing)} of {target.num_layers} layers a {kind} does not attend through "
             "transformers' attention interface, or not at all; choose a model whose layers all do"
+        )
+    found, H = [list(aux_BT3H.shape), list(last_BTH.shape)], target.hidden_size
+    if found != (wanted := [[*ids_BT.shape, 3 * H], [*ids_BT.shape, H]]):
+        raise SourceError(
+            f"target.source: a {kind} computes hidden states of shapes {found}, and hidden_size={H} means {wanted}, "
+            "which is not supported; choose another model"
+        )
+    if not all(bool(each.isfinite().all()) for each in (in_passes_BTV, expected_BTV, attended_BTV, ours_BTV)):
+        raise SourceError(
+            f"target.source: a {kind} computes values that are NaN or infinite; copy or convert the weights again"
         )
     if _differ(in_passes_BTV, ours_BTV, begin=2, exact=target.kv_dtype == torch.float32):  # the second pass begins at 2
         raise SourceError(

@@ -144,6 +144,27 @@ def test_a_model_that_computes_its_logits_in_another_way_is_refused(tmp_path: Pa
         target.check()
 
 
+@pytest.mark.parametrize(
+    ("family", "own"),
+    [
+        ("gemma3n_text", {"altup_num_inputs": 2, "laurel_rank": 4, "num_kv_shared_layers": 0, "layer_types": None}),
+        ("opt", {"word_embed_proj_dim": 32, "ffn_dim": 96, "do_layer_norm_before": False}),
+    ],
+)
+def test_a_model_whose_hidden_states_are_of_another_shape_is_refused(
+    family: str, own: dict[str, Any], tmp_path: Path
+) -> None:
+    """Gemma 3n's layers pass several versions of them on, and OPT-350m's are wider than its embedding and its head."""
+    shape: dict[str, Any] = {"vocab_size": VOCAB, "hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4}
+    if family == "gemma3n_text":
+        shape |= {"num_key_value_heads": 2, "head_dim": 16, "intermediate_size": [96] * 4}
+        shape |= {"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": VOCAB}
+        shape |= {"activation_sparsity_pattern": [0.0] * 4}
+    AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **shape, **own)).save_pretrained(tmp_path)
+    with pytest.raises(SourceError, match=r"shapes \[\[.* hidden_size=64 means .*; choose another model"):
+        Target.load(tmp_path, precision="fp32")
+
+
 def test_keys_whose_shape_contradicts_the_configuration_are_refused_before_they_are_written(tmp_path: Path) -> None:
     with pytest.raises(SourceError, match="keys of 2 heads of size 32, but its configuration says 1 heads of size 32"):
         Target.load(save_model("gpt_neox", tmp_path, num_key_value_heads=1), precision="fp32")

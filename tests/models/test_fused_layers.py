@@ -74,11 +74,12 @@ def test_scaled_rotary_embeddings_give_the_logits_of_transformers(rope: dict[str
     torch.testing.assert_close(ours_BTV, expected_BTV, rtol=0, atol=1e-4 * float(expected_BTV.abs().max()))
 
 
-def test_a_model_whose_layers_compute_something_else_is_not_fused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("factor", [1.01, float("nan")])
+def test_a_model_whose_layers_compute_something_else_is_not_fused(factor: float, tmp_path: Path) -> None:
     target = Target.load(save_model("llama", tmp_path), precision="fp32")
     target._decoder = None
     mlp = target.model.base_model.layers[1].mlp
-    mlp.register_forward_hook(lambda module, args, out: out * 1.01)
+    mlp.register_forward_hook(lambda module, args, out: out * factor)
     assert not target.fuse_layers()
 
 

@@ -363,6 +363,17 @@ def test_a_folder_with_broken_weights_is_refused(tmp_path: Path) -> None:
         Target.load(tmp_path, precision="fp32")
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_refused(value: float, tmp_path: Path) -> None:
+    """No comparison with NaN is true, so that a single one would pass every other check."""
+    path = save_model("llama", tmp_path) / "model.safetensors"
+    weights = load_file(path)
+    weights["model.layers.2.mlp.up_proj.weight"][3, 5] = value
+    save_file(weights, path, metadata={"format": "pt"})
+    with pytest.raises(SourceError, match=r"target.source: .* values that are NaN or infinite; copy or convert"):
+        Target.load(tmp_path, precision="fp32")
+
+
 def test_a_folder_that_lacks_a_weight_is_refused(tmp_path: Path) -> None:
     path = save_model("llama", tmp_path) / "model.safetensors"
     weights = load_file(path)
