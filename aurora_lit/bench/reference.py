@@ -11,16 +11,19 @@ from transformers import AutoModelForCausalLM
 
 from aurora_lit.bench.prompts import Answer, BenchPrompt, PromptRun
 from aurora_lit.config import AuroraConfig
-from aurora_lit.models.source import find_target
+from aurora_lit.models.source import find_target, loading_error
 
 
 def load_reference(
     config: AuroraConfig, eos_token_ids: frozenset[int], *, max_tokens: int, temperature: float
 ) -> Callable[[Sequence[BenchPrompt]], PromptRun]:
-    """Load the target with transformers; returns a function that answers prompts with it."""
+    """Load the target with transformers; returns a function that answers prompts with it. Raises SourceError."""
     folder = find_target(config)
     dtype = torch.float32 if config.target.precision == "fp32" else torch.bfloat16  # no int8 or int4 here
-    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    try:
+        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=False)
+    except Exception as error:  # as in `Target.load`
+        raise loading_error(folder, error) from error
     model.eval()
     return lambda prompts: generate(
         model, prompts, eos_token_ids=eos_token_ids, max_tokens=max_tokens, temperature=temperature

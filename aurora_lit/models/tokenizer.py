@@ -27,6 +27,7 @@ from tokenizers import Tokenizer as BackendTokenizer
 
 from aurora_lit.errors import SourceError
 from aurora_lit.models.chat_template import ChatTemplate
+from aurora_lit.models.source import loading_error
 
 _FORMAT = 3
 """Part of the name: increase it when something else is kept of the same files."""
@@ -219,13 +220,10 @@ def transformers_tokenizer(folder: Path) -> Any:
 
     check_vocabulary(folder)
     try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # of many kinds; `tokenizers` raises plain exceptions
-        reason = (str(error).strip() or repr(error)).splitlines()[0]
-        raise SourceError(
-            f"target.source: the tokenizer in {folder} cannot be loaded ({reason}); save it there again, with "
-            "tokenizer.save_pretrained(folder)"
-        ) from error
+        remedy = "save it there again, with tokenizer.save_pretrained(folder)"
+        raise loading_error(folder, error, what="the tokenizer", remedy=remedy) from error
 
 
 def check_vocabulary(folder: Path) -> None:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 import torch
@@ -13,15 +16,21 @@ from safetensors.torch import load_file, save_file
 from support.kernel_formats import rounded_inputs, stored_weight
 from support.tiny_models import FAMILIES, VOCAB, reference_model, save_model
 
+from aurora_lit.bench.reference import load_reference
+from aurora_lit.cli.footprint import model_shape
 from aurora_lit.config import load_config
+from aurora_lit.distributed import Ranks
 from aurora_lit.errors import SourceError
 from aurora_lit.kernels import native
 from aurora_lit.kernels.packed_linear import PackedLinear
 from aurora_lit.kernels.weight_format import WeightFormat
 from aurora_lit.models import source as source_module
+from aurora_lit.models.sharded_target import ShardedTarget
 from aurora_lit.models.source import cache_root, resolve
-from aurora_lit.models.target import Target, aux_layer_ids
+from aurora_lit.models.target import CPU, Target, aux_layer_ids
+from aurora_lit.models.tokenizer import transformers_tokenizer
 from aurora_lit.modules.sampling.choice import choose
+from aurora_lit.serve.worker import build
 from aurora_lit.serve.worker.build import load_target
 
 TOLERANCE = {"atol": 1e-4, "rtol": 0.0}
@@ -280,12 +289,84 @@ def test_aux_layer_ids(layers: int, ids: tuple[int, int, int]) -> None:
     assert aux_layer_ids(layers) == ids
 
 
+@pytest.mark.parametrize(
+    ("file", "changes", "message"),
+    [
+        (
+            "config.json",
+            {"vocab_size": 64},
+            "vocab_size and the other sizes in config.json must",
+        ),
+        (
+            "config.json",
+            {"num_attention_heads": 3},
+            "size .64. is not a multiple of the number of attention heads",
+        ),
+        ("config.json", {"max_position_embeddings": None}, "'max_position_embeddings' expected int.*; name a folder"),
+        ("config.json", {"rope_parameters": {"rope_type": "su", "rope_theta": 1e4}}, "KeyError.*su.*; name a folder"),
+        (
+            "config.json",
+            {"quantization_config": {"quant_method": "higgs"}},
+            "HIGGS .* GPU.*; name the model with weights in bf16",
+        ),
+        ("generation_config.json", {"eos_token_id": [3, [4]]}, r"eos_token_id=\[3, \[4\]\] in generation_config.json"),
+    ],
+)
+def test_what_cannot_be_loaded_is_told_with_the_field_and_a_remedy(
+    file: str, changes: dict[str, object], message: str, tmp_path: Path
+) -> None:
+    path = save_model("llama", tmp_path) / file
+    fields = json.loads(path.read_text()) if path.exists() else {}
+    path.write_text(json.dumps({**fields, **changes}))
+    with pytest.raises(SourceError, match=f"^target.source: .*{message}"):
+        Target.load(tmp_path, precision="fp32")
+
+
 @pytest.mark.parametrize("content", [None, "", "{}", '{"model_type": "bert"}', '{"model_type": "no such"}'])
 def test_a_folder_that_is_not_a_model_is_refused(content: str | None, tmp_path: Path) -> None:
     if content is not None:
         (tmp_path / "config.json").write_text(content)
     with pytest.raises(SourceError, match=f"target.source: .*{tmp_path.name}"):
         Target.load(tmp_path, precision="fp32")
+
+
+@pytest.fixture
+def own_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A model and a tokenizer with Python code of their own, which leaves a file; a terminal that would say yes."""
+    folder = tmp_path / "model"
+    folder.mkdir()
+    auto_map = {"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model", "AutoTokenizer": [None, "own.Own"]}
+    (folder / "config.json").write_text(json.dumps({"model_type": "no such", "auto_map": auto_map}))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"auto_map": auto_map}))
+    (folder / "tokenizer.json").write_text("{}")
+    (folder / "model.safetensors").write_bytes(b"")
+    (folder / "own.py").write_text(f"import pathlib\npathlib.Path({str(tmp_path / 'was run')!r}).touch()\n")
+    monkeypatch.setattr("builtins.input", lambda _: "y")
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    return folder
+
+
+@pytest.mark.parametrize("caller", ["target", "shard", "tokenizer", "table", "partition", "reference"])
+def test_a_models_own_python_code_is_never_run(
+    caller: str, own_code: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """transformers would ask on the terminal."""
+    config = load_config(None, [f"target.source={own_code}", "draft.checkpoint=null", "learn.enabled=false"])
+    sharded = replace(config, engine=replace(config.engine, strategy="fsdp", devices=2))
+    monkeypatch.setattr(build, "keep_tokenizer", lambda *_, **__: None)
+    calls: dict[str, Callable[[], object]] = {
+        "target": lambda: Target.load(own_code, precision="fp32"),
+        "shard": lambda: ShardedTarget.load_shard(
+            own_code, precision="fp32", strategy="fsdp", ranks=cast(Ranks, SimpleNamespace(device=CPU))
+        ),
+        "tokenizer": lambda: transformers_tokenizer(own_code),
+        "table": lambda: model_shape(config, folder=own_code),
+        "partition": lambda: build.prepare(sharded),
+        "reference": lambda: load_reference(config, frozenset([1]), max_tokens=1, temperature=0.0),
+    }
+    with pytest.raises(SourceError, match="target.source.*code of their own are not supported; choose another model$"):
+        calls[caller]()
+    assert not (tmp_path / "was run").exists()
 
 
 def test_quantised_weights_without_the_package_that_reads_them_are_refused_with_a_remedy(
@@ -298,7 +379,7 @@ def test_quantised_weights_without_the_package_that_reads_them_are_refused_with_
         Target.load(tmp_path, precision="fp32")
 
 
-def save_quantised(folder: Path, form: str, config: dict[str, object] | None = None) -> None:
+def save_quantised(folder: Path, form: str, config: Mapping[str, object] | None = None) -> None:
     """Replace a model's linear weights by those of a checkpoint in `form`, and describe them in its config.json."""
     path, weights = folder / "model.safetensors", {}
     for name, value in load_file(folder / "model.safetensors").items():
@@ -333,7 +414,7 @@ def save_quantised(folder: Path, form: str, config: dict[str, object] | None = N
     ],
 )
 def test_quantised_weights_that_would_be_read_without_their_scales_are_refused(
-    family: str, form: str, config: dict[str, object] | None, tmp_path: Path
+    family: str, form: str, config: Mapping[str, object] | None, tmp_path: Path
 ) -> None:
     """transformers reads them as they are, and says no more than that it does not know the scales."""
     save_quantised(save_model(family, tmp_path), form, config)

@@ -27,7 +27,7 @@ from aurora_lit.ipc.ring import RingWriter
 from aurora_lit.ipc.run_folder import RING_NAME
 from aurora_lit.kernels import native
 from aurora_lit.models import packed_target
-from aurora_lit.models.source import cache_root, find_target
+from aurora_lit.models.source import cache_root, find_target, read_model_config
 from aurora_lit.models.target import CPU, Target
 from aurora_lit.models.tokenizer import Tokenizer, keep_tokenizer, tokenizer_json, transformers_tokenizer
 from aurora_lit.models.tokenizer import load_tokenizer as load_kept_tokenizer
@@ -309,11 +309,9 @@ def prepare(config: AuroraConfig) -> None:
     except OSError as error:
         _log.warning("the tokenizer cannot be kept (%s); every start will load it with transformers", error)
     if config.engine.strategy != "single":
-        from transformers import AutoConfig
-
         from aurora_lit.models.partition import check_partition
 
-        check_partition(config, AutoConfig.from_pretrained(folder, local_files_only=True))
+        check_partition(config, read_model_config(folder))
 
 
 def load_serving_target(config: AuroraConfig) -> Target:
