@@ -19,7 +19,7 @@ import torch
 from aurora_lit.config import AuroraConfig, copied_tokens, draft_folder, resolved_memory_scope
 from aurora_lit.cores import available_cores, use_threads
 from aurora_lit.drafts.centroid_file import read_centroids
-from aurora_lit.drafts.checkpoint import load_draft, read_config
+from aurora_lit.drafts.checkpoint import check_fits, load_draft, read_config
 from aurora_lit.errors import ConfigError, RingError
 from aurora_lit.grammars.matcher import GrammarCompiler
 from aurora_lit.ipc.learner_status import LEARNER_STATUS_NAME, LearnerStatusPage
@@ -168,7 +168,7 @@ def uses_draft(config: AuroraConfig) -> bool:
 
 
 def starting_draft(config: AuroraConfig, target: Target) -> tuple[Eagle3Draft | None, str]:
-    """The draft that an engine starts with, and the name of its version."""
+    """The draft that an engine starts with, and the name of its version. Raises CheckpointError."""
     folder = draft_folder(config)
     if not uses_draft(config):
         return None, "none"
@@ -181,7 +181,9 @@ def starting_draft(config: AuroraConfig, target: Target) -> tuple[Eagle3Draft | 
             "to begin with them, set learn.from_scratch=false",
             folder,
         )
-        return Eagle3Draft(read_config(folder)), UNTRAINED_VERSION
+        shape = read_config(folder)
+        check_fits(folder, shape, target)
+        return Eagle3Draft(shape), UNTRAINED_VERSION
     size, heads = target.hidden_size, max(1, target.hidden_size // target.head_dim)
     shape = Eagle3Config(
         hidden_size=size,

@@ -13,7 +13,7 @@ from support.tiny_models import random_draft, request, run, save_model
 
 from aurora_lit.config import load_config
 from aurora_lit.drafts.checkpoint import save_draft
-from aurora_lit.errors import ConfigError
+from aurora_lit.errors import CheckpointError, ConfigError
 from aurora_lit.models.target import Target
 from aurora_lit.request import StructuredOutputsParams
 from aurora_lit.serve.worker import build
@@ -108,6 +108,14 @@ def test_structured_outputs_are_served_though_the_tokenizer_has_a_token_more_tha
     engine = build._engine(load_config(None, [*settings, *sizes]), target, tokenizer, observer=None)
     asked = request("a", (1, 2, 3), structured_outputs=StructuredOutputsParams(choice=("a",)))
     assert tokenizer.decode(run(engine, [asked])["a"].token_ids) == "a<|end|>"
+
+
+def test_the_shape_of_another_targets_draft_is_refused_too(target: Target, tmp_path: Path) -> None:
+    other = Target.load(save_model("llama", tmp_path / "other", hidden_size=96, num_hidden_layers=4), precision="fp32")
+    save_draft(random_draft(other), tmp_path / "theirs")
+    config = load_config(None, [f"draft.checkpoint={tmp_path / 'theirs'}", "learn.from_scratch=true"])
+    with pytest.raises(CheckpointError, match=r"draft.checkpoint: .*hidden_size is 96, but the target needs 64; train"):
+        build.starting_draft(config, target)
 
 
 def test_a_folder_in_which_another_server_records_is_refused(tmp_path: Path) -> None:
