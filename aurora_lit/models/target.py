@@ -51,7 +51,8 @@ def aux_layer_ids(num_layers: int) -> tuple[int, int, int]:
 
 def decoder_layers(model: PreTrainedModel, num_layers: int) -> nn.ModuleList:
     """A model's list of decoder layers. Raises SourceError if there is none."""
-    for module in model.base_model.modules():
+    base = model.base_model
+    for module in getattr(base, "language_model", base).modules():  # a vision tower may have as many layers
         if isinstance(module, nn.ModuleList) and len(module) == num_layers:
             return module
     raise SourceError(f"target.source: {type(model).__name__} has no list of {num_layers} decoder layers to read from")

@@ -144,6 +144,22 @@ def test_a_model_that_computes_its_logits_in_another_way_is_refused(tmp_path: Pa
         target.check()
 
 
+def test_the_layers_of_a_model_with_a_vision_tower_are_those_of_its_language_model(tmp_path: Path) -> None:
+    """Though the tower has as many."""
+    text = {"vocab_size": VOCAB, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4, "head_dim": 32}
+    text |= {"num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 256}
+    vision = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2}
+    vision |= {"image_size": 16, "patch_size": 8}
+    tokens = {"mm_tokens_per_image": 4, "image_token_index": 60, "boi_token_index": 59, "eoi_token_index": 58}
+    config = AutoConfig.for_model("gemma3", text_config=text, vision_config=vision, **tokens)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    target = Target.load(tmp_path, precision="fp32")
+    ids_BT = torch.tensor([[1, 2, 3]])
+    expected = target.model(input_ids=ids_BT, output_hidden_states=True).hidden_states
+    aux_BT3H, _ = target.forward_uncached(ids_BT)
+    torch.testing.assert_close(aux_BT3H, torch.cat([expected[i] for i in target.aux_layer_ids], dim=-1))
+
+
 @pytest.mark.parametrize(
     ("family", "own"),
     [

