@@ -21,6 +21,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from safetensors import SafetensorError
+
 from aurora_lit.config import AuroraConfig, model_name
 from aurora_lit.errors import SourceError
 from aurora_lit.models.wheel import is_complete, parse_wheel_source, resolve_wheel
@@ -130,12 +132,16 @@ def loading_error(folder: Path, error: Exception, *, what: str = "the model", re
     if needs_own_code(error):
         return SourceError(f"target.source: {folder} cannot be loaded: {OWN_CODE}")
     reason = repr(error) if isinstance(error, KeyError) or not str(error).strip() else str(error)
+    sizes_differ = "ignore_mismatched_sizes" in reason
+    if sizes_differ:
+        reason = "its weights have other sizes than its config.json says"
     if remedy is None:
         remedy = "name a folder into which save_pretrained has written a causal language model"
-        if _quant_method(folder) is not None:
+        if isinstance(error, SafetensorError):
+            remedy = "copy the folder again"
+        elif _quant_method(folder) is not None:
             remedy = UNQUANTISED
-        elif "ignore_mismatched_sizes" in reason:
-            reason = "its weights have other sizes"
+        elif sizes_differ:
             remedy = "vocab_size and the other sizes in config.json must be those of the weights; copy the folder again"
     short = textwrap.shorten(reason, _LONGEST_REASON)
     return SourceError(f"target.source: {what} in {folder} cannot be loaded ({short}); {remedy}")

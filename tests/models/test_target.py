@@ -290,32 +290,21 @@ def test_aux_layer_ids(layers: int, ids: tuple[int, int, int]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("file", "changes", "message"),
+    ("changes", "message"),
     [
-        (
-            "config.json",
-            {"vocab_size": 64},
-            "vocab_size and the other sizes in config.json must",
-        ),
-        (
-            "config.json",
-            {"num_attention_heads": 3},
-            "size .64. is not a multiple of the number of attention heads",
-        ),
-        ("config.json", {"max_position_embeddings": None}, "'max_position_embeddings' expected int.*; name a folder"),
-        ("config.json", {"rope_parameters": {"rope_type": "su", "rope_theta": 1e4}}, "KeyError.*su.*; name a folder"),
-        (
-            "config.json",
-            {"quantization_config": {"quant_method": "higgs"}},
-            "HIGGS .* GPU.*; name the model with weights in bf16",
-        ),
-        ("generation_config.json", {"eos_token_id": [3, [4]]}, r"eos_token_id=\[3, \[4\]\] in generation_config.json"),
+        ({"vocab_size": 64}, "vocab_size and the other sizes in config.json must"),
+        ({"vocab_size": 64, "quantization_config": {"quant_method": "bitnet"}}, "sizes.*; name the model with weights"),
+        ({"num_attention_heads": 3}, "size .64. is not a multiple of the number of attention heads"),
+        ({"max_position_embeddings": None}, "'max_position_embeddings' expected int.*; name a folder"),
+        ({"rope_parameters": {"rope_type": "su", "rope_theta": 1e4}}, "KeyError.*su.*; name a folder"),
+        ({"quantization_config": {"quant_method": "higgs"}}, "HIGGS .* GPU.*; name the model with weights in bf16"),
+        ({"eos_token_id": [3, [4]]}, r"eos_token_id=\[3, \[4\]\] in generation_config.json"),
     ],
 )
 def test_what_cannot_be_loaded_is_told_with_the_field_and_a_remedy(
-    file: str, changes: dict[str, object], message: str, tmp_path: Path
+    changes: dict[str, object], message: str, tmp_path: Path
 ) -> None:
-    path = save_model("llama", tmp_path) / file
+    path = save_model("llama", tmp_path) / ("generation_config.json" if "eos_token_id" in changes else "config.json")
     fields = json.loads(path.read_text()) if path.exists() else {}
     path.write_text(json.dumps({**fields, **changes}))
     with pytest.raises(SourceError, match=f"^target.source: .*{message}"):
@@ -440,7 +429,7 @@ def test_fp8_weights_with_scales_of_blocks_are_read_and_layers_that_the_model_la
 def test_a_folder_with_broken_weights_is_refused(tmp_path: Path) -> None:
     weights = save_model("llama", tmp_path) / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
-    with pytest.raises(SourceError, match="target.source"):
+    with pytest.raises(SourceError, match="^target.source: .*; copy the folder again"):
         Target.load(tmp_path, precision="fp32")
 
 
