@@ -91,10 +91,14 @@ def install_error_handlers(app: FastAPI, *, on_error: Callable[[int], None], nee
 
     async def on_invalid_body(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, RequestValidationError)
-        return respond(*explain(error.errors(), content_type=request.headers.get("content-type")))
+        unread = _why_unread(request, error.__cause__)
+        return respond(*unread or explain(error.errors(), content_type=request.headers.get("content-type")))
 
     async def on_http_error(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, HTTPException)
+        unread = _why_unread(request, error.__cause__) if error.status_code == 400 else None
+        if unread is not None:
+            return respond(*unread)
         detail = str(error.detail)
         if error.status_code == 413:
             detail = f"the body is larger than {MAX_BODY_BYTES >> 20} MiB; send a smaller one"
@@ -181,6 +185,26 @@ def explain(errors: list[Any] | Any, *, content_type: str | None) -> tuple[str, 
     key = f"[{shorten(error['loc'][-1])}]" if where in _MAPPINGS and error["loc"][-1] != where else ""
     detail = str(error["msg"]).removeprefix("Value error, ")
     return f"{where}{key}={shorten(error.get('input'))}: {detail[:1].lower()}{detail[1:]}", 400, where, "invalid_value"
+
+
+def _why_unread(request: Request, cause: BaseException | None) -> tuple[str, int, str, str] | None:
+    """Message, status, param and code for a body that could not be read because of `cause`.
+
+    None: it was read, or `explain` knows more, such as where its JSON ends.
+    """
+    encoding = request.headers.get("content-encoding", "identity")
+    if isinstance(cause, (ValueError, RecursionError)) and encoding != "identity":
+        message = f"content-encoding is {shorten(encoding)}; send the body uncompressed"
+        return message, 400, "content-encoding", "invalid_content_encoding"
+    if isinstance(cause, json.JSONDecodeError):
+        return None
+    if isinstance(cause, UnicodeDecodeError):
+        return "body is not UTF-8; send UTF-8", 400, "body", "invalid_json"
+    if isinstance(cause, RecursionError):
+        return "body is nested too deeply; send fewer levels of lists and objects", 400, "body", "invalid_json"
+    if isinstance(cause, ValueError):  # such as an integer of thousands of digits
+        return f"body is no valid JSON: {str(cause).partition(';')[0]}", 400, "body", "invalid_json"
+    return None
 
 
 def _specificity(error: Any) -> tuple[Any, ...]:

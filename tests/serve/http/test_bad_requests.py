@@ -1,6 +1,7 @@
 """Bad requests: each gets its status, OpenAI's error body and the name of the field; the server goes on."""
 
 import asyncio
+import gzip
 import json
 import socket
 import time
@@ -290,6 +291,24 @@ def test_too_long_a_prompt_has_its_code(client, fields):
 )
 def test_bad_json(client, raw):
     check_error(client.post(CHAT, content=raw, headers={"Content-Type": "application/json"}), 400, "body")
+
+
+@pytest.mark.parametrize(
+    ("raw", "encoding", "param", "said"),
+    [
+        (b'{"model": "\xff"}', "identity", "body", "body is not UTF-8; send UTF-8"),
+        (b"[" * 100_000, "identity", "body", "body is nested too deeply"),
+        (b'{"a":' + b"1" * 5000 + b"}", "identity", "body", "value has 5000 digits"),
+        (gzip.compress(b"{}"), "gzip", "content-encoding", "content-encoding is 'gzip'; send the body uncompressed"),
+        (b"compressed to text", "x-own", "content-encoding", "content-encoding is 'x-own'; send the body uncompressed"),
+    ],
+    ids=["no UTF-8", "deep", "digits", "gzip", "read as text"],
+)
+def test_a_body_that_cannot_be_read_is_told_why(client, raw, encoding, param, said):
+    headers = {"Content-Type": "application/json", "Content-Encoding": encoding}
+    response = client.post(CHAT, content=raw, headers=headers)
+    check_error(response, 400, param)
+    assert said in response.json()["error"]["message"]
 
 
 @pytest.mark.parametrize("kind", ["text/plain", "application/x-www-form-urlencoded", "multipart/form-data; boundary=x"])
