@@ -192,7 +192,11 @@ def _why_unread(request: Request, cause: BaseException | None) -> tuple[str, int
 
     None: it was read, or `explain` knows more, such as where its JSON ends.
     """
-    encoding = request.headers.get("content-encoding", "identity")
+    headers = request.headers
+    if "upgrade" in headers and "upgrade" in headers.get("connection", "").lower():  # the HTTP parser drops its body
+        message = f"upgrade is {shorten(headers['upgrade'])}; send HTTP/1.1 without that header"
+        return message, 400, "upgrade", "unsupported_upgrade"
+    encoding = headers.get("content-encoding", "identity")
     if isinstance(cause, (ValueError, RecursionError)) and encoding != "identity":
         message = f"content-encoding is {shorten(encoding)}; send the body uncompressed"
         return message, 400, "content-encoding", "invalid_content_encoding"

@@ -2,6 +2,7 @@
 
 import asyncio
 import gzip
+import http.client
 import json
 import socket
 import time
@@ -309,6 +310,28 @@ def test_a_body_that_cannot_be_read_is_told_why(client, raw, encoding, param, sa
     response = client.post(CHAT, content=raw, headers=headers)
     check_error(response, 400, param)
     assert said in response.json()["error"]["message"]
+
+
+def test_an_offer_of_http_2_is_told_that_its_body_was_not_read(server):
+    """As Java's HttpClient and `curl --http2` make it. The parser takes the body for another protocol."""
+    with socket.create_connection(("127.0.0.1", server.port), timeout=10) as connection:
+        body = json.dumps(chat())
+        lines = [
+            f"POST {CHAT} HTTP/1.1",
+            "Connection: Upgrade, HTTP2-Settings",
+            "Upgrade: h2c",
+            "HTTP2-Settings: AAEAAEAAAAIAAAABAAMAAABkAAQBAAAAAAUAAEAA",
+            "Host: 127.0.0.1",
+            "Content-Type: application/json",
+            f"Content-Length: {len(body)}",
+        ]
+        head = "\r\n".join(lines).encode() + f"\r\nAuthorization: Bearer {KEY}\r\n\r\n".encode()
+        connection.sendall(head + body.encode())
+        answer = http.client.HTTPResponse(connection)
+        answer.begin()
+        error = json.loads(answer.read())["error"]
+    assert (answer.status, error["param"]) == (400, "upgrade")
+    assert error["message"] == "upgrade is 'h2c'; send HTTP/1.1 without that header"
 
 
 @pytest.mark.parametrize("kind", ["text/plain", "application/x-www-form-urlencoded", "multipart/form-data; boundary=x"])
