@@ -28,6 +28,15 @@ MOST_GBNF_RULES = 1000
 STACK_BYTES = 512 << 20
 """Of threads in which llguidance reads a grammar: it calls itself for each rule of a chain, and on a usual stack a
 chain of a thousand ends the process. Memory is taken as it is used."""
+_SCHEMAS_BY_KEY = ("properties", "patternProperties", "$defs", "definitions")
+_LISTS_OF_SCHEMAS = ("anyOf", "oneOf", "allOf", "prefixItems", "items")
+_SINGLE_SCHEMAS = ("items", "additionalItems", "additionalProperties")
+_FORMATS = ("date", "date-time", "duration", "email", "hostname", "ipv4", "ipv6", "time", "unknown", "uri", "uuid")
+"""Values of `format` that llguidance has."""
+_DRAFTS = re.compile(
+    r"http://json-schema\.org/draft-0[3-7]/schema#?|https://json-schema\.org/draft/(2019-09|2020-12|next)/schema#?"
+)
+"""Values of `$schema` that llguidance has."""
 _LARK_START = re.compile(r"(?m)^\s*(?:%llguidance\b|\??start\s*:(?!:=))")
 _setting_stack_size = threading.Lock()
 _LONGEST_PLACED = 1 << 14
@@ -76,7 +85,35 @@ def _from_gbnf(grammar: str) -> str:
 
 
 def _of_schema(schema: Any) -> str:
-    return LLMatcher.grammar_from_json_schema(json.dumps(schema), defaults=WRITTEN_AS)  # type: ignore[arg-type]
+    text = json.dumps(without_idle_keywords(schema))
+    return LLMatcher.grammar_from_json_schema(text, defaults=WRITTEN_AS)  # type: ignore[arg-type]
+
+
+def without_idle_keywords(schema: Any) -> Any:
+    """A JSON schema without the keywords that llguidance refuses though they constrain nothing."""
+    if not isinstance(schema, dict):
+        return schema
+    kept = dict[str, Any]()
+    for name, value in schema.items():
+        if name in _SCHEMAS_BY_KEY and isinstance(value, dict):
+            value = {key: without_idle_keywords(part) for key, part in value.items()}
+        elif name in _LISTS_OF_SCHEMAS and isinstance(value, list):
+            value = [without_idle_keywords(part) for part in value]
+        elif name in _SINGLE_SCHEMAS:
+            value = without_idle_keywords(value)
+        elif name == "format" and isinstance(value, str) and re.fullmatch("uuid[1-8]", value):  # pydantic's names
+            value = "uuid"
+        if not _is_idle(name, value):
+            kept[name] = value
+    return kept
+
+
+def _is_idle(name: str, value: Any) -> bool:
+    if name == "format":  # by the standard an unknown one is a note
+        return isinstance(value, str) and value not in _FORMATS
+    if name == "$schema":
+        return isinstance(value, str) and not _DRAFTS.fullmatch(value)
+    return (name == "uniqueItems" and value is False) or (name == "propertyNames" and value in ({}, {"type": "string"}))
 
 
 def fault_of(asked: StructuredOutputsParams, tokenizer: LLTokenizer | None = None) -> Fault | None:
@@ -96,6 +133,7 @@ def fault_of(asked: StructuredOutputsParams, tokenizer: LLTokenizer | None = Non
     if asked.json is None or len(grammar) > _LONGEST_PLACED:
         return Fault("", _shorten(reason))
     schema = json.loads(asked.json) if isinstance(asked.json, str) else asked.json
+    schema = without_idle_keywords(schema)
     return Fault(_place(schema, schema, reason), _shorten(reason))
 
 
@@ -142,11 +180,11 @@ def _parts(schema: Any) -> Iterator[tuple[str, Any]]:
     if not isinstance(schema, dict):
         return
     for name, value in schema.items():
-        if name in ("properties", "patternProperties", "$defs", "definitions") and isinstance(value, Mapping):
+        if name in _SCHEMAS_BY_KEY and isinstance(value, Mapping):
             yield from ((f".{name}.{key}", part) for key, part in value.items())
-        elif name in ("anyOf", "oneOf", "allOf", "prefixItems", "items") and isinstance(value, list):
+        elif name in _LISTS_OF_SCHEMAS and isinstance(value, list):
             yield from ((f".{name}[{index}]", part) for index, part in enumerate(value))
-        elif name in ("items", "additionalProperties"):
+        elif name in _SINGLE_SCHEMAS:
             yield f".{name}", value
 
 

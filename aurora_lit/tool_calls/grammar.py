@@ -13,7 +13,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from aurora_lit.grammars.definition import WRITTEN_AS
+from aurora_lit.grammars.definition import WRITTEN_AS, without_idle_keywords
 from aurora_lit.tool_calls.formats import ToolFormat
 
 Schema = Mapping[str, Any]
@@ -47,7 +47,7 @@ def grammar_of_calls(
     rules, names = [], []
     for number, (name, schema) in enumerate(schemas.items()):
         head, tail = format_.call_parts(name)
-        arguments = json.dumps({"x-guidance": WRITTEN_AS, **schema})
+        arguments = json.dumps({"x-guidance": WRITTEN_AS, **without_idle_keywords(schema)})
         # In the pieces that JSON schemas are made of: llguidance cannot tell a longer one from content that is JSON.
         begin = " ".join(map(literal, [head] if format_.name_end else _JSON_PIECES.findall(head)))
         rules.append(f"call_{number}: {begin} %json {arguments} {literal(tail)}")
@@ -58,7 +58,8 @@ def grammar_of_calls(
     if must_call:
         start = "calls"
     elif content_schema is not None:
-        rules.append(f"content: %json {json.dumps({'x-guidance': WRITTEN_AS, **content_schema})}")
+        content = json.dumps({"x-guidance": WRITTEN_AS, **without_idle_keywords(content_schema)})
+        rules.append(f"content: %json {content}")
         start = "calls | content"
     elif not format_.marker:
         rules.append(r"CONTENT: /[^\s{\[](.|\n)*/")

@@ -46,7 +46,9 @@ def test_a_long_chain_of_definitions_does_not_end_the_process_and_a_longer_one_i
         ({"$defs": {"x": {"pattern": "(["}}, "$ref": "#/$defs/x"}, ".$defs.x", "unclosed character class"),
         ({"items": {"$ref": "#/$defs/x"}, "$defs": {"y": {}}}, ".items", "'/$defs/x' does not exist"),
         ({"properties": {"a": {"uniqueItems": True}}}, ".properties.a", 'Unimplemented keys: ["uniqueItems"]'),
-        ({"prefixItems": [{}, {"format": "blah"}]}, ".prefixItems[1]", "Unknown format: blah"),
+        ({"prefixItems": [{}, {"type": "blah"}]}, ".prefixItems[1]", "Invalid type: blah"),
+        ({"format": "blah", "properties": {"a": {"format": "blah", "type": "numbr"}}}, ".properties.a", "type: numbr"),
+        ({"propertyNames": {"type": "string", "minLength": 1}}, "", 'Unimplemented keys: ["propertyNames"]'),
         ({"properties": 5}, "", "properties must be an object"),
         ({"minLength": 5, "maxLength": 2, "type": "string"}, "", "Unsatisfiable schema"),
         ({"additionalProperties": {"not": {}}}, ".additionalProperties", "Unimplemented keys"),
@@ -117,6 +119,63 @@ def test_json_is_spaced_as_by_json_dumps_unless_the_schema_asks_otherwise() -> N
     assert accepts(ours, '{"a": [1, 2]}')
     assert not accepts(ours, '{ "a":[1,\n2]}')
     assert accepts(theirs, '{ "a":[1,\n2]}')
+
+
+NAMED_LIKE_KEYWORDS = {
+    "type": "object",
+    "properties": {
+        "format": {"const": "blah"},
+        "uniqueItems": {"enum": [False]},
+        "propertyNames": {"type": "string"},
+        "$schema": {"type": "integer"},
+    },
+    "required": ["format", "uniqueItems", "propertyNames", "$schema"],
+    "additionalProperties": False,
+}
+NAMED_SO = {"format": "blah", "uniqueItems": False, "propertyNames": "a", "$schema": 1}
+
+
+@pytest.mark.parametrize(
+    ("schema", "valid", "invalid"),
+    [
+        ({"type": "string", "format": "password", "maxLength": 3}, ["abc"], ["abcd", 7]),
+        ({"type": "string", "format": "uuid4"}, ["9b2b8f6e-4a46-4f0e-9d0c-0a4b5c6d7e8f"], ["9b2b8f6e", 7]),
+        ({"type": "string", "format": "ipv4"}, ["127.0.0.1"], ["127.0.0", "localhost"]),
+        ({"type": "array", "items": {"type": "integer"}, "uniqueItems": False}, [[1, 1], []], [["1"], {}]),
+        (
+            {"type": "object", "propertyNames": {"type": "string"}, "additionalProperties": {"type": "integer"}},
+            [{"a": 1}, {}],
+            [{"a": "1"}, []],
+        ),
+        ({"$schema": "http://json-schema.org/schema#", "type": "integer"}, [1], ["1"]),
+        ({"$schema": "https://json-schema.org/draft-07/schema", "type": "integer"}, [1], ["1"]),
+        ({"$schema": "http://json-schema.org/draft-07/schema#", "type": "integer"}, [1], ["1"]),
+        (
+            {"$ref": "#/$defs/a", "$defs": {"a": {"anyOf": [{"type": "string", "format": "path"}, {"type": "null"}]}}},
+            ["/tmp", None],
+            [1],
+        ),
+        ({"prefixItems": [{"format": "binary", "type": "string"}], "items": False, "type": "array"}, [["a"]], [[1]]),
+        (NAMED_LIKE_KEYWORDS, [NAMED_SO], [{**NAMED_SO, "format": "x"}, {**NAMED_SO, "$schema": "a"}, {}]),
+        ({"const": NAMED_SO}, [NAMED_SO], [{}, {**NAMED_SO, "format": "x"}]),
+        ({"enum": [{"format": "blah"}, 7], "default": {"format": "blah"}}, [{"format": "blah"}, 7], [{}]),
+    ],
+    ids=lambda value: json.dumps(value)[:40],
+)
+def test_keywords_that_constrain_nothing_are_left_out_and_nothing_else(
+    schema: dict[str, Any], valid: list[Any], invalid: list[Any]
+) -> None:
+    assert fault_of(StructuredOutputsParams(json=schema)) is None
+    grammar = grammar_of(StructuredOutputsParams(json=schema))
+    for instance in valid:
+        assert accepts(grammar, json.dumps(instance)), instance
+    for instance in invalid:
+        assert not accepts(grammar, json.dumps(instance)), instance
+
+
+@pytest.mark.parametrize("name", definition._FORMATS)
+def test_formats_that_are_kept_are_known(name: str) -> None:
+    assert fault_of(StructuredOutputsParams(json={"type": "string", "format": name})) is None
 
 
 def accepts(grammar: str, text: str) -> bool:

@@ -79,3 +79,12 @@ def test_a_description_may_hold_the_sign_of_another_kind_of_grammar() -> None:
     assert fault_of(StructuredOutputsParams(grammar=of_calls)) is None
     assert takes(of_calls, HERMES.written(ONE))
     assert not takes(of_calls, HERMES.written(WRONG))
+
+
+def test_keywords_that_constrain_nothing_are_left_out_of_arguments_and_content() -> None:
+    schema = {**SCHEMA, "properties": {"a": {"type": "string", "format": "path"}}}
+    both = grammar_of_calls(HERMES, {"f": schema}, must_call=False, only_one=True, content_schema=schema)
+    assert fault_of(StructuredOutputsParams(grammar=both)) is None
+    for arguments, is_valid in (('{"a": "/tmp"}', True), ('{"a": 1}', False)):
+        assert takes(both, arguments) == is_valid
+        assert takes(both, HERMES.written([ToolCall("f", arguments)])) == is_valid
