@@ -47,10 +47,9 @@ def grammar_of_calls(
     rules, names = [], []
     for number, (name, schema) in enumerate(schemas.items()):
         head, tail = format_.call_parts(name)
-        arguments = json.dumps({"x-guidance": WRITTEN_AS, **without_idle_keywords(schema)})
         # In the pieces that JSON schemas are made of: llguidance cannot tell a longer one from content that is JSON.
         begin = " ".join(map(literal, [head] if format_.name_end else _JSON_PIECES.findall(head)))
-        rules.append(f"call_{number}: {begin} %json {arguments} {literal(tail)}")
+        rules.append(f"call_{number}: {begin} %json {_as_json(schema)} {literal(tail)}")
         names.append(f"call_{number}")
     more = "" if only_one else f" ({literal(format_.between)} call)*"
     calls = f"call{more} {literal(format_.after)}"
@@ -58,8 +57,7 @@ def grammar_of_calls(
     if must_call:
         start = "calls"
     elif content_schema is not None:
-        content = json.dumps({"x-guidance": WRITTEN_AS, **without_idle_keywords(content_schema)})
-        rules.append(f"content: %json {content}")
+        rules.append(f"content: %json {_as_json(content_schema)}")
         start = "calls | content"
     elif not format_.marker:
         rules.append(r"CONTENT: /[^\s{\[](.|\n)*/")
@@ -74,3 +72,10 @@ def grammar_of_calls(
         rules.append(f"rest: {literal(format_.before.removeprefix(format_.marker))} {calls}")
         start = "CONTENT | head rest"
     return "\n".join([f"start: {start}", *rules])
+
+
+def _as_json(schema: Schema) -> str:
+    """A schema for `%json`, which takes no defaults beside it."""
+    own = schema.get("x-guidance")
+    written_as = {**WRITTEN_AS, **own} if isinstance(own, dict) else WRITTEN_AS
+    return json.dumps({**without_idle_keywords(schema), "x-guidance": written_as})

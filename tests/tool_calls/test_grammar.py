@@ -88,3 +88,21 @@ def test_keywords_that_constrain_nothing_are_left_out_of_arguments_and_content()
     for arguments, is_valid in (('{"a": "/tmp"}', True), ('{"a": 1}', False)):
         assert takes(both, arguments) == is_valid
         assert takes(both, HERMES.written([ToolCall("f", arguments)])) == is_valid
+
+
+@pytest.mark.parametrize("own", [{"coerce_one_of": True}, {"key_separator": ": "}, {}, None, 5])
+def test_what_a_schema_says_of_its_own_json_changes_nothing_else(own: Any) -> None:
+    schema = {**SCHEMA, "x-guidance": own}
+    both = grammar_of_calls(HERMES, {"f": schema}, must_call=False, only_one=True, content_schema=schema)
+    for arguments, is_valid in (('{"a": 12}', True), ('{ "a": 12}', False), ('{"a": \n 12}', False)):
+        assert takes(both, arguments) == is_valid
+        assert takes(both, HERMES.written([ToolCall("f", arguments)])) == is_valid
+
+
+def test_a_schema_may_ask_for_white_space_and_for_one_of_as_any_of() -> None:
+    parts = [{"properties": {name: {"type": "integer"}}, "required": [name]} for name in "ab"]
+    asked = {"whitespace_flexible": True, "coerce_one_of": True}
+    schema = {"type": "object", "oneOf": parts, "x-guidance": asked}
+    calls = grammar_of_calls(HERMES, {"f": schema}, must_call=True, only_one=True)
+    for arguments, is_valid in (('{"a": 1}', True), ('{ "b" : 1}', True), ('{"a": "1"}', False), ("{}", False)):
+        assert takes(calls, HERMES.written([ToolCall("f", arguments)])) == is_valid, arguments
