@@ -28,6 +28,8 @@ MOST_GBNF_RULES = 1000
 STACK_BYTES = 512 << 20
 """Of threads in which llguidance reads a grammar: it calls itself for each rule of a chain, and on a usual stack a
 chain of a thousand ends the process. Memory is taken as it is used."""
+_EXACT_INTEGER = 1 << 53
+"""llguidance reads numbers as doubles, which hold all integers up to this one."""
 _SCHEMAS_BY_KEY = ("properties", "patternProperties", "$defs", "definitions")
 _LISTS_OF_SCHEMAS = ("anyOf", "oneOf", "allOf", "prefixItems", "items")
 _SINGLE_SCHEMAS = ("items", "additionalItems", "additionalProperties")
@@ -128,13 +130,13 @@ def fault_of(asked: StructuredOutputsParams, tokenizer: LLTokenizer | None = Non
     if len(grammar) > LONGEST_GRAMMAR:
         return Fault("", f"it has {len(grammar)} characters as a grammar, and may have {LONGEST_GRAMMAR}")
     reason = _reason(grammar, tokenizer)
+    if asked.json is None:
+        return Fault("", _shorten(reason)) if reason else None
+    schema = without_idle_keywords(json.loads(asked.json) if isinstance(asked.json, str) else asked.json)
     if not reason:
-        return None
-    if asked.json is None or len(grammar) > _LONGEST_PLACED:
-        return Fault("", _shorten(reason))
-    schema = json.loads(asked.json) if isinstance(asked.json, str) else asked.json
-    schema = without_idle_keywords(schema)
-    return Fault(_place(schema, schema, reason), _shorten(reason))
+        place = _inexact_place(schema)
+        return None if place is None else Fault(place, "integers beyond 2^53 are read inexactly; use a string")
+    return Fault(_place(schema, schema, reason) if len(grammar) <= _LONGEST_PLACED else "", _shorten(reason))
 
 
 def names_special_tokens(asked: StructuredOutputsParams) -> bool:
@@ -173,6 +175,21 @@ def _place(schema: Any, root: Any, reason: str) -> str:
         if _reason(_of_schema(alone)) == reason:
             return keys + _place(part, root, reason)
     return ""
+
+
+def _inexact_place(schema: Any) -> str | None:
+    """The keys that lead to a value with an integer that llguidance changes; None: there is none."""
+    for name in ("const", "enum"):
+        if isinstance(schema, dict) and _has_inexact(schema.get(name)):
+            return f".{name}"
+    places = (keys + place for keys, part in _parts(schema) if (place := _inexact_place(part)) is not None)
+    return next(places, None)
+
+
+def _has_inexact(value: Any) -> bool:
+    if isinstance(value, (dict, list)):
+        return any(map(_has_inexact, value.values() if isinstance(value, dict) else value))
+    return isinstance(value, int) and abs(value) > _EXACT_INTEGER
 
 
 def _parts(schema: Any) -> Iterator[tuple[str, Any]]:

@@ -173,6 +173,35 @@ def test_keywords_that_constrain_nothing_are_left_out_and_nothing_else(
         assert not accepts(grammar, json.dumps(instance)), instance
 
 
+@pytest.mark.parametrize(
+    ("schema", "place"),
+    [
+        ({"const": 2**53 + 1}, ".const"),
+        ({"const": -(2**53) - 1}, ".const"),
+        ({"const": {"a": [True, {"b": 1234567890123456789}]}}, ".const"),
+        ({"properties": {"id": {"anyOf": [{}, {"enum": [1, 10**30]}]}}}, ".properties.id.anyOf[1].enum"),
+        ({"$ref": "#/$defs/a", "$defs": {"a": {"items": {"const": 2**60}}}}, ".$defs.a.items.const"),
+    ],
+    ids=json.dumps,
+)
+@pytest.mark.parametrize("as_text", [False, True])
+def test_an_integer_that_would_come_out_as_another_is_refused(
+    schema: dict[str, Any], place: str, as_text: bool
+) -> None:
+    fault = fault_of(StructuredOutputsParams(json=json.dumps(schema) if as_text else schema))
+    assert fault == (place, "integers beyond 2^53 are read inexactly; use a string")
+
+
+@pytest.mark.parametrize("value", [2**53, -(2**53), "1234567890123456789", 1e20, 0.1, [2**53, None], {"a": 1}])
+def test_an_exact_value_is_written_as_it_is(value: Any) -> None:
+    elsewhere = {"default": 2**60, "properties": {"const": {"default": 2**60}}}
+    schema = {"const": value, **elsewhere}
+    assert fault_of(StructuredOutputsParams(json=schema)) is None
+    grammar = grammar_of(StructuredOutputsParams(json=schema))
+    assert accepts(grammar, str(10**20) if value == 1e20 else json.dumps(value))
+    assert not accepts(grammar, "7")
+
+
 @pytest.mark.parametrize("name", definition._FORMATS)
 def test_formats_that_are_kept_are_known(name: str) -> None:
     assert fault_of(StructuredOutputsParams(json={"type": "string", "format": name})) is None
