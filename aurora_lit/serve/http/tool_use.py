@@ -153,7 +153,8 @@ def _schemas(body: ChatRequest) -> dict[str, Mapping[str, Any]]:
         if named not in (None, function.name):
             continue
         schema = function.parameters or ANY_OBJECT
-        if "properties" in schema:  # a function takes the arguments that it names
+        # A function takes the arguments that it names, of which other schemas at the root may name more.
+        if "properties" in schema and not schema.keys() & {"allOf", "anyOf", "oneOf", "$ref"}:
             schema = {"additionalProperties": False, **schema}
         kind = schema.get("type", "object")
         if "object" not in (kind if isinstance(kind, list) else [kind]):

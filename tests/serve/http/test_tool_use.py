@@ -82,6 +82,34 @@ def test_arguments_are_an_object_whatever_the_schema_says_of_its_type(
         assert not takes(of_calls, HERMES.written([ToolCall("f", arguments)])), arguments
 
 
+NEEDS_B = {"properties": {"b": {"type": "integer"}}, "required": ["b"]}
+
+
+@pytest.mark.parametrize(
+    ("beside", "valid", "invalid"),
+    [
+        ({}, ['{"a": 1}', "{}"], ['{"a": 1, "b": 2}', '{"a": "1"}']),
+        ({"additionalProperties": {"type": "integer"}}, ['{"a": 1, "b": 2}'], ['{"a": 1, "b": "2"}']),
+        ({"allOf": [NEEDS_B]}, ['{"a": 1, "b": 2}', '{"b": 2}'], ['{"a": 1}', '{"a": 1, "b": "2"}']),
+        ({"anyOf": [NEEDS_B, {"required": ["a"]}]}, ['{"b": 2}', '{"a": 1}'], ["{}", '{"a": "1"}']),
+        ({"oneOf": [NEEDS_B]}, ['{"a": 1, "b": 2}'], ['{"a": 1}', '{"b": "2"}']),
+        ({"$ref": "#/$defs/b", "$defs": {"b": NEEDS_B}}, ['{"a": 1, "b": 2}'], ['{"a": 1}', '{"a": "1", "b": 2}']),
+    ],
+    ids=lambda value: str(value)[:20],
+)
+def test_arguments_that_schemas_beside_the_properties_name_are_allowed(
+    beside: dict[str, Any], valid: list[str], invalid: list[str]
+) -> None:
+    parameters = {"type": "object", "properties": {"a": {"type": "integer"}}, **beside}
+    tool = {"type": "function", "function": {"name": "f", "parameters": parameters}}
+    use = use_of(tools=[tool], tool_choice="required")
+    assert use is not None
+    assert use.grammar is not None
+    for arguments in (*valid, *invalid):
+        taken = takes(str(use.grammar.grammar), HERMES.written([ToolCall("f", arguments)]))
+        assert taken == (arguments in valid), arguments
+
+
 def test_more_schemas_than_can_be_compiled_in_time_are_refused_and_no_ordinary_set(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
