@@ -114,8 +114,8 @@ class EngineSettings:
     prefix_cache: bool = True
     """Copy the KV cache of a common prefix from any slot that still holds it, instead of computing it again. Answers
     are the same, so on matrix tiles (but not in fp32) only the prompts of earlier requests are copied: their answers
-    are rounded differently. Response time reveals whether a similar prompt was sent before, with the same
-    `cache_salt`."""
+    are rounded differently. `cached_tokens` in the answer's usage, and the response time, reveal how much of a prompt
+    was sent before, by anyone with the same `cache_salt`."""
     strategy: Literal["single", "fsdp", "tensor_parallel"] = "single"
     """How the target is split over engine.devices processes. tensor_parallel: each has some heads and columns of every
     layer (faster). fsdp: each has a part of every weight and gathers a layer to run it (works for any model)."""
