@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 from llguidance import LLMatcher, LLTokenizer
 from llguidance.gbnf_to_lark import gbnf_to_lark
 
+from aurora_lit.grammars.endless import endless_place
 from aurora_lit.request import StructuredOutputsParams
 
 WRITTEN_AS = {"item_separator": ", ", "key_separator": ": ", "whitespace_flexible": False}
@@ -134,8 +135,11 @@ def fault_of(asked: StructuredOutputsParams, tokenizer: LLTokenizer | None = Non
         return Fault("", _shorten(reason)) if reason else None
     schema = without_idle_keywords(json.loads(asked.json) if isinstance(asked.json, str) else asked.json)
     if not reason:
-        place = _inexact_place(schema)
-        return None if place is None else Fault(place, "integers beyond 2^53 are read inexactly; use a string")
+        if (place := _inexact_place(schema)) is not None:
+            return Fault(place, "integers beyond 2^53 are read inexactly; use a string")
+        if (place := endless_place(schema)) is not None:
+            return Fault(place, "no answer can follow the grammar: it requires itself without end; make this optional")
+        return None
     return Fault(_place(schema, schema, reason) if len(grammar) <= _LONGEST_PLACED else "", _shorten(reason))
 
 
