@@ -40,7 +40,7 @@ from aurora_lit.learn.offline.replay import (
 )
 from aurora_lit.learn.online.build import load_head_and_draft
 from aurora_lit.learn.online.data_parallel import broadcast_plain
-from aurora_lit.learn.training_precision import training_precision
+from aurora_lit.learn.training_precision import one_process_fabric, training_precision
 from aurora_lit.modules.draft.eagle3 import Eagle3Draft
 
 DRAFT_NAME, VERSIONS_NAME, REPORT_NAME = "draft", "versions", "replay.json"
@@ -200,7 +200,7 @@ def _fabric() -> Fabric:
     if os.environ.get("LT_CLI_USED") == "1":
         os.environ.setdefault("LT_PRECISION", training_precision())  # as in live learning; --precision overrides it
         return Fabric()
-    return Fabric(accelerator="auto", devices=1, precision=training_precision())
+    return one_process_fabric()
 
 
 def _progress(*, shown: bool) -> Progress:

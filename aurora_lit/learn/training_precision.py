@@ -2,7 +2,7 @@
 
 Processors without instructions for bf16 (Intel before AMX and AVX-512 BF16, AMD before Zen 4) compute a product in bf16
 by converting it: one thread of a Xeon without them computes 28 GFLOP a second, and 123 in fp32. What decides is a
-product of the shape that training has, timed once a process.
+product of the shape that training has, timed once a process. `one_process_fabric` is the Fabric that computes so.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from functools import cache
 from typing import Literal, cast, get_args
 
 import torch
+from lightning.fabric import Fabric
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 
 TrainingPrecision = Literal["bf16-mixed", "32-true"]
 _SHAPE = (256, 576, 1152)
@@ -43,6 +45,14 @@ def faster_precision(*, fp32_s: float, bf16_s: float) -> TrainingPrecision:
 def training_dtype() -> torch.dtype:
     """Of weights that are multiplied but not trained, such as the target's head."""
     return torch.float32 if training_precision() == "32-true" else torch.bfloat16
+
+
+def one_process_fabric() -> Fabric:
+    """The Fabric of learning in one process: on the GPU if there is one, in `training_precision`.
+
+    The environment is named because Fabric would otherwise take any process in a SLURM job for one of the job's tasks.
+    """
+    return Fabric(accelerator="auto", devices=1, precision=training_precision(), plugins=[LightningEnvironment()])
 
 
 def _product_s(dtype: torch.dtype) -> float:

@@ -5,7 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from aurora_lit.learn.training_precision import faster_precision, training_dtype, training_precision
+from aurora_lit.learn.training_precision import (
+    faster_precision,
+    one_process_fabric,
+    training_dtype,
+    training_precision,
+)
 
 
 @pytest.mark.parametrize(
@@ -33,3 +38,11 @@ def test_what_fabric_run_was_told_holds(precision: str, monkeypatch: pytest.Monk
         assert training_precision() == precision
     finally:
         training_precision.cache_clear()
+
+
+def test_a_process_in_a_job_of_several_slurm_tasks_is_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a batch script with `#SBATCH --ntasks=4`, which starts the command once."""
+    for name, value in {"JOB_NAME": "serve", "NTASKS": "4", "PROCID": "0", "LOCALID": "0", "NODEID": "0"}.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    fabric = one_process_fabric()
+    assert (fabric.world_size, fabric.global_rank) == (1, 0)

@@ -34,7 +34,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.fabric import Fabric
 from rich.console import Console
 
 from aurora_lit.bench.ablation.arms import Arm, arms_named
@@ -54,7 +53,7 @@ from aurora_lit.learn.data.target_head import TargetHead
 from aurora_lit.learn.offline.on_policy import RoundSimulator
 from aurora_lit.learn.offline.replay import Replay, blocks, read_traces
 from aurora_lit.learn.online.build import load_head_and_draft
-from aurora_lit.learn.training_precision import training_precision
+from aurora_lit.learn.training_precision import one_process_fabric
 from aurora_lit.modules.draft.eagle3 import Eagle3Draft
 from aurora_lit.serve.speculation.calibration import calibration_steps
 from aurora_lit.serve.speculation.costs import Costs
@@ -149,7 +148,7 @@ class ArmRunner:
         """`config`: the settings of the arm. reach: most tokens that a round of any arm can accept."""
         self._config, self._options, self._target_head, self._starting = config, options, target_head, starting
         self._reach = reach
-        self._fabric = Fabric(accelerator="auto", devices=1, precision=training_precision())
+        self._fabric = one_process_fabric()
 
     def run(
         self, arm: Arm, result: Result, *, traces: Path, measured: Sequence[Trace], on_block: Callable[[int], None]

@@ -27,6 +27,7 @@ import torch
 import torch.distributed as dist
 from lightning.fabric import Fabric
 from lightning.fabric.loggers.logger import Logger
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 
 from aurora_lit.errors import AuroraError
 from aurora_lit.learn.data.training_state import from_bytes, to_bytes
@@ -62,6 +63,7 @@ def launch_fabric(learn: LearnSettings, *, loggers: Sequence[Logger] = ()) -> Fa
         devices=learn.devices,
         strategy="auto" if alone else "ddp",
         precision=training_precision(),
+        plugins=[LightningEnvironment()],  # a SLURM job's tasks are not these processes
         loggers=list(loggers),
     )
     if not alone:

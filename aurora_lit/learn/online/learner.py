@@ -28,7 +28,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from aurora_lit.learn.data.target_head import TargetHead
 from aurora_lit.learn.data.training_state import read_state, write_state
 from aurora_lit.learn.online.step_metrics import StepMetrics
-from aurora_lit.learn.training_precision import training_precision
+from aurora_lit.learn.training_precision import one_process_fabric
 from aurora_lit.modules.domains.controller import DomainController
 from aurora_lit.modules.draft.eagle3 import Eagle3Draft
 from aurora_lit.modules.losses.batch import OnlineBatch
@@ -93,7 +93,7 @@ class Learner:
         self.num_nonfinite = 0
         """Batches since this object was made that were skipped because loss or gradient was not finite."""
         self._before_step = before_step
-        self.fabric = fabric or Fabric(accelerator="auto", devices=1, precision=training_precision())
+        self.fabric = fabric or one_process_fabric()
         self.module: Any = self.fabric.setup_module(module)
         self._metrics = StepMetrics()
         self._is_logged, self._logging_error = True, ""

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.fabric import Fabric
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
@@ -22,7 +21,7 @@ from torchmetrics import MeanMetric
 from aurora_lit.errors import AuroraError
 from aurora_lit.learn.data.log_batches import held_out_batches, training_batches
 from aurora_lit.learn.data.training_state import read_state, write_state
-from aurora_lit.learn.training_precision import training_precision
+from aurora_lit.learn.training_precision import one_process_fabric
 from aurora_lit.modules.losses.batch import OnlineBatch
 from aurora_lit.modules.losses.draft_module import DraftModule
 from aurora_lit.modules.losses.gradients import clip_gradients
@@ -59,7 +58,7 @@ class DraftTrainer:
         self.options = options
         self.state_path = folder / STATE_NAME
         folder.mkdir(parents=True, exist_ok=True)
-        self.fabric = Fabric(accelerator="auto", devices=1, precision=training_precision())
+        self.fabric = one_process_fabric()
         module.learning_rate = options.learning_rate
         module.total_steps = max(1, options.total_positions // options.batch_positions)
         self.positions_seen = 0

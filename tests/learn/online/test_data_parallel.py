@@ -12,6 +12,8 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+from lightning.fabric import Fabric
+from lightning.fabric.strategies.ddp import DDPStrategy
 from support.learner_harness import ServerStandIn
 from support.learning_ranks import STEPS, learn_with
 from support.live_traces import serve, some_requests
@@ -19,7 +21,9 @@ from support.tiny_models import random_draft
 
 from aurora_lit.config import load_config, to_yaml
 from aurora_lit.ipc.run_folder import CONFIG_NAME
+from aurora_lit.learn.online.data_parallel import launch_fabric
 from aurora_lit.models.target import Target
+from aurora_lit.settings import LearnSettings
 from aurora_lit.traces.record import to_bytes
 
 
@@ -46,6 +50,18 @@ def test_two_processes_learn_what_one_learns_through_restarts_and_new_vocabulari
     # Sums are rounded in another order, and to bf16.
     moved = (flat(alone["draft"]) - flat(began)).norm()
     assert (flat(alone["draft"]) - flat(first["draft"])).norm() < 0.1 * moved
+
+
+def test_followers_are_started_in_a_slurm_job_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The job has one task, in which the learner starts its own processes."""
+    for name, value in {"JOB_NAME": "serve", "NTASKS": "1", "PROCID": "0", "LOCALID": "0", "NODEID": "0"}.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    monkeypatch.setattr(Fabric, "launch", lambda fabric: None)
+    fabric = launch_fabric(LearnSettings(devices=2))
+    assert fabric.world_size == 2
+    assert isinstance(fabric.strategy, DDPStrategy)
+    assert fabric.strategy.cluster_environment is not None
+    assert not fabric.strategy.cluster_environment.creates_processes_externally
 
 
 def start_learner(server: ServerStandIn) -> subprocess.Popen[str]:
