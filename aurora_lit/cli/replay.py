@@ -51,7 +51,7 @@ def replay(config: AuroraConfig, *, traces: Path | None, **options: Any) -> None
     folder = traces or (Path(config.trace.record).expanduser() if config.trace.record else None)
     if folder is None:
         raise ConfigError("trace.record=null: there are no traces to replay; use --traces DIR")
-    fabric = _fabric()
+    fabric = _fabric(config)
     if config.learn.from_scratch and config.draft.checkpoint is not None and fabric.is_global_zero:
         Console(stderr=True).print(
             "learn.from_scratch=true: learning begins untrained, with the shape of draft.checkpoint; to begin with its "
@@ -195,11 +195,21 @@ def _row(scored: Sequence[ScoredTrace]) -> dict[str, Any]:
     return found
 
 
-def _fabric() -> Fabric:
-    """Under `fabric run`, the Fabric that it configured and launched; else one of a single process."""
+def _fabric(config: AuroraConfig) -> Fabric:
+    """Under `fabric run`, the Fabric that it configured and launched; else one of a single process.
+
+    Raises ConfigError if several processes are asked for in another way: each would replay alone, all into one folder.
+    """
     if os.environ.get("LT_CLI_USED") == "1":
         os.environ.setdefault("LT_PRECISION", training_precision())  # as in live learning; --precision overrides it
         return Fabric()
+    remedy = "start several processes with `fabric run --devices N --strategy ddp aurora_lit/replay.py -- ...`"
+    if (devices := config.learn.devices) > 1:
+        raise ConfigError(f"learn.devices={devices}: this is one process; use learn.devices=1, or {remedy}")
+    # SLURM_NTASKS does not say that srun has started this process; that it is not the first task does.
+    for name, alone in (("WORLD_SIZE", 1), ("SLURM_PROCID", 0)):
+        if (value := int(os.environ.get(name, alone))) > alone:
+            raise ConfigError(f"{name}={value}: another launcher's processes would each replay alone; {remedy}")
     return one_process_fabric()
 
 

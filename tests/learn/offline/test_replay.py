@@ -367,6 +367,35 @@ def test_a_folder_without_traces_is_an_error(tmp_path: Path, recorded: list[str]
     assert "--traces" in result.output
 
 
+@pytest.mark.parametrize(
+    ("environment", "setting", "said"),
+    [
+        ({"WORLD_SIZE": "2"}, "learn.devices=1", "WORLD_SIZE=2: another launcher's processes would each replay alone"),
+        ({"SLURM_PROCID": "3"}, "learn.devices=1", "SLURM_PROCID=3: another launcher's processes"),
+        ({}, "learn.devices=4", "learn.devices=4: this is one process; use learn.devices=1, or start several"),
+    ],
+    ids=["torchrun", "srun", "a setting"],
+)
+def test_processes_that_would_each_replay_alone_are_refused(
+    environment: dict[str, str], setting: str, said: str, recorded: list[str], tmp_path: Path
+) -> None:
+    words = ["replay", *recorded, setting, "--out", str(tmp_path / "out")]
+    done = CliRunner().invoke(main, words, env=environment)
+    assert done.exit_code == 2, done.output
+    spoken = " ".join(done.stderr.split())
+    assert said in spoken
+    assert "with `fabric run --devices N" in spoken
+    assert not (tmp_path / "out").exists()
+
+
+def test_one_process_in_a_job_of_several_tasks_is_not_refused(recorded: list[str], tmp_path: Path) -> None:
+    """As in a batch script, which SLURM starts once."""
+    environment = {"SLURM_JOB_NAME": "replay", "SLURM_NTASKS": "4", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}
+    words = ["replay", *recorded, "--traces", str(tmp_path / "none")]
+    done = CliRunner().invoke(main, words, env=environment)
+    assert "holds no traces" in " ".join(done.stderr.split()), done.output
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("machines", [1, 2])
 def test_two_processes_learn_what_one_learns(machines: int, recorded: list[str], tmp_path: Path) -> None:
