@@ -201,7 +201,9 @@ def _fabric(config: AuroraConfig) -> Fabric:
     Raises ConfigError if several processes are asked for in another way: each would replay alone, all into one folder.
     """
     if os.environ.get("LT_CLI_USED") == "1":
-        os.environ.setdefault("LT_PRECISION", training_precision())  # as in live learning; --precision overrides it
+        # As in live learning, but not timed in each of several processes, which must compute in the same.
+        several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+        os.environ.setdefault("LT_PRECISION", "bf16-mixed" if several else training_precision())
         return Fabric()
     remedy = "start several processes with `fabric run --devices N --strategy ddp aurora_lit/replay.py -- ...`"
     if (devices := config.learn.devices) > 1:

@@ -10,13 +10,15 @@ from __future__ import annotations
 import os
 import time
 from functools import cache
-from typing import Literal, cast, get_args
+from typing import Literal
 
 import torch
 from lightning.fabric import Fabric
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 
 TrainingPrecision = Literal["bf16-mixed", "32-true"]
+_NAMES_OF_FP32 = ("32-true", "32")
+"""What `fabric run --precision` calls it."""
 _SHAPE = (256, 576, 1152)
 """Rows, inputs and outputs of the product that is timed."""
 _REPEATS = 5
@@ -28,10 +30,11 @@ _CLEARLY = 0.7
 def training_precision() -> TrainingPrecision:
     """Fabric's precision for training in this process: what `fabric run --precision` says, else what suits the machine.
 
-    On accelerators that is bf16-mixed. The first call takes 0.1 s.
+    On accelerators that is bf16-mixed. The first call takes 0.1 s. Processes that learn together are told by the first
+    one, or by `fabric run`: timed in each, it may come out differently.
     """
-    if (chosen := os.environ.get("LT_PRECISION")) in get_args(TrainingPrecision):
-        return cast(TrainingPrecision, chosen)
+    if (said := os.environ.get("LT_PRECISION")) is not None:
+        return "32-true" if said in _NAMES_OF_FP32 else "bf16-mixed"
     if torch.accelerator.is_available():
         return "bf16-mixed"
     return faster_precision(fp32_s=_product_s(torch.float32), bf16_s=_product_s(torch.bfloat16))

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 
+from aurora_lit.learn import training_precision as training_precision_module
 from aurora_lit.learn.training_precision import (
     faster_precision,
     one_process_fabric,
@@ -30,14 +33,23 @@ def test_what_is_multiplied_has_the_type_that_training_computes_in() -> None:
     assert training_dtype() == (torch.float32 if is_fp32 else torch.bfloat16)
 
 
-@pytest.mark.parametrize("precision", ["bf16-mixed", "32-true"])
-def test_what_fabric_run_was_told_holds(precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("LT_PRECISION", precision)
+@pytest.fixture
+def untimed(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The precision is not known, and a product cannot be timed."""
+    monkeypatch.delattr(training_precision_module, "_product_s")
     training_precision.cache_clear()
-    try:
-        assert training_precision() == precision
-    finally:
-        training_precision.cache_clear()
+    yield
+    training_precision.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("said", "precision"),
+    [("bf16-mixed", "bf16-mixed"), ("bf16", "bf16-mixed"), ("32-true", "32-true"), ("32", "32-true")],
+)
+@pytest.mark.usefixtures("untimed")
+def test_what_fabric_run_was_told_holds(said: str, precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LT_PRECISION", said)
+    assert training_precision() == precision
 
 
 def test_a_process_in_a_job_of_several_slurm_tasks_is_alone(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,6 +16,7 @@ and the step, which sums the gradients (learn/online/learner.py).
 from __future__ import annotations
 
 import contextlib
+import os
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -57,6 +58,8 @@ class _Step:
 def launch_fabric(learn: LearnSettings, *, loggers: Sequence[Logger] = ()) -> Fabric:
     """Start the followers, if `learn.devices` asks for any: on GPUs if there are enough, else on the CPU."""
     alone = learn.devices == 1
+    if not alone:
+        os.environ.setdefault("LT_PRECISION", training_precision())  # the followers inherit it
     gpus = torch.cuda.is_available() and torch.cuda.device_count() >= learn.devices
     fabric = Fabric(
         accelerator="auto" if alone else "cuda" if gpus else "cpu",

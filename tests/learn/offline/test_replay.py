@@ -28,6 +28,7 @@ from aurora_lit.config import load_config, to_yaml
 from aurora_lit.drafts.checkpoint import load_draft, save_draft
 from aurora_lit.errors import AuroraError
 from aurora_lit.kernels import native
+from aurora_lit.learn import training_precision as training_precision_module
 from aurora_lit.learn.data.labelled_trace import crop, label_traces
 from aurora_lit.learn.data.online_batch import collate_online
 from aurora_lit.learn.data.target_head import TargetHead
@@ -386,6 +387,22 @@ def test_processes_that_would_each_replay_alone_are_refused(
     assert said in spoken
     assert "with `fabric run --devices N" in spoken
     assert not (tmp_path / "out").exists()
+
+
+def test_processes_of_fabric_run_do_not_each_time_a_product(
+    recorded: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They must compute in the same precision, and times may differ."""
+    fabric_run = {"LT_CLI_USED": "1", "LT_ACCELERATOR": "cpu", "LT_DEVICES": "1", "WORLD_SIZE": "2"}
+    monkeypatch.setenv("LT_PRECISION", "set anew")
+    monkeypatch.delenv("LT_PRECISION")
+    monkeypatch.delattr(training_precision_module, "_product_s")
+    training_precision_module.training_precision.cache_clear()
+    words = ["replay", *recorded, "--traces", str(tmp_path / "none")]
+    done = CliRunner().invoke(main, words, env=fabric_run)
+    assert "holds no traces" in " ".join(done.stderr.split()), done.exception
+    assert os.environ["LT_PRECISION"] == "bf16-mixed"
+    training_precision_module.training_precision.cache_clear()
 
 
 def test_one_process_in_a_job_of_several_tasks_is_not_refused(recorded: list[str], tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from support.tiny_models import random_draft
 from aurora_lit.config import load_config, to_yaml
 from aurora_lit.ipc.run_folder import CONFIG_NAME
 from aurora_lit.learn.online.data_parallel import launch_fabric
+from aurora_lit.learn.training_precision import training_precision
 from aurora_lit.models.target import Target
 from aurora_lit.settings import LearnSettings
 from aurora_lit.traces.record import to_bytes
@@ -56,12 +57,23 @@ def test_followers_are_started_in_a_slurm_job_too(monkeypatch: pytest.MonkeyPatc
     """The job has one task, in which the learner starts its own processes."""
     for name, value in {"JOB_NAME": "serve", "NTASKS": "1", "PROCID": "0", "LOCALID": "0", "NODEID": "0"}.items():
         monkeypatch.setenv(f"SLURM_{name}", value)
+    monkeypatch.setenv("LT_PRECISION", "bf16-mixed")
     monkeypatch.setattr(Fabric, "launch", lambda fabric: None)
     fabric = launch_fabric(LearnSettings(devices=2))
     assert fabric.world_size == 2
     assert isinstance(fabric.strategy, DDPStrategy)
     assert fabric.strategy.cluster_environment is not None
     assert not fabric.strategy.cluster_environment.creates_processes_externally
+
+
+def test_followers_compute_in_the_precision_of_the_leader(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They inherit its environment: a product that each of them times might say something else."""
+    inherited: list[str | None] = []
+    monkeypatch.setattr(Fabric, "launch", lambda fabric: inherited.append(os.environ.get("LT_PRECISION")))
+    monkeypatch.setenv("LT_PRECISION", "set anew")
+    monkeypatch.delenv("LT_PRECISION")
+    launch_fabric(LearnSettings(devices=2))
+    assert inherited == [training_precision()]
 
 
 def start_learner(server: ServerStandIn) -> subprocess.Popen[str]:
