@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,6 +27,7 @@ from rich.table import Table
 from aurora_lit.config import AuroraConfig
 from aurora_lit.cores import use_threads
 from aurora_lit.drafts.checkpoint import check_replaceable, save_draft
+from aurora_lit.durable import replace_file
 from aurora_lit.errors import AuroraError, CheckpointError, ConfigError
 from aurora_lit.ipc.process_lifetime import sigterm_as_exit
 from aurora_lit.learn.data.target_head import TargetHead
@@ -62,6 +64,7 @@ def replay(config: AuroraConfig, *, traces: Path | None, **options: Any) -> None
     run(config, traces=folder, target_head=target_head, starting=starting, fabric=fabric, **options)
 
 
+@sigterm_as_exit()
 def run(
     config: AuroraConfig,
     *,
@@ -90,7 +93,7 @@ def run(
     if first:
         out.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=out).close()  # fails now, and not after hours, if `out` cannot be written
-    with sigterm_as_exit(), tempfile.TemporaryDirectory() as scratch, _progress(shown=first) as bar:
+    with tempfile.TemporaryDirectory() as scratch, _progress(shown=first) as bar:
         replayed = Replay(
             config,
             target_head=target_head,
@@ -112,6 +115,7 @@ def run(
             if not replayed.scored:
                 raise
             ended_by = error
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # `fabric run` sends it when another process has failed
     if not replayed.scored:
         raise AuroraError(
             f"all {replayed.skipped} traces in {traces} were skipped: they are of another target than "
@@ -119,7 +123,7 @@ def run(
         )
     result = report(replayed, window=window)
     if first:
-        (out / REPORT_NAME).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        replace_file(out / REPORT_NAME, (json.dumps(result, indent=2) + "\n").encode())
         console = Console()
         for title in ("domains", "windows"):
             console.print(table(result, title))

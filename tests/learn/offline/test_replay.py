@@ -23,7 +23,9 @@ from support.live_traces import online_module, serve, some_requests
 from support.replay_harness import make_replay, replay_config, scored_rounds
 from support.tiny_models import random_draft
 
+from aurora_lit.cli import replay as replay_command
 from aurora_lit.cli.main import main
+from aurora_lit.cli.replay import report
 from aurora_lit.config import load_config, to_yaml
 from aurora_lit.drafts.checkpoint import load_draft, save_draft
 from aurora_lit.errors import AuroraError
@@ -341,6 +343,35 @@ def test_an_interrupted_replay_writes_its_report(
     assert not (out / "draft").exists()
     assert list(scratch.iterdir()) == []
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_failed_replay_writes_its_report_though_it_is_told_to_end(
+    stream: list[Trace], recorded: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """When one of several processes has failed, `fabric run` ends the others, which fail too."""
+    traces, out, process_block = logged(tmp_path / "few", stream[:3]), tmp_path / "out", Replay.process_block
+    ended: list[int] = []
+
+    def lose_the_others(self: Replay, block: Sequence[Trace]) -> None:
+        if self.scored:
+            raise RuntimeError("Connection closed by peer")
+        process_block(self, block)
+
+    def told_to_end(replayed: Replay, *, window: int) -> dict[str, Any]:
+        signal.raise_signal(signal.SIGTERM)
+        return report(replayed, window=window)
+
+    before = signal.signal(signal.SIGTERM, lambda number, _: ended.append(number))
+    try:
+        monkeypatch.setattr(Replay, "process_block", lose_the_others)
+        monkeypatch.setattr(replay_command, "report", told_to_end)
+        words = ["replay", *recorded, "--traces", str(traces), "--out", str(out), "--trial-every", "2"]
+        done = CliRunner().invoke(main, words)
+        assert isinstance(done.exception, RuntimeError), done.output
+        assert not ended, "the process would not be there any more"
+        assert json.loads((out / "replay.json").read_text())["traces"] == 2
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def test_a_folder_that_cannot_be_written_is_an_error_before_any_work(
