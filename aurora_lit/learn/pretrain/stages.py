@@ -98,6 +98,7 @@ def pretrain(config: AuroraConfig, options: PretrainOptions) -> dict[str, Any]:
     # Loaded first, so that an unusable draft is refused before hours of work.
     draft = load_draft(options.start_from, target) if options.start_from else None
     _check_begun(config, options, traces)
+    _check_vocabulary_size(target, options, traces)
     left_out = ""
     if (seen := positions_trained(traces)) >= options.positions:
         console.print(f"already trained on {seen:,} positions, so nothing is recorded or answered; raise --positions")
@@ -158,6 +159,16 @@ def _check_begun(config: AuroraConfig, options: PretrainOptions, traces: Path) -
     if not is_as_begun(traces / BEGUN_NAME, how):
         raise ConfigError(
             f"--out {options.out}: {traces} is of another target, precision or --start-from; name another --out"
+        )
+
+
+def _check_vocabulary_size(target: Target, options: PretrainOptions, traces: Path) -> None:
+    """Raise ConfigError if the vocabulary that an earlier run has chosen there is of another size."""
+    path = traces / VOCABULARY_NAME
+    size = min(options.draft_vocab_size, target.vocab_size)
+    if path.exists() and (chosen := len(json.loads(path.read_text()))) != size:
+        raise ConfigError(
+            f"--draft-vocab-size {size}: {traces} is of a training with {chosen}; use that, or name another --out"
         )
 
 

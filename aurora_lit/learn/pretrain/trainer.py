@@ -157,8 +157,11 @@ class DraftTrainer:
         for name, part in self._stateful().items():
             part.load_state_dict(state[name])
         for schedule, of_schedule in zip(self.schedules, state["schedules"], strict=True):
-            schedule.load_state_dict(of_schedule)
+            schedule.load_state_dict({**of_schedule, "base_lrs": schedule.base_lrs})
         self.positions_seen, self.epoch = state["positions_seen"], state["epoch"]
+        for schedule in self.schedules:  # with this object's learning rate, not the saved one
+            for group, base_lr in zip(schedule.optimizer.param_groups, schedule.base_lrs, strict=True):
+                group["lr"] = base_lr * self.module.lr_factor(self._progress())
 
     def _batches(self, traces: Path, shards: Sequence[ShardInfo]) -> Iterator[OnlineBatch]:
         options = self.options

@@ -164,6 +164,16 @@ def test_traces_of_other_work_are_refused(
         pretrain(config, options)
 
 
+def test_another_vocabulary_size_is_refused_when_training_continues(
+    config: AuroraConfig, options: PretrainOptions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stages, "DraftTrainer", stop)
+    with pytest.raises(Stopped):
+        pretrain(config, options)
+    with pytest.raises(ConfigError, match="--draft-vocab-size 16: .*first.traces is of a training with 32; use that"):
+        pretrain(config, dataclasses.replace(options, draft_vocab_size=16))
+
+
 def test_a_target_that_was_moved_is_no_other(
     config: AuroraConfig, options: PretrainOptions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

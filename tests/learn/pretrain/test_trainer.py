@@ -33,8 +33,8 @@ def log(target: Target, tmp_path: Path) -> Path:
     return tmp_path / "traces"
 
 
-def trainer(target: Target, folder: Path) -> DraftTrainer:
-    options = TrainerOptions(total_positions=40_000, batch_positions=512, max_length=64, learning_rate=4e-3)
+def trainer(target: Target, folder: Path, *, learning_rate: float = 4e-3) -> DraftTrainer:
+    options = TrainerOptions(total_positions=40_000, batch_positions=512, max_length=64, learning_rate=learning_rate)
     online = OnlineWeights(ppo_weight=0.0)
     module = draft_module(target, random_draft(target), num_steps=2, online=online)
     module.warmup_steps = 5
@@ -83,6 +83,18 @@ def test_a_few_steps_learn_and_a_rebuilt_trainer_continues_where_the_last_one_st
         torch.testing.assert_close(tensor, again.module.state_dict()[name])
     again.fit(log, shards, until_positions=8_000)
     assert again.positions_seen == first.positions_seen, "nothing is left to do"
+
+
+def test_a_rebuilt_trainer_has_its_own_learning_rate(target: Target, log: Path, tmp_path: Path) -> None:
+    shards = read_index(log)
+    first = trainer(target, tmp_path / "fit")
+    first.fit(log, shards, until_positions=4_000)
+    again = trainer(target, tmp_path / "fit", learning_rate=1e-9)
+    before = {name: tensor.clone() for name, tensor in again.module.state_dict().items()}
+    again.fit(log, shards, until_positions=5_000)
+    assert again.positions_seen > first.positions_seen
+    for name, tensor in again.module.state_dict().items():
+        torch.testing.assert_close(tensor, before[name], rtol=0, atol=1e-6)
 
 
 def test_a_damaged_state_is_an_error(target: Target, tmp_path: Path) -> None:
