@@ -77,5 +77,5 @@ def _print_memory(console: Console, config: AuroraConfig, memory: dict[str, Any]
         if found is None:
             sets.append(f"{card}: not with {engine.strategy}")
         else:
-            sets.append(f"{card}: {found[0]}" + (" and one for the learner" if found[1] else ""))
+            sets.append(f"{card}: {found[0]}" + (f" and {found[1]} for the learner" if found[1] else ""))
     console.print(f"Smallest set of GPUs with engine.strategy={engine.strategy}: {'; '.join(sets)}.")

@@ -51,7 +51,8 @@ class Need:
     what: str
     where: Place
     """every device: on each device that holds a part of the target. first device: on the first of these in addition.
-    learner's device: with learn.enabled that is the first device too. host: in main memory."""
+    learner's device: on that of each of the learn.devices processes; with learn.enabled the first of them is the first
+    device too. host: in main memory."""
     num_bytes: int
     how: str
     """The formula, in words."""
@@ -204,12 +205,14 @@ def needs(config: AuroraConfig, shape: PretrainedConfig, *, devices: int) -> lis
             )
         )
         lines += learner_needs(config, text)
+        reading = max(1, config.learn.devices - 1)  # the first process reads before it starts the others
+        by_each = f" by each of {reading} processes" if reading > 1 else ""
         lines.append(
             Need(
                 what="learner, while starting",
                 where="host",
-                num_bytes=4 * parameters,
-                how="the target, read once for its embedding and head, fp32",
+                num_bytes=4 * parameters * reading,
+                how=f"the target, read once{by_each} for its embedding and head, fp32",
                 for_learner=True,
             )
         )
@@ -233,6 +236,8 @@ def total(lines: list[Need], *places: Place) -> int:
 def host_total(config: AuroraConfig, lines: list[Need], *, on_gpus: bool = False) -> int:
     """Bytes of main memory, with a learner if learn.enabled; on_gpus: what is on devices does not take any."""
     others = 0 if on_gpus else (config.engine.devices - 1) * total(lines, "every device")
+    if config.learn.enabled and not on_gpus:
+        others += (config.learn.devices - 1) * total(lines, "learner's device")
     counted = [need for need in lines if config.learn.enabled or not need.for_learner]
     return others + sum(need.num_bytes for need in counted if need.where == "host" or not on_gpus)
 

@@ -13,7 +13,7 @@ np = pytest.importorskip("numpy")
 from aurora_lit.cli import checks as checks_module  # noqa: E402
 from aurora_lit.cli.checks import Check, run_checks  # noqa: E402
 from aurora_lit.cli.doctor import doctor  # noqa: E402
-from aurora_lit.cli.footprint import host_total, model_shape, needs  # noqa: E402
+from aurora_lit.cli.footprint import host_total, model_shape, needs, total  # noqa: E402
 from aurora_lit.config import AuroraConfig, load_config  # noqa: E402
 from aurora_lit.models import source as source_module  # noqa: E402
 
@@ -253,6 +253,25 @@ def test_on_a_cpu_memory_need_is_that_of_all_processes(model: Path) -> None:
     assert need("learn.enabled=false") < need("learn.enabled=true")
     tensor_parallel = ("engine.strategy=tensor_parallel", "engine.devices=2")
     assert need(*tensor_parallel) > need() + (1 << 30), "another process"
+
+
+def test_each_process_of_a_learner_needs_memory(model: Path) -> None:
+    """The first one reads the target before it starts the others, which do so at the same time."""
+    settings = ["draft.checkpoint=null", "learn.from_scratch=true", "learn.enabled=true"]
+    config = load_config(None, settings)
+    shape = model_shape(config, folder=model)
+    assert shape is not None
+    lines = needs(config, shape, devices=1)
+    (reading,) = (line.num_bytes for line in lines if line.what == "learner, while starting")
+
+    def more(devices: int, *, on_gpus: bool) -> int:
+        several = load_config(None, [*settings, f"learn.devices={devices}"])
+        need = host_total(several, needs(several, shape, devices=1), on_gpus=on_gpus)
+        return need - host_total(config, lines, on_gpus=on_gpus)
+
+    of_one = total(lines, "learner's device")
+    assert [more(devices, on_gpus=False) for devices in (2, 3)] == [of_one, 2 * of_one + reading]
+    assert [more(devices, on_gpus=True) for devices in (2, 3)] == [0, reading]
 
 
 def test_memory_needs_are_known_before_the_download_from_a_config_file(

@@ -87,6 +87,12 @@ def test_the_shipped_deployments_use_the_smallest_set_of_gpus(
     assert f"80 GB: {devices}" in said
 
 
+def test_all_gpus_of_the_learner_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = DEFAULT_CONFIG.with_name("llama-3.1-70b.yaml")
+    doctor(load_config(path, [f"target.cache_dir={tmp_path}", "learn.devices=2"]))
+    assert "80 GB: 4 and 2 for the learner" in " ".join(capsys.readouterr().out.split())
+
+
 def test_mixtral_8x22b_by_hand() -> None:
     found = table(deployment("mixtral-8x22b", strategy="fsdp", devices=8))
     attention = 2 * 6144 * (48 * 128) + 2 * 6144 * (8 * 128)
