@@ -17,7 +17,12 @@ from typing import Any, Literal
 
 import yaml
 from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import (
+    GrammarParseError,
+    InterpolationKeyError,
+    OmegaConfBaseException,
+    UnsupportedInterpolationType,
+)
 
 from aurora_lit.errors import ConfigError
 from aurora_lit.settings import RENAMED_SETTINGS
@@ -27,6 +32,7 @@ _PACKAGE = Path(__file__).resolve().parent
 # In a checkout configs/ and checkpoints/ are beside the package; in a wheel, inside it.
 PROJECT_FOLDER = _PACKAGE if (_PACKAGE / "configs").is_dir() else _PACKAGE.parent
 DEFAULT_CONFIG = PROJECT_FOLDER / "configs" / "smollm2.yaml"
+_NO_INTERPOLATION = r"write \${ where no interpolation is meant"
 
 
 def load_config(path: Path | None, overrides: Sequence[str]) -> AuroraConfig:
@@ -178,7 +184,7 @@ def _read_yaml(path: Path) -> Mapping[str, Any]:
         raise ConfigError(f"--config {path}: is not valid YAML ({' '.join(str(error).split())}); correct it") from error
     except OmegaConfBaseException as error:
         reason = f"{error.full_key or 'a value'}: {str(error).splitlines()[0].rstrip('.')}"
-        raise ConfigError(f"--config {path}: {reason}; write \\${{ where no interpolation is meant") from error
+        raise ConfigError(f"--config {path}: {reason}; {_NO_INTERPOLATION}") from error
     if not isinstance(content, Mapping):
         raise ConfigError(f"--config {path}: holds a {type(content).__name__}; use sections such as `engine:`")
     return typing.cast(Mapping[str, Any], content)
@@ -225,11 +231,12 @@ def _checked(tree: Mapping[str, Any], kind: type, *, prefix: str) -> dict[str, A
         if dataclasses.is_dataclass(known[key]):
             if not isinstance(value, Mapping):
                 first = next(iter(typing.get_type_hints(known[key])))
-                raise ConfigError(f"{full}={value} is a section; set one of its keys, such as {full}.{first}")
+                more = ", or leave it out" if value is None else ""
+                raise ConfigError(f"{full}={value} is a section; set one of its keys, such as {full}.{first}{more}")
             value = _checked(value, typing.cast(type, known[key]), prefix=f"{full}.")
         elif _is_text(known[key]) and not isinstance(value, str) and value is not None:
             raise ConfigError(
-                f"{_assignment(full, value)} must be text, not {type(value).__name__}; {_remedy(known[key])}"
+                f"{_assignment(full, value)} must be text, not {type(value).__name__}; {_remedy(known[key], value)}"
             )
         checked[str(key)] = value
     return checked
@@ -240,12 +247,16 @@ def _assignment(key: str, value: object) -> str:
     return key if "key" in key.lower() else f"{key}={value}"
 
 
-def _remedy(kind: Any) -> str:
-    """What a setting of this type accepts."""
+def _remedy(kind: Any, value: object) -> str:
+    """What a setting of this type accepts, which this value is not."""
     if typing.get_origin(kind) is Literal:
         return f"use one of {', '.join(typing.get_args(kind))}"
     words = {int: "use a whole number", float: "use a number", bool: "use true or false"}
-    return words.get(kind, "put it in quotes")
+    if kind in words:
+        return words[kind]
+    if value is None:
+        return "give a value, or leave it out"
+    return "give one value" if isinstance(value, list | dict) else "put it in quotes"
 
 
 def _explain(error: OmegaConfBaseException) -> str:
@@ -253,6 +264,11 @@ def _explain(error: OmegaConfBaseException) -> str:
     kind: Any = AuroraConfig
     for part in str(error.full_key or "").split("."):
         kind = typing.get_type_hints(kind).get(part) if dataclasses.is_dataclass(kind) else None
-    remedy = "set that variable or the value itself" if "resolving" in str(error.msg) else _remedy(kind)
+    if isinstance(error, GrammarParseError | InterpolationKeyError | UnsupportedInterpolationType):
+        remedy = _NO_INTERPOLATION
+    elif "resolving" in str(error.msg):
+        remedy = "set that variable or the value itself"
+    else:
+        remedy = _remedy(kind, None)  # all that is wrong with a text here is that it has no value
     first_line = str(error.msg or error).splitlines()[0].rstrip(".")
     return f"{error.full_key or 'configuration'}: {first_line}; {remedy}"

@@ -312,6 +312,35 @@ def test_a_wrong_file_is_refused(text: str, said: str, tmp_path: Path) -> None:
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("text", "remedy"),
+    [
+        ("engine:", "set one of its keys, such as engine.speculate, or leave it out"),
+        ("checkpoint: {dir: null}", "give a value, or leave it out"),
+        ("engine: {threads: null}", "use a whole number"),
+        ("checkpoint: {run: [a]}", "give one value"),
+        ("checkpoint: {run: {a: b}}", "give one value"),
+        ("memory: {scope: [off]}", "use one of auto, domain, client, off"),
+        ("trace: {record: 'a${foo}'}", r"write \${ where no interpolation is meant"),
+        ("trace: {record: 'a${foo:1}'}", r"write \${ where no interpolation is meant"),
+        ("server: {port: '${foo}'}", r"write \${ where no interpolation is meant"),
+        ("trace: {record: '${oc.env:AURORA_LIT_NO_SUCH}'}", "set that variable or the value itself"),
+    ],
+)
+def test_the_remedy_mends_what_is_wrong(text: str, remedy: str, tmp_path: Path) -> None:
+    path = tmp_path / "wrong.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        load_config(path, [])
+    assert str(caught.value).split("; ", 1)[1] == remedy
+
+
+def test_what_an_override_is_told_to_write_for_an_interpolation_helps() -> None:
+    with pytest.raises(ConfigError, match=r"write \\\$\{ where no interpolation is meant"):
+        load_config(None, ["trace.record=a${b"])
+    assert load_config(None, [r"trace.record=a\${b"]).trace.record == "a${b"
+
+
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"gone\.yaml: cannot be read"):
         load_config(tmp_path / "gone.yaml", [])
