@@ -15,7 +15,8 @@ them are not in the trace, and the policy gradient there is 0 (their S_t is 0, m
 could reach beyond the recorded end is left out, as in learn/offline/scoring.py.
 
 Sampled requests keep their recorded rounds: a trace does not hold the key of their noise, which other proposals would
-need, and their proposals after a rejection have states too.
+need, and their proposals after a rejection have states too. They are labelled RECORDED_VERSION, since the versions of
+the server that recorded them are not the replay's.
 
 Shapes: K draft steps, B rows, T positions, H hidden, N chains without a rejection so far, D draft vocabulary.
 """
@@ -35,6 +36,8 @@ from aurora_lit.learn.online.gate import first_choice
 from aurora_lit.modules.losses.draft_module import DraftModule
 from aurora_lit.traces.record import SOURCE_DRAFT, Trace
 
+RECORDED_VERSION = -1
+"""Version of rounds that were recorded: older than the starting draft, whose version is 0."""
 _MAX_OPEN_SEGMENTS = 1024
 """Segments for whose successor the first root is remembered."""
 
@@ -82,12 +85,14 @@ class RoundSimulator:
     def simulate_rounds(
         self, traces: Sequence[Trace], *, version: int, copied: Sequence[Sequence[int]] | None = None
     ) -> list[Trace]:
-        """The traces with this draft's rounds, labelled with `version`; traces that are not greedy stay as they are.
+        """The traces with this draft's rounds, labelled with `version`; those that are not greedy keep theirs.
 
         copied: for each trace, by root, how many copied tokens are accepted, at most `reach`; None: nothing is copied.
         Segments of one request must come in their order.
         """
-        found = list(traces)
+        found = [
+            replace(trace, round_version_R=torch.full_like(trace.round_version_R, RECORDED_VERSION)) for trace in traces
+        ]
         greedy = [i for i, trace in enumerate(traces) if trace.verify == "greedy"]
         chains: dict[int, tuple[_Chains, int]] = {}
         for group in group_by_length([len(traces[i].token_ids_T) for i in greedy], self.batch_positions):

@@ -146,7 +146,6 @@ class Replay:
         self._learn, self._steps_per_trace = learn, steps_per_trace
         self._steps_due = 0.0
         self._last_trial_steps = 0
-        self._newest_version = 0
         self.version = STARTING_VERSION
         """The served version."""
         self.scored: list[ScoredTrace] = []
@@ -216,10 +215,10 @@ class Replay:
         placed = self._intake.add(trace)
         if placed is None:
             return trace
-        self._newest_version = max([self._newest_version, *placed.round_version_R.tolist()])
         self._steps_due += self._steps_per_trace
         while self._steps_due >= 1:
-            batch = self._batcher.next_batch(oldest_fresh=self._newest_version - self._learn.max_staleness)
+            oldest_fresh = max(0, version_number(self.version) - self._learn.max_staleness)  # never recorded rounds
+            batch = self._batcher.next_batch(oldest_fresh=oldest_fresh)
             if batch is None:  # all traces wait for a trial
                 break
             self._steps_due -= 1

@@ -38,6 +38,7 @@ from aurora_lit.learn.offline import replay as replay_module
 from aurora_lit.learn.offline.replay import ARMS, Replay, blocks, read_traces
 from aurora_lit.learn.offline.scoring import RoundTotals
 from aurora_lit.models.target import Target
+from aurora_lit.modules.losses.batch import OnlineBatch
 from aurora_lit.modules.losses.objective import OnlineWeights
 from aurora_lit.request import Request
 from aurora_lit.traces.log import TraceLogWriter
@@ -106,6 +107,25 @@ def test_the_policy_learns_from_the_replays_own_rounds(target: Target, tmp_path:
     assert replay.learner.mean("mean_ratio") == pytest.approx(1, abs=0.3), "the rounds are on-policy but for the steps"
     traces = replay.simulate_rounds(plain)
     assert set(torch.cat([trace.draft_temperature_R[trace.explored_R] for trace in traces]).tolist()) == {1.5}
+
+
+def test_only_the_replays_own_rounds_are_fresh_whatever_version_was_served_when_they_were_recorded(
+    target: Target, stream: list[Trace], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    replay = make_replay(target, random_draft(target), tmp_path, steps_per_trace=0.5)
+    sampled = serve(target, random_draft(target), some_requests(12, seed=2, domain="code", temperature=0.7))
+    recorded = [
+        replace(trace, round_version_R=torch.full_like(trace.round_version_R, 40 * (number % 2)))
+        for number, traces in enumerate(zip(stream, sampled, strict=False))
+        for trace in traces
+    ]
+    batches: list[OnlineBatch] = []
+    monkeypatch.setattr(replay.learner, "update", batches.append)
+    replay.process_block(recorded)
+    fresh_Q = torch.cat([batch.rounds.fresh_Q for batch in batches])
+    is_greedy_Q = torch.cat([batch.rounds.temperature_Q for batch in batches]) == 0
+    assert 0 < int(is_greedy_Q.sum()) < len(is_greedy_Q)
+    assert torch.equal(fresh_Q, is_greedy_Q)
 
 
 def test_without_gate_or_store_every_draft_is_served_and_none_is_written(
