@@ -111,6 +111,7 @@ def run(
             for block in blocks(read_traces(traces, names, on_damaged=replayed.skip), trial_every):
                 replayed.process_block(block)
                 bar.advance(task, len(block))
+            replayed.check_same_traces([])
         except BaseException as error:  # Ctrl-C and SIGTERM too
             if not replayed.scored:
                 raise

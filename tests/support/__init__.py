@@ -5,8 +5,8 @@ toy_sampling, toy_rounds, kernel_formats, ring_payloads.
 Fakes: fake_engine (an engine without a model), fake_learner (a learner's process without learning), fake_device
 (tensors that must not meet the CPU's).
 Whole processes: fake_server (HTTP over the fake engine), tiny_server (real servers and learners on a tiny model),
-fork_host (forks those two from a process that has imported everything), two_ranks, learning_ranks, crash_points (kills
-a process at every step it takes on disk).
+fork_host (forks those two from a process that has imported everything), two_ranks, learning_ranks, replay_ranks,
+crash_points (kills a process at every step it takes on disk).
 Learning: live_traces (traces as a tiny engine makes them), learner_harness, replay_harness.
 """
 

@@ -7,6 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from lightning.fabric import Fabric
+
 from aurora_lit.config import AuroraConfig, load_config
 from aurora_lit.learn.data.target_head import TargetHead
 from aurora_lit.learn.offline.replay import Replay
@@ -35,7 +37,13 @@ def replay_config(*changes: str, **learn: Any) -> AuroraConfig:
 
 
 def make_replay(
-    target: Target, draft: Eagle3Draft, folder: Path, *changes: str, steps_per_trace: float = 1.0, **learn: Any
+    target: Target,
+    draft: Eagle3Draft,
+    folder: Path,
+    *changes: str,
+    steps_per_trace: float = 1.0,
+    fabric: Fabric | None = None,
+    **learn: Any,
 ) -> Replay:
     folder.mkdir(exist_ok=True)
     return Replay(
@@ -45,6 +53,7 @@ def make_replay(
         folder=folder / "versions",
         scratch=folder,
         steps_per_trace=steps_per_trace,
+        fabric=fabric,
     )
 
 

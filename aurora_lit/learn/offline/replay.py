@@ -8,13 +8,16 @@ copies were proposed beside the draft: from earlier in the request and from the 
 remembered after their score (learn/offline/copies.py). The policy gradient uses
 the rounds that the draft served in the replay would have had (learn/offline/on_policy.py), not those of the recorded
 draft. Steps, gate and published versions are those of online learning; time is counted in traces, so a replay is
-repeatable. Several processes may replay together: all read the same traces, and take each step together, each with its
-part of the batch. Leaves out how a trace is scored (learn/offline/scoring.py), the command and its report
-(cli/replay.py), and comparisons of several settings (bench/ablation/run.py).
+repeatable. Leaves out how a trace is scored (learn/offline/scoring.py), the command and its report (cli/replay.py), and
+comparisons of several settings (bench/ablation/run.py).
+
+Several processes may replay together, as online learners do (learn/online/data_parallel.py). All read the same traces
+and divide what is scored. The first one alone makes rounds, batches and decisions: the others take its steps with it,
+each with its part of the batch, and serve what it serves. So nothing that goes wrong in one of them, such as a full
+disk, makes them differ.
 
 What it does not share with the online loop (learn/online/loop.py): that one follows a store of versions that others
-write too, works within a budget and reports faults, while a replay decides by counts alone and must do the same in
-every process.
+write too, works within a budget and reports faults, while a replay decides by counts alone.
 """
 
 from __future__ import annotations
@@ -39,7 +42,7 @@ from aurora_lit.learn.offline.copies import LEAST_SURVIVAL, copy_paths_of
 from aurora_lit.learn.offline.on_policy import RoundSimulator
 from aurora_lit.learn.offline.scoring import RoundScorer, RoundTotals, RoundWalk
 from aurora_lit.learn.online.build import STATE_NAME, controller_for, make_batcher, make_held_out, online_module
-from aurora_lit.learn.online.data_parallel import broadcast_plain
+from aurora_lit.learn.online.data_parallel import Follower, Leader, broadcast_plain
 from aurora_lit.learn.online.gate import GateDecision, compare_drafts
 from aurora_lit.learn.online.intake import TraceIntake
 from aurora_lit.learn.online.learner import STARTING_VERSION, Learner
@@ -100,13 +103,17 @@ class Replay:
     ) -> None:
         """Start with the `starting` draft as the served one.
 
-        folder: for published versions. scratch: for remembered traces, one folder a process. gated: false serves the
-        learner's draft without a trial after each learn.publish_every_steps steps. keep_versions: false writes no
-        version to disk. least_survival: copied nodes that are less likely to be accepted are not proposed. Raises
-        ConfigError when engine.max_draft_tokens is 0.
+        folder: for published versions. scratch: for remembered traces, one folder a process. fabric: for several
+        processes that replay together; all create a Replay. gated: false serves the learner's draft without a trial
+        after each learn.publish_every_steps steps. keep_versions: false writes no version to disk. least_survival:
+        copied nodes that are less likely to be accepted are not proposed. Raises ConfigError when
+        engine.max_draft_tokens is 0.
         """
         learn = config.learn
         module = online_module(config, copy.deepcopy(starting), target_head)
+        processes, first = (1, True) if fabric is None else (fabric.world_size, fabric.is_global_zero)
+        self._leader = Leader() if first and processes > 1 else None
+        self._follower = None if first else Follower()
         self.learner = Learner(
             module,
             controller_for(config),
@@ -115,6 +122,7 @@ class Replay:
             version=STARTING_VERSION,
             ema_decay=learn.ema_decay,
             fabric=fabric,
+            before_step=self._leader.broadcast_step if self._leader else None,
         )
         self.fabric = self.learner.fabric
         device = self.fabric.device
@@ -154,14 +162,30 @@ class Replay:
         self.trials: list[GateDecision] = []
 
     def process_block(self, block: Sequence[Trace]) -> None:
-        """Score a block of traces with the served draft, learn from each, then hold a trial."""
+        """Score a block of traces with the served draft, learn from each, then hold a trial.
+
+        Raises AuroraError if the processes have different blocks.
+        """
         valid = [trace for trace in block if self._is_valid(trace)]
         self.skipped += len(block) - len(valid)
-        proposed = self.simulate_rounds(valid)
-        for trace, own, rounds in zip(valid, proposed, self._score(valid), strict=True):
-            placed = self.learn_from(own)
-            self.scored.append(ScoredTrace(domain=trace.domain or placed.domain, version=self.version, **rounds))
+        self.check_same_traces(valid)
+        rounds_of = self._score(valid)
+        for domain, rounds in zip(self._learn_from_block(valid), rounds_of, strict=True):
+            self.scored.append(ScoredTrace(domain=domain, version=self.version, **rounds))
         self.hold_trial()
+
+    def check_same_traces(self, traces: Sequence[Trace]) -> None:
+        """Raise AuroraError, in every process, unless all have these traces next; none where a process has no more."""
+        if self.fabric.world_size == 1:
+            return
+        segments = [(t.request_id, t.first_position, t.answer_start, len(t.token_ids_T)) for t in traces]
+        digest = zlib.crc32(repr(segments).encode())
+        largest, smallest = self.fabric.all_reduce(torch.tensor([digest, -digest]), reduce_op="max")
+        if largest != -smallest:
+            raise AuroraError(
+                "the processes read different traces: give all of them the same files, none of which is damaged on one "
+                "machine only"
+            )
 
     def skip(self, count: int) -> None:
         """Count traces that cannot be read."""
@@ -207,6 +231,19 @@ class Replay:
             for row in table
         ]
 
+    def _learn_from_block(self, traces: Sequence[Trace]) -> list[str]:
+        """Learn from each trace; followers take the leader's steps. Returns the domain of each: its label, or found."""
+        domains = None
+        if self._follower is not None:
+            self._follower.follow(self.learner)
+        else:
+            placed = map(self.learn_from, self.simulate_rounds(traces))
+            domains = [trace.domain or each.domain for trace, each in zip(traces, placed, strict=True)]
+        if self._leader is not None:
+            self._leader.end_turn()
+        of_all: list[str] = broadcast_plain(self.fabric, domains)
+        return of_all
+
     def learn_from(self, trace: Trace) -> Trace:
         """Take in a trace as the online learner does, and the steps that are due. Returns the trace with its domain.
 
@@ -234,23 +271,28 @@ class Replay:
             if not self._gated:
                 self._serve({"reason": "no gate"})
                 return
-            with self.fabric.autocast():
-                decision = compare_drafts(
-                    self._held_out, champion=self._champion, challenger=challenger, heat=self.learner.controller.heat
-                )
-            decision = self._first_process_decision(decision)
+            decision = self._decide(challenger)
             if decision is None:
                 return
             self.trials.append(decision)
             if decision.passed:
                 self._serve({"reason": decision.reason} | decision.record)
-        if (decision.passed or decision.refused) and self.learner.apply_gate_decision(
-            passed=decision.passed, champion=self.served, version=self.version
+        # Followers get the schedules, and weights that change, before the next step.
+        if (
+            self._follower is None
+            and (decision.passed or decision.refused)
+            and self.learner.apply_gate_decision(passed=decision.passed, champion=self.served, version=self.version)
         ):
             self._held_out.evidence.clear()
 
-    def _first_process_decision(self, decision: GateDecision | None) -> GateDecision | None:
-        """The first process's decision: rounding differs between processes, and all must do the same."""
+    def _decide(self, challenger: DraftModule) -> GateDecision | None:
+        """The first process's decision, in all of them; None if too few requests wait for a trial."""
+        decision = None
+        if self._follower is None:
+            with self.fabric.autocast():
+                decision = compare_drafts(
+                    self._held_out, champion=self._champion, challenger=challenger, heat=self.learner.controller.heat
+                )
         fields = broadcast_plain(self.fabric, None if decision is None else vars(decision))
         return None if fields is None else GateDecision(**fields)
 

@@ -1,16 +1,21 @@
 """Data-parallel learning: several processes take each optimiser step together, each with its part of the batch.
 
-Fabric starts the followers as copies of the leader's own command. They read no traffic and evaluate no drafts: before
-each step the leader broadcasts the batch and the schedules' state, and its whole state when anything but a step has
-changed it. So all processes have the same weights, and those of the leader are evaluated, published and saved. Messages
-are safetensors and JSON (learn/data/training_state.py). Leaves out how a batch is divided (modules/losses/batch.py)
-and the step, which sums the gradients (learn/online/learner.py).
+The first process leads, the others follow. Before each step the leader broadcasts the batch and the schedules' state,
+and its whole state when anything but a step has changed it. So all processes have the same weights, and those of the
+leader are evaluated, published and saved; followers make no batches and evaluate no drafts. Messages are safetensors
+and JSON (learn/data/training_state.py). Leaves out how a batch is divided (modules/losses/batch.py) and the step, which
+sums the gradients (learn/online/learner.py).
+
+Beside a server Fabric starts the followers as copies of the leader's own command, and they follow until it is done:
 
     fabric = launch_fabric(config.learn)                    # returns in every process
     with leader_process() as leader:                        # in the first process
         Learner(…, fabric=fabric, before_step=leader.broadcast_step)
     follower = Follower()                                   # in the others
-    follower.follow(Learner(…, fabric=fabric))              # returns when the leader is done
+    follower.follow(Learner(…, fabric=fabric))              # returns when the leader has ended its turn
+
+In a replay (learn/offline/replay.py) `fabric run` starts all processes, and they follow for a block of traces at a
+time: the leader ends each turn with `leader.end_turn()`.
 """
 
 from __future__ import annotations
@@ -41,8 +46,8 @@ _IDLE_TIMEOUT = timedelta(days=365)
 """How long a follower waits for a step: without traffic there are no steps."""
 _EXIT_TIMEOUT_S = 5.0
 """How long the leader waits for the followers to exit."""
-_DONE = b""
-"""The leader's last message."""
+_END_OF_TURN = b""
+"""The leader's message after the last step of a turn."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +85,7 @@ class Leader:
     def __init__(self) -> None:
         """Form a group with the followers; returns when all of them are there."""
         self._group = _control_group()
-        self._followers = psutil.Process().children()
+        self._followers = psutil.Process().children()  # none under `fabric run`, which starts all processes
         self._num_changes_sent = -1
 
     def broadcast_step(self, learner: Learner, batch: OnlineBatch) -> None:
@@ -91,11 +96,12 @@ class Leader:
             schedules=[schedule.state_dict() for schedule in learner.schedules],
             state=learner.state_dict() if changed else None,
         )
-        try:
-            _broadcast(_step_to_bytes(step), self._group)
-        except RuntimeError as error:
-            raise AuroraError(f"the learner's processes cannot go on together: {error}") from error
+        self._send(_step_to_bytes(step))
         self._num_changes_sent = learner.num_weight_changes
+
+    def end_turn(self) -> None:
+        """Have the followers return from `follow`. Raises AuroraError if one is gone."""
+        self._send(_END_OF_TURN)
 
     def cpu_s(self) -> float:
         """Processor seconds of all processes together, for the budget."""
@@ -108,9 +114,15 @@ class Leader:
 
     def release_followers(self) -> None:
         """Let the followers exit, and wait for them a while."""
-        with contextlib.suppress(RuntimeError):  # they are gone
-            _broadcast(_DONE, self._group)
+        with contextlib.suppress(AuroraError):  # they are gone
+            self.end_turn()
         psutil.wait_procs(self._followers, timeout=_EXIT_TIMEOUT_S)
+
+    def _send(self, message: bytes) -> None:
+        try:
+            _broadcast(message, self._group)
+        except RuntimeError as error:
+            raise AuroraError(f"the learner's processes cannot go on together: {error}") from error
 
 
 @contextlib.contextmanager
@@ -131,7 +143,7 @@ class Follower:
         self._group = _control_group()
 
     def follow(self, learner: Learner) -> None:
-        """Take the leader's steps with it until it is done. Raises AuroraError when it is gone."""
+        """Take the leader's steps with it until it ends its turn. Raises AuroraError when it is gone."""
         while (step := self._next_step()) is not None:
             if step.state is not None:
                 learner.load_state_dict(step.state)
@@ -144,7 +156,7 @@ class Follower:
             message = _broadcast(None, self._group)
         except RuntimeError as error:
             raise AuroraError(f"the learner that leads this one is gone: {error}") from error
-        return None if message == _DONE else _step_from_bytes(message)
+        return None if message == _END_OF_TURN else _step_from_bytes(message)
 
 
 def broadcast_plain(fabric: Fabric, value: Any) -> Any:

@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 from support import ROOT
 from support.live_traces import online_module, serve, some_requests
 from support.replay_harness import make_replay, replay_config, scored_rounds
+from support.replay_ranks import replay_with
 from support.tiny_models import random_draft
 
 from aurora_lit.cli import replay as replay_command
@@ -524,6 +525,28 @@ def test_two_processes_learn_what_one_learns(machines: int, recorded: list[str],
     began = torch.cat([t.flatten().float() for t in start.values()])
     # Muon orthogonalises in bf16, which makes more of rounding; halves that are not joined are ten times as far off.
     assert (moved - other).norm() < 0.05 * (moved - began).norm()
+
+
+@pytest.mark.slow
+def test_a_process_that_is_disturbed_learns_as_the_others_and_other_traces_are_an_error(
+    folder: Path, recorded: list[str], tmp_path: Path
+) -> None:
+    (alone,), (first, second) = (replay_with(tmp_path, folder, tmp_path / "traces", processes=n) for n in (1, 2))
+    assert first["trials"] > 2
+    for name in ("steps", "trials", "version", "scored"):
+        assert first[name] == second[name], name
+    for part in ("learned", "served"):
+        for name, tensor in first[part].items():
+            assert torch.equal(tensor, second[part][name]), f"{part}: {name}"
+    assert first["steps"] == alone["steps"]
+    began = random_draft(Target.load(folder, precision="fp32")).state_dict()
+    moved, apart = (
+        torch.cat([(t.float() - other[name].float()).flatten() for name, t in alone["learned"].items()]).norm()
+        for other in (began, first["learned"])
+    )
+    assert apart < 0.05 * moved
+    assert [len(each["errors"]) for each in (alone, first, second)] == [0, 2, 2]
+    assert all("the processes read different traces" in error for error in first["errors"] + second["errors"])
 
 
 def _source(tmp_path: Path) -> Path:
