@@ -3,18 +3,21 @@
     process = fork("support.tiny_server", "run_command", [...], stdout=folder / "out", stderr=folder / "err")
     process.wait(10)                       # its exit code, negative for a signal
 
-The forking process (the host) starts with the first call and ends with the pytest process; the forked processes end
-with the host. A server that is forked should also fork its engine worker, which would otherwise be spawned, a new
-interpreter that imports everything again: see `fork_engine_workers`.
+The forking process (the host) starts with the first call, serves all workers of a run of pytest and ends with the run;
+the forked processes end with the host. A server that is forked should also fork its engine worker, which would
+otherwise be spawned, a new interpreter that imports everything again: see `fork_engine_workers`.
 """
 
 from __future__ import annotations
 
 import atexit
+import errno
 import importlib
 import json
 import os
+import selectors
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -23,6 +26,8 @@ import traceback
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from aurora_lit.ipc.process_lifetime import die_with_parent
 from support import child_environment
@@ -78,30 +83,49 @@ class _Host:
     """The pytest process's side of the host: one JSON line for a request, one for the answer."""
 
     def __init__(self) -> None:
-        self._process = subprocess.Popen(
-            [sys.executable, __file__, str(os.getpid())],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env=child_environment(),
-        )
-        atexit.register(self._end)
-        assert self._answer() == "ready", "the host cannot import the package; its error is on stderr"
+        with socket.socket(socket.AF_UNIX) as listener:
+            try:
+                listener.bind(_ADDRESS)
+            except OSError as error:  # another worker has started the host
+                if error.errno != errno.EADDRINUSE:
+                    raise
+            else:
+                listener.listen()
+                listener.set_inheritable(True)
+                command = [sys.executable, __file__, str(listener.fileno()), str(_RUN_PID)]
+                os.spawnve(os.P_NOWAIT, sys.executable, command, _ENVIRONMENT)
+            self._connection = _connect()
+        self._lines = self._connection.makefile("rw")
+        atexit.register(self._close)
 
     def request(self, message: dict[str, Any]) -> Any:
-        assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps(message) + "\n")
-        self._process.stdin.flush()
-        return self._answer()
+        self._lines.write(json.dumps(message) + "\n")
+        self._lines.flush()
+        answer = self._lines.readline()
+        assert answer, "the host cannot import the package; its error is on stderr"
+        return json.loads(answer)
 
-    def _end(self) -> None:
-        self._process.kill()
-        self._process.communicate()
+    def _close(self) -> None:
+        self._lines.close()
+        self._connection.close()
 
-    def _answer(self) -> Any:
-        assert self._process.stdout is not None
-        return json.loads(self._process.stdout.readline() or "null")
 
+def _connect() -> socket.socket:
+    while True:
+        connection = socket.socket(socket.AF_UNIX)
+        try:
+            connection.connect(_ADDRESS)
+            return connection
+        except ConnectionRefusedError:  # another worker is about to listen
+            connection.close()
+            time.sleep(0.01)
+
+
+_IS_WORKER = "PYTEST_XDIST_TESTRUNUID" in os.environ
+_RUN_PID = os.getppid() if _IS_WORKER else os.getpid()
+_ADDRESS = f"\0aurora-lit-tests-{_RUN_PID}"
+"""A name for this run alone, in no folder; whoever takes it first starts the host."""
+_ENVIRONMENT = child_environment()  # as it was before any test changed it
 
 _host: _Host | None = None
 
@@ -145,8 +169,8 @@ def run_code(code: str) -> None:
 # -- the host ------------------------------------------------------------------------------------------------------
 
 
-def _serve_requests(parent_pid: int) -> None:
-    die_with_parent(parent_pid)
+def _serve_requests(listener: socket.socket, run_pid: int) -> None:
+    """Until the run has ended."""
     for name in PRELOADED:
         importlib.import_module(name)
     exit_codes: dict[int, int] = {}
@@ -163,16 +187,25 @@ def _serve_requests(parent_pid: int) -> None:
 
     signal.signal(signal.SIGCHLD, reap)
     host_pid = os.getpid()
-    print(json.dumps("ready"), flush=True)
-    for line in sys.stdin:
-        message = json.loads(line)
-        if "poll" in message:
-            print(json.dumps(exit_codes.get(message["poll"])), flush=True)
-            continue
-        pid = os.fork()
-        if pid == 0:
-            _run(message, host_pid)
-        print(json.dumps(pid), flush=True)
+    selector = selectors.DefaultSelector()
+    selector.register(listener, selectors.EVENT_READ)
+    while psutil.pid_exists(run_pid):
+        for key, _ in selector.select(timeout=0.1):
+            if key.fileobj is listener:
+                worker = listener.accept()[0]
+                selector.register(worker, selectors.EVENT_READ, worker.makefile("rw"))
+            elif not (line := key.data.readline()):  # that worker has ended
+                selector.unregister(key.fileobj)
+            else:
+                message = json.loads(line)
+                if "poll" in message:
+                    answer = exit_codes.get(message["poll"])
+                else:
+                    answer = os.fork()
+                    if answer == 0:
+                        _run(message, host_pid)
+                key.data.write(json.dumps(answer) + "\n")
+                key.data.flush()
 
 
 def _run(message: dict[str, Any], host_pid: int) -> None:
@@ -200,4 +233,4 @@ def _run(message: dict[str, Any], host_pid: int) -> None:
 
 
 if __name__ == "__main__":
-    _serve_requests(int(sys.argv[1]))
+    _serve_requests(socket.socket(fileno=int(sys.argv[1])), int(sys.argv[2]))
