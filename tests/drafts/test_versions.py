@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from support import TESTS
+from support.fork_host import run_program
 from support.tiny_models import random_draft, save_model
 
 from aurora_lit.drafts import checkpoint as checkpoint_module
@@ -244,8 +242,7 @@ def test_concurrent_publishers_get_different_numbers(store: DraftStore, draft: E
 
 
 CRASHES = """
-import json, os, sys
-from pathlib import Path
+import json, os
 from types import SimpleNamespace
 import torch
 from support.crash_points import kill_at_every_step
@@ -258,7 +255,6 @@ os.fsync = lambda _: None  # a killed process loses nothing that it has written;
 config = Eagle3Config(hidden_size=8, target_hidden_size=8, intermediate_size=8, num_attention_heads=1,
     num_key_value_heads=1, head_dim=8, vocab_size=11, draft_vocab_size=7, aux_layer_ids=(1, 2, 3))
 target = SimpleNamespace(vocab_size=11, hidden_size=8, aux_layer_ids=(1, 2, 3))
-folder, action = Path(sys.argv[1]), sys.argv[2]
 store = DraftStore(folder, keep=2)
 with torch.no_grad():
     drafts = [Eagle3Draft(config) for _ in range(9)]
@@ -291,15 +287,8 @@ print(json.dumps({"steps": steps, "seen": sorted(seen)}))
 
 @pytest.mark.parametrize(("action", "least_steps"), [("publish", 20), ("roll_back", 7), ("promote", 4)])
 def test_killed_at_any_step_current_names_a_complete_version(action: str, least_steps: int, tmp_path: Path) -> None:
-    command = [sys.executable, "-c", CRASHES, str(tmp_path / "live"), action]
-    done = subprocess.run(
-        command,
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=TESTS,
-        timeout=250,
-    )
+    values = f"folder, action = Path({str(tmp_path / 'live')!r}), {action!r}\n"
+    done = run_program(f"from pathlib import Path\n{values}{CRASHES}", timeout_s=250)
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
     assert report["steps"] >= least_steps

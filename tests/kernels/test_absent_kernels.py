@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import json
 import shutil
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 from support.fake_engine import tiny_tokenizer
-from support.fork_host import fork
+from support.fork_host import Finished, run_program
 from support.tiny_models import save_model
 
 from aurora_lit.kernels import native
@@ -45,19 +43,9 @@ def no_compiler(tmp_path: Path) -> Environment:
     return {"PATH": str(tmp_path), "CXX": "", "AURORA_LIT_CACHE": str(tmp_path / "cache"), "AURORA_LIT_NATIVE": "1"}
 
 
-class Finished(NamedTuple):
-    """What a program wrote."""
-
-    stdout: str
-    stderr: str
-
-
 def run(code: str, environment: Environment) -> Finished:
     """Run a program in a process that has not looked for kernels yet."""
-    with tempfile.TemporaryDirectory() as folder:
-        out, err = Path(folder) / "out", Path(folder) / "err"
-        fork("support.fork_host", "run_code", [code], stdout=out, stderr=err, environment=environment).wait(100)
-        return Finished(out.read_text(), err.read_text())
+    return run_program(code, environment=environment)
 
 
 def doctors_check(*overrides: str) -> str:

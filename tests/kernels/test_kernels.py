@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from support.fork_host import run_program
 from support.kernel_formats import GROUPED, PER_OUTPUT, UNQUANTIZED, rounded_inputs, stored_weight
 from torch import nn
 
@@ -369,9 +367,8 @@ def test_without_the_library_the_kernel_cannot_attend(monkeypatch: pytest.Monkey
 
 def test_the_environment_can_disable_the_kernels() -> None:
     code = "from aurora_lit.kernels import native; print(native.library())"
-    environment = {**os.environ, "AURORA_LIT_NATIVE": "0"}
-    result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
-    assert result.stdout.strip() == "None"
+    result = run_program(code, environment={"AURORA_LIT_NATIVE": "0"})
+    assert result.stdout.strip() == "None", result.stderr
 
 
 @needs_kernels

@@ -25,7 +25,7 @@ import time
 import traceback
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import psutil
 
@@ -46,6 +46,7 @@ PRELOADED = (
     "aurora_lit.serve.worker.live_draft",
     "aurora_lit.serve.worker.loop",
     "support.fake_engine",
+    "support.tiny_models",
 )
 
 
@@ -159,6 +160,22 @@ def fork_engine_workers() -> None:
     from aurora_lit.serve import backend
 
     backend.START_METHOD = "fork"
+
+
+class Finished(NamedTuple):
+    """How a program ended and what it wrote."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+def run_program(code: str, *, timeout_s: float = 100.0, environment: Mapping[str, str] | None = None) -> Finished:
+    """Run a program in a new process until its end."""
+    with tempfile.TemporaryDirectory() as folder:
+        out, err = Path(folder) / "out", Path(folder) / "err"
+        process = fork("support.fork_host", "run_code", [code], stdout=out, stderr=err, environment=environment)
+        return Finished(process.wait(timeout_s), out.read_text(), err.read_text())
 
 
 def run_code(code: str) -> None:

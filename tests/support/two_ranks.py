@@ -1,4 +1,4 @@
-"""Two ranks that share one tiny sharded target, without a server. One process is started, and forks both for each case.
+"""Two ranks that share one tiny sharded target, without a server. They are forked from a process that has imported it.
 
     results = run_cases(folder, [Case(name="tp", model=folder / "llama", strategy="tensor_parallel")])
     results["tp"][1]["versions"]        # from the report of rank 1
@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
+import traceback
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from support import child_environment
+from aurora_lit.ipc.process_lifetime import die_with_parent
+from support.fork_host import fork
 
 PROMPTS = (
     (3, 14, 15, 9, 2, 6),
@@ -47,8 +47,10 @@ class Case:
 
 def run_cases(folder: Path, cases: list[Case]) -> dict[str, list[dict[str, Any]]]:
     """The two ranks' reports, by name of the case."""
-    arguments = json.dumps([asdict(case) for case in cases])
-    subprocess.run([sys.executable, __file__, str(folder), arguments], check=True, env=child_environment(), timeout=200)
+    log = folder / "log"
+    arguments = [str(folder), [asdict(case) for case in cases]]
+    process = fork("support.two_ranks", "run_forked", arguments, stdout=log, stderr=log)
+    assert process.wait(200) == 0, log.read_text()
     return {
         case.name: [json.loads((folder / f"{case.name}-{rank}.json").read_text()) for rank in range(2)]
         for case in cases
@@ -139,35 +141,29 @@ def num_weights(target: Any) -> int:
     return int(whole + sum(m.out_features * m.in_features for m in packed))
 
 
-def main(folder: Path, cases: list[Case]) -> None:
-    import tiny_models  # noqa: F401
-
-    import aurora_lit.models.sharded_target  # noqa: F401
-    from aurora_lit.ipc.process_lifetime import die_with_parent
-
+def run_forked(folder: str, cases: list[dict[str, Any]]) -> None:
+    """Run both ranks of each case, one case after the other; their reports are files in `folder`."""
     for case in cases:
-        children = []
-        parent = os.getpid()
-        for rank in range(2):
-            child = os.fork()
-            if child == 0:
-                die_with_parent(parent)
-                code = 1
-                try:
-                    report = run_rank(rank, case, folder)
-                    (folder / f"{case.name}-{rank}.json").write_text(json.dumps(report))
-                    code = 0
-                except BaseException:
-                    import traceback
-
-                    traceback.print_exc()
-                os._exit(code)
-            children.append(child)
-        for rank, child in enumerate(children):
-            code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-            if code:
-                (folder / f"{case.name}-{rank}.json").write_text(json.dumps({"exit": code}))
+        _run_case(Path(folder), Case(**case))
 
 
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), [Case(**case) for case in json.loads(sys.argv[2])])
+def _run_case(folder: Path, case: Case) -> None:
+    children = []
+    parent = os.getpid()
+    for rank in range(2):
+        child = os.fork()
+        if child == 0:
+            die_with_parent(parent)
+            code = 1
+            try:
+                report = run_rank(rank, case, folder)
+                (folder / f"{case.name}-{rank}.json").write_text(json.dumps(report))
+                code = 0
+            except BaseException:
+                traceback.print_exc()
+            os._exit(code)
+        children.append(child)
+    for rank, child in enumerate(children):
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        if code:
+            (folder / f"{case.name}-{rank}.json").write_text(json.dumps({"exit": code}))

@@ -5,9 +5,6 @@ from __future__ import annotations
 import errno
 import logging
 import os
-import resource
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -15,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support import TESTS
+from support.fork_host import run_program
 from support.trace_examples import same_trace, trace_with_rounds
 
 from aurora_lit.ipc.ring import RingReader, RingWriter
@@ -155,22 +152,17 @@ def test_recording_survives_any_error(tmp_path: Path, monkeypatch: pytest.Monkey
 
 def test_a_real_limit_on_the_file_system_is_survived(tmp_path: Path) -> None:
     code = f"""
-import sys; sys.path.insert(0, {str(TESTS)!r})
+import resource
 from pathlib import Path
 from support.trace_examples import trace_with_rounds
 from aurora_lit.serve.worker.trace_sinks import TraceRecording
+resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 15, 1 << 15))
 recording = TraceRecording(Path({str(tmp_path)!r}), max_bytes=1 << 24, flush_s=0.01)
 recording.put(trace_with_rounds([], length=4000))
 recording.close()
 print(recording.written, recording.dropped)
 """
-    child = subprocess.run(
-        [sys.executable, "-c", code],
-        capture_output=True,
-        text=True,
-        check=True,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 15, 1 << 15)),
-    )
+    child = run_program(code)
     assert child.stdout.split() == ["0", "1"]
     assert "cannot be recorded" in child.stderr
     assert [p.name for p in tmp_path.iterdir()] == [".lock"]
