@@ -64,8 +64,11 @@ main(["serve", "server.port={free_port()}"])
     assert json.loads(run(code)) == []
 
 
-def test_the_main_and_http_processes_contain_no_torch(model: Path, tmp_path: Path) -> None:
+def test_the_main_and_http_processes_contain_no_torch(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """One is a fork of the other. Imports and builds all of both, and prepares a request as the HTTP process does."""
+    monkeypatch.setattr(backend, "START_METHOD", "fork")
     overrides = [f"target.source={model}", f"target.cache_dir={tmp_path / 'cache'}"]
     backend.prepare(load_config(None, overrides))
     code = f"""
