@@ -7,6 +7,8 @@
 Special tokens in a prompt cause faults: <|crash|> (the engine raises), <|error|> (an Output with an error),
 <|refuse|> (submit raises ValueError), <|toolong|> (submit raises RequestError). With <|client|> the output is the
 request's client. <|end|> is the end of text.
+
+Functions import what is heavy, so that a server's main process has no torch, as in production.
 """
 
 from __future__ import annotations
@@ -17,18 +19,21 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
+from typing import TYPE_CHECKING
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
-from aurora_lit.drafts.centroid_file import read_centroids
 from aurora_lit.errors import RequestError
-from aurora_lit.modules.domains.centroids import DomainAssigner
 from aurora_lit.request import TOKEN_SOURCES, Output, Request, TokenLogprob
-from aurora_lit.serve.worker import loop
 from aurora_lit.serve.worker.parts import WorkerParts
 from aurora_lit.settings import PLANS
-from aurora_lit.traces.record import SOURCE_DRAFT
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+    from aurora_lit.modules.domains.centroids import DomainAssigner
+
+SOURCE_DRAFT = TOKEN_SOURCES.index("draft")
 
 SPECIALS = (
     *("<|end|>", "<|user|>", "<|assistant|>", "<|system|>", "<|crash|>", "<|error|>", "<|refuse|>", "<|toolong|>"),
@@ -43,6 +48,8 @@ _TEMPLATE = (
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
     """Byte-level BPE: 256 bytes, a few merges, the special tokens above."""
+    from transformers import PreTrainedTokenizerFast
+
     pieces = [*sorted(pre_tokenizers.ByteLevel.alphabet()), *(merge.replace(" ", "") for merge in _MERGES)]
     vocab = {piece: index for index, piece in enumerate(pieces)}
     merges = [tuple(merge.split()) for merge in _MERGES]
@@ -219,6 +226,8 @@ def load_tiny_tokenizer(config: object) -> PreTrainedTokenizerFast:
 
 def build_fake_worker(config: object, run_folder: object, *, options: FakeOptions) -> WorkerParts:
     """Backend.build_worker, with `options` bound by functools.partial."""
+    from aurora_lit.serve.worker import loop
+
     loop.HANG_TIMEOUT_S = options.hang_timeout_s
     time.sleep(options.build_s)
     if options.build_error:
@@ -237,5 +246,8 @@ def load_fake_draft(folder: Path | None) -> object:
 
 def load_fake_domains(path: Path) -> DomainAssigner:
     """WorkerParts.load_domains."""
+    from aurora_lit.drafts.centroid_file import read_centroids
+    from aurora_lit.modules.domains.centroids import DomainAssigner
+
     centroids, version = read_centroids(path, FAKE_SHAPE)
     return DomainAssigner(centroids, version=version)
