@@ -24,11 +24,16 @@ if TYPE_CHECKING:
 # Models are imported by the fixtures that need them: tests of settings and commands start without torch.
 
 
-def pytest_collection_finish() -> None:
-    """Let the garbage collector skip what thousands of collected tests hold: a full collection took a quarter of a
-    second, which a test that measures a round took for the round's."""
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Iterator[None]:
+    """Let the garbage collector skip what is imported and thousands of collected tests, of which nothing is garbage: a
+    full collection took a quarter of a second, which a test that measures a round took for the round's."""
+    gc.disable()
+    result = yield
     gc.collect()
     gc.freeze()
+    gc.enable()
+    return result
 
 
 @pytest.fixture(scope="module")
