@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Literal
 
 from hypothesis import example, given, settings
@@ -11,10 +12,11 @@ from aurora_lit.request import Request, SamplingParams
 from aurora_lit.serve.sequences.memory_scope import MemoryPartition, memory_partition_key
 
 Scope = Literal["domain", "client", "off"]
-WORDS = st.sampled_from(["", "a", "b", "ab", "0", "é"])
+WORDS = ("", "a", "b", "ab", "0", "é")
 """Few and similar ones, so that two requests often agree in some fields, and fields are equal to each other's."""
-NAMES = st.one_of(WORDS, st.text(max_size=8))
-SCOPES: st.SearchStrategy[Scope] = st.sampled_from(["domain", "client", "off"])
+NAMES = st.one_of(st.sampled_from(WORDS), st.text(max_size=8))
+SCOPES: tuple[Scope, ...] = ("domain", "client", "off")
+Key = MemoryPartition | None
 
 
 def request(salt: str = "", client: str = "", *, label: str = "", store: bool = True) -> Request:
@@ -27,26 +29,38 @@ def request(salt: str = "", client: str = "", *, label: str = "", store: bool = 
 REQUESTS = st.builds(request, NAMES, NAMES, label=NAMES, store=st.booleans())
 
 
-@settings(deadline=None, max_examples=2000)
-@given(one=REQUESTS, other=REQUESTS, scopes=st.tuples(SCOPES, SCOPES))
-@example(one=request("a", "b"), other=request("b", "a"), scopes=("client", "client"))
-@example(one=request("", "a"), other=request("a", ""), scopes=("client", "domain"))
-@example(one=request("ab", "c"), other=request("a", "bc"), scopes=("client", "client"))
-def test_a_shared_key_means_equal_scope_salt_and_client(
-    one: Request, other: Request, scopes: tuple[Scope, Scope]
-) -> None:
-    first, second = (
-        memory_partition_key(request, scope=scope) for request, scope in zip((one, other), scopes, strict=True)
-    )
+def check_shared_key(one: Request, other: Request, scopes: tuple[Scope, Scope], keys: tuple[Key, Key]) -> None:
     allowed = (
         scopes[0] == scopes[1] != "off"
         and one.cache_salt == other.cache_salt
         and (scopes[0] == "domain" or one.client == other.client != "")
     )
-    assert (first is not None and first == second) == allowed
+    assert (keys[0] is not None and keys[0] == keys[1]) == allowed, (one, other, scopes)
 
 
-@given(one=REQUESTS, scope=SCOPES)
+def test_a_shared_key_means_equal_scope_salt_and_client() -> None:
+    """Every pair of requests with the words above as salt and client."""
+    every = [
+        (asked, scope, memory_partition_key(asked, scope=scope))
+        for scope in SCOPES
+        for salt, client in itertools.product(WORDS, WORDS)
+        for asked in (request(salt, client), request(salt, client, label="a", store=False))
+    ]
+    for (one, scope, key), (other, other_scope, other_key) in itertools.product(every, every):
+        check_shared_key(one, other, (scope, other_scope), (key, other_key))
+
+
+@settings(deadline=None, max_examples=200)
+@given(one=REQUESTS, other=REQUESTS, scopes=st.tuples(st.sampled_from(SCOPES), st.sampled_from(SCOPES)))
+@example(one=request("a", "b"), other=request("b", "a"), scopes=("client", "client"))
+@example(one=request("", "a"), other=request("a", ""), scopes=("client", "domain"))
+@example(one=request("ab", "c"), other=request("a", "bc"), scopes=("client", "client"))
+def test_any_other_words_make_keys_likewise(one: Request, other: Request, scopes: tuple[Scope, Scope]) -> None:
+    first, second = memory_partition_key(one, scope=scopes[0]), memory_partition_key(other, scope=scopes[1])
+    check_shared_key(one, other, scopes, (first, second))
+
+
+@given(one=REQUESTS, scope=st.sampled_from(SCOPES))
 def test_neither_opting_out_nor_the_clients_label_changes_what_may_be_read(one: Request, scope: Scope) -> None:
     """`store` is the writer's to check, and a domain only decides what comes first."""
     plain = request(one.cache_salt, one.client)
