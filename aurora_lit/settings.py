@@ -290,7 +290,7 @@ class DomainSettings:
     max_domains: int = _within(16, 2, MAX_DOMAINS)
     """Maximum number of domains; beyond it the closest two are merged. At most half of them are labels that clients
     send, the first that come, which are never merged; with domain.detect=false all may be labels."""
-    novelty_threshold: float = _within(0.7, 0.05, 1.95)
+    novelty_threshold: float = _within(0.75, 0.05, 1.95)
     """Cosine distance (1 - cosine) from all known domains beyond which a request is an outlier; a few outliers that
     are alike found a new domain. Smaller values give finer domains."""
 

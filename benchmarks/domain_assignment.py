@@ -3,10 +3,11 @@
     python benchmarks/domain_assignment.py --prompts FILE... --limit 40
 
 Prints the time of pooling and of assigning at 16 domains. Then, for each order of the prompts: clusters are learned
-from the first half, and the second half is assigned, both by means over at most so many positions: the share of
-prompts without a domain, the share whose domain's most frequent kind (the file's) is theirs, and how often means over
-all positions give the same name. Last, how often a request gets the name that the learner's clusters give it, if they
-are published when a domain is founded and after every 32 requests. All are means over random orders of the prompts.
+from the first half, and the second half is assigned, both by the same kind of mean: the share of prompts without a
+domain, the share whose domain's most frequent kind (the file's) is theirs, and how often the mean over the whole prompt
+in which later positions weigh more gives the same name. Last, how often a request gets the name that the learner's
+clusters give it, if they are published when a domain is founded and after every 32 requests. All are means over random
+orders of the prompts.
 """
 
 from __future__ import annotations
@@ -28,11 +29,12 @@ from aurora_lit.config import load_config
 from aurora_lit.learn.online.centroid_publisher import DRIFTED_REQUESTS
 from aurora_lit.modules.domains.centroids import UNKNOWN, Centroids, DomainAssigner
 from aurora_lit.modules.domains.clusters import OnlineClusters
-from aurora_lit.modules.domains.embedding import MAX_POOLED_POSITIONS, pool_prompt
+from aurora_lit.modules.domains.embedding import MAX_POOLED_POSITIONS, RECENCY, pool_prompt
 from aurora_lit.serve.worker.build import load_target, load_tokenizer
 
-SERVED, WHOLE, WITH_LAST = f"at most {MAX_POOLED_POSITIONS}", "all but the first and the last", "all but the first"
-FEWER = (128, 64, 32)
+SERVED, WHOLE, WITH_LAST = f"the last {MAX_POOLED_POSITIONS}", "all but the first and the last", "all but the first"
+ALIKE = "all but the first and the last, alike"
+FEWER = (64, 32)
 _NUM_DOMAINS = 16
 
 
@@ -60,14 +62,22 @@ class Outcome:
 
 def pooled(aux_TE: Tensor, kind: str) -> Pooled:
     """All means of one prompt."""
-    count = len(aux_TE) - 2
-    means = {WITH_LAST: aux_TE[1:].float().mean(0), WHOLE: aux_TE[1:-1].float().mean(0)}
+    means = {
+        ALIKE: aux_TE[1:-1].float().mean(0),
+        WITH_LAST: _recent_mean(aux_TE[1:]),
+        WHOLE: _recent_mean(aux_TE[1:-1]),
+    }
     served_E = pool_prompt(aux_TE, len(aux_TE))
     assert served_E is not None
     means[SERVED] = served_E
     for most in FEWER:
-        means[f"at most {most}"] = aux_TE[1 : 1 + count : -(-count // most)].float().mean(0)
+        means[f"the last {most}"] = _recent_mean(aux_TE[1:-1][-most:])
     return Pooled(kind=kind, num_tokens=len(aux_TE), means=means)
+
+
+def _recent_mean(aux_PE: Tensor) -> Tensor:
+    """Mean in which later positions weigh more, as in `pool_prompt`."""
+    return torch.softmax(torch.arange(len(aux_PE)) / RECENCY, 0) @ aux_PE.float()
 
 
 class Learning:
@@ -141,7 +151,7 @@ def print_times(size: int, dtype: torch.dtype) -> None:
         mean_E=torch.zeros(size),
         variance_E=torch.ones(size),
         common=0.0,
-        novelty_threshold=0.7,
+        novelty_threshold=0.75,
     )
     assigner, x_E = DomainAssigner(centroids, version=1), torch.randn(size)
     print(f"assign, {_NUM_DOMAINS} domains, {size} dimensions: {times_us(lambda _: assigner.assign(x_E))}")

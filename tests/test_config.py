@@ -138,7 +138,7 @@ DEFAULTS = {
         "logs": "logs",
         "seed": 0,
     },
-    "domain": {"detect": True, "max_domains": 16, "novelty_threshold": 0.7},
+    "domain": {"detect": True, "max_domains": 16, "novelty_threshold": 0.75},
     "schedule": {
         "warmup_steps": 8,
         "min_lr_factor": 0.2,

@@ -54,7 +54,7 @@ class ClusterAssignment:
 class OnlineClusters:
     """Assigns one embedding after the other, and learns the clusters from them; see the file's docstring.
 
-    >>> clusters = OnlineClusters(max_clusters=16, novelty_threshold=0.7)
+    >>> clusters = OnlineClusters(max_clusters=16, novelty_threshold=0.75)
     >>> clusters.assign(x_E, new_name="auto-1").name        # None until there are clusters
     """
 

@@ -7,7 +7,7 @@ UNKNOWN. A label that the client gave takes precedence.
 Leaves out the clustering (modules/domains/clusters.py), the statistical tests (modules/domains/shifts.py), and how
 learning responds (modules/domains/lr_schedule.py).
 
-    detector = DomainDetector(max_domains=16, novelty_threshold=0.7)
+    detector = DomainDetector(max_domains=16, novelty_threshold=0.75)
     assignment = detector.assign(trace)         # assignment.domain: "auto-3", or the client's "code"
 
 Shapes: E embedding (three hidden states side by side).
