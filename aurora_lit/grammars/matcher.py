@@ -18,10 +18,12 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 from llguidance import LLMatcher, LLTokenizer
@@ -38,6 +40,8 @@ _MOST_BEGUN = 16
 output, and at a limit fails for all. Most grammars compile in 1 to 10 ms, and a first output's masks take as much."""
 _MOST_RENEWED = 2
 """How often an output's grammar is compiled again before its proposals, which then reach the limits, are left out."""
+_LONGEST_AGAIN_S = 0.1
+"""Of the compilation of a grammar that a round may wait for."""
 _IN_NO_TEXT = "\U0010fffd"
 """A character for private use, the last there is."""
 Mask = NDArray[np.uint8]
@@ -88,16 +92,29 @@ class Branch:
         """Why llguidance has failed; "" if it has not."""
         return self._matcher.get_error().partition("\n")[0]  # its state and the grammar follow
 
+    @property
+    def is_dead_end(self) -> bool:
+        """True if no token may follow, though no limit was reached: the same after compiling the grammar again."""
+        return self.error in ("", "NoExtensionBias")
+
+
+class CompileAgain(Protocol):
+    """Gives the beginning of an output, with a lexer of its own."""
+
+    def __call__(self, *, in_round: bool) -> Branch | None:
+        """None: a round cannot wait for that."""
+
 
 class Grammar:
     """The place of one output in its grammar.
 
     A limit of llguidance may have been reached by another output, which shares its lexer, or by a proposal. So the
-    grammar is then compiled again, for this output alone, and only what fails there too is an error.
+    grammar is then compiled again, for this output alone, and only what fails there too is an error. A grammar that a
+    round cannot wait for fails at once.
     """
 
-    def __init__(self, start: Branch, *, compile_again: Callable[[], Branch]) -> None:
-        """At the beginning of the output. `compile_again`: the beginning, with a lexer of its own.
+    def __init__(self, start: Branch, *, compile_again: CompileAgain) -> None:
+        """At the beginning of the output.
 
         Raises RequestError if llguidance cannot go on.
         """
@@ -122,28 +139,32 @@ class Grammar:
         """`forced`: what is known to follow, since finding it out takes as long as it is long."""
         allowed_W = self._here.allowed()
         for with_masks in (False, True):
-            if allowed_W is None:
-                self._follow_again(with_masks=with_masks)
+            if allowed_W is None and not self._here.is_dead_end and self._follow_again(with_masks=with_masks):
                 allowed_W = self._here.allowed()
         if allowed_W is None:
-            reason = self._here.error or "no token of the vocabulary goes on with the output"
+            dead_end = "no token of the vocabulary goes on with the output"
+            reason = dead_end if self._here.is_dead_end else self._here.error
             raise RequestError(f"no answer can follow the grammar: {reason}", param="structured_outputs")
         self.allowed: Mask = allowed_W
         """The tokens that may follow."""
         self.forced = forced or self._here.forced()
 
-    def _follow_again(self, *, with_masks: bool) -> None:
-        """Compile the grammar again, and follow the output so far.
+    def _follow_again(self, *, with_masks: bool) -> bool:
+        """Compile the grammar again, and follow the output so far. False: a round cannot wait for that.
 
         with_masks: as plain decoding does. What may be computed is limited from mask to mask, so this fails only where
         plain decoding would, but takes as long as all masks so far.
         """
-        self._here = self._compile_again()
+        start = self._compile_again(in_round=bool(self._output))
+        if start is None:
+            return False
+        self._here = start
         self._num_renewed += not with_masks
         for token in self._output:
             if with_masks:
                 self._here.allowed()
             self._here.enter(token)
+        return True
 
 
 @dataclass(eq=False)
@@ -152,6 +173,8 @@ class _Compiled:
 
     asked: StructuredOutputsParams
     start: LLMatcher
+    seconds: float
+    """What compiling it took its thread, without the tokenizer."""
     num_begun: int = 1
 
 
@@ -177,22 +200,22 @@ class GrammarCompiler:
 
         What has been compiled before does not wait for other grammars.
         """
-        start = self._kept(asked)
-        if start is None:
+        kept = self._kept(asked)
+        if kept is None:
             return self._thread.submit(self._compile, asked, end_tokens)
-        return self._beginning.submit(self._begin, asked, start, end_tokens)
+        return self._beginning.submit(self._begin, kept, end_tokens)
 
     def _compile(self, asked: StructuredOutputsParams, end_tokens: frozenset[int]) -> Grammar:
-        start = self._kept(asked)  # perhaps since it was asked for
-        if start is not None:
-            return self._begin(asked, start, end_tokens)
-        start = self._matcher(asked)
-        grammar = self._begin(asked, start, end_tokens)  # one that cannot begin is not kept
+        kept = self._kept(asked)  # perhaps since it was asked for
+        if kept is not None:
+            return self._begin(kept, end_tokens)
+        compiled = _Compiled(asked, *self._matcher(asked))
+        grammar = self._begin(compiled, end_tokens)  # one that cannot begin is not kept
         with self._changing_compiled:
-            self._compiled.append(_Compiled(asked, start))
+            self._compiled.append(compiled)
         return grammar
 
-    def _kept(self, asked: StructuredOutputsParams) -> LLMatcher | None:
+    def _kept(self, asked: StructuredOutputsParams) -> _Compiled | None:
         # Choices of one request have the same grammar, and so have most requests of one application.
         with self._changing_compiled:
             for kept in self._compiled:
@@ -200,25 +223,36 @@ class GrammarCompiler:
                     kept.num_begun += 1
                     if kept.num_begun == _MOST_BEGUN:
                         self._compiled.remove(kept)
-                    return kept.start
+                    return kept
         return None
 
-    def _begin(self, asked: StructuredOutputsParams, start: LLMatcher, end_tokens: frozenset[int]) -> Grammar:
-        def compile_again() -> Branch:  # in a round, if an output has begun
+    def _begin(self, compiled: _Compiled, end_tokens: frozenset[int]) -> Grammar:
+        def beginning(start: LLMatcher) -> Branch:
+            return Branch(start, vocab_size=self._vocab_size, end_tokens=end_tokens)
+
+        def compile_again(*, in_round: bool) -> Branch | None:
             with self._changing_compiled:  # whatever begins with it would fail too
-                for kept in [kept for kept in self._compiled if kept.start is start]:
-                    self._compiled.remove(kept)
-            matcher = self._compiling_again.submit(self._matcher, asked).result()
-            return Branch(matcher, vocab_size=self._vocab_size, end_tokens=end_tokens)
+                if compiled in self._compiled:
+                    self._compiled.remove(compiled)
+            if not in_round:  # in one of our threads, with the stack that this takes
+                return beginning(self._matcher(compiled.asked)[0])
+            if compiled.seconds > _LONGEST_AGAIN_S:
+                return None
+            return beginning(self._compiling_again.submit(self._matcher, compiled.asked).result()[0])
 
-        beginning = Branch(start.deep_copy(), vocab_size=self._vocab_size, end_tokens=end_tokens)
-        return Grammar(beginning, compile_again=compile_again)
+        return Grammar(beginning(compiled.start.deep_copy()), compile_again=compile_again)
 
-    def _matcher(self, asked: StructuredOutputsParams) -> LLMatcher:
-        matcher = LLMatcher(self._tokenizer(named=False), grammar_of(asked), log_level=0)
-        if asked.grammar is not None and matcher.is_error():  # it may name a special token
-            matcher = LLMatcher(self._tokenizer(named=True), grammar_of(asked), log_level=0)
-        return matcher
+    def _matcher(self, asked: StructuredOutputsParams) -> tuple[LLMatcher, float]:
+        """A compiled grammar, and the seconds that this took the thread, without the tokenizer."""
+        seconds = 0.0
+        for named in (False, True):
+            tokenizer = self._tokenizer(named=named)
+            started = time.thread_time()
+            matcher = LLMatcher(tokenizer, grammar_of(asked), log_level=0)
+            seconds += time.thread_time() - started
+            if asked.grammar is None or not matcher.is_error():  # it may name a special token
+                break
+        return matcher, seconds
 
     def _tokenizer(self, *, named: bool) -> LLTokenizer:
         """The target's tokenizer as llguidance has it; made on first use, and not at the start, which it would delay.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import threading
+import time
 from functools import partial
 from typing import Any
 
@@ -254,6 +255,43 @@ def test_a_limit_that_the_output_itself_reaches_is_an_error(monkeypatch: pytest.
     place = begin(compiler(), HARD)
     with pytest.raises(RequestError, match="no answer can follow the grammar: .*too many expressions"):
         place.advance([A, A])
+
+
+def test_a_round_waits_for_no_grammar_that_takes_long_to_compile(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(matcher_module, "_LONGEST_AGAIN_S", 0.0)
+    made = limited(monkeypatch, step_lexer_fuel=90)
+    place, beside = begin(of_one := compiler(), HARD), begin(of_one, HARD)
+    branch = place.branch()
+    assert branch is not None
+    branch.enter(A)
+    branch.enter(A)
+    assert branch.allowed() is None
+    for each in (place, beside):
+        with pytest.raises(RequestError, match="no answer can follow the grammar: .*too many expressions"):
+            each.advance([B])
+    assert len(made) == 1
+    begin(of_one, HARD)
+    assert len(made) == 2, "what has failed is not kept all the same"
+
+
+def test_the_time_of_the_tokenizer_is_none_of_the_grammars() -> None:
+    def slowly() -> str:
+        until = time.thread_time() + 0.12
+        while time.thread_time() < until:
+            pass
+        return backend().to_str()
+
+    of_one = GrammarCompiler(slowly, vocab_size=VOCAB_SIZE, eos_token_ids=frozenset([END]))
+    assert of_one._matcher(StructuredOutputsParams(regex="[ab]c"))[1] < matcher_module._LONGEST_AGAIN_S
+
+
+def test_a_dead_end_without_an_error_is_one_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = limited(monkeypatch)
+    place = begin(compiler(), "a(0x|1)")
+    place.advance([A])
+    with pytest.raises(RequestError, match="no token of the vocabulary goes on with the output"):
+        place.advance([TOKENS.index("0")])
+    assert len(made) == 1
 
 
 def test_outputs_do_not_reach_a_limit_together(monkeypatch: pytest.MonkeyPatch) -> None:
