@@ -39,7 +39,7 @@ _MOST_BEGUN = 16
 """Outputs that begin with one compiled grammar. They share a lexer, which keeps what it has computed, up to 1 MiB an
 output, and at a limit fails for all. Most grammars compile in 1 to 10 ms, and a first output's masks take as much."""
 _MOST_RENEWED = 2
-"""How often an output's grammar is compiled again before its proposals, which then reach the limits, are left out."""
+"""How often an output's grammar is compiled again before it takes no proposals any more, which reach the limits."""
 _LONGEST_AGAIN_S = 0.1
 """Of the compilation of a grammar that a round may wait for."""
 _IN_NO_TEXT = "\U0010fffd"
@@ -131,9 +131,14 @@ class Grammar:
         after = self.forced[len(tokens) :]
         self._look_ahead(after if self.forced[: len(tokens)] == list(tokens) else [])
 
-    def branch(self) -> Branch | None:
-        """A copy to walk on, which leaves this one where it is; None: walks have reached limits too often."""
-        return self._here.copy() if self._num_renewed < _MOST_RENEWED else None
+    @property
+    def takes_proposals(self) -> bool:
+        """False: walks down proposals have reached limits too often."""
+        return self._num_renewed < _MOST_RENEWED
+
+    def branch(self) -> Branch:
+        """A copy to walk on, which leaves this one where it is."""
+        return self._here.copy()
 
     def _look_ahead(self, forced: list[int] | None = None) -> None:
         """`forced`: what is known to follow, since finding it out takes as long as it is long."""

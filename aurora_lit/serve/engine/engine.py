@@ -351,7 +351,7 @@ class Engine:
         # What grammars force costs nothing to propose, and is no merit of copies or of the draft.
         if any(row.proposal.is_forced for row in rows):
             self.floor.pass_untimed(kind)
-        elif not any(row.sequence.params.speculate for row in rows):
+        elif not any(row.sequence.speculates for row in rows):
             self.floor.observe_unasked(kind, seconds=seconds - self.proposer.seconds)
         else:
             tokens = sum(len(output.token_ids) for output in outputs)

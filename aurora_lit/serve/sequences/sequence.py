@@ -141,6 +141,11 @@ class RunningSequence:
         return self._always_needs_logits or self.length - self.prompt_length < self.params.min_tokens
 
     @property
+    def speculates(self) -> bool:
+        """False: nothing may be proposed, as the request says or since its grammar takes no proposals."""
+        return self.params.speculate and (self.grammar is None or self.grammar.takes_proposals)
+
+    @property
     def num_remaining(self) -> int:
         """Tokens that `max_tokens` still allows."""
         most = self.params.max_tokens

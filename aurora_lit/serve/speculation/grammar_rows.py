@@ -17,7 +17,7 @@ from aurora_lit.traces.record import SOURCE_LOOKUP
 
 def forced_proposal(sequence: RunningSequence, *, most: int) -> Proposal:
     """The next tokens as a chain, where the grammar leaves no choice."""
-    if sequence.grammar is None or not sequence.params.speculate:
+    if sequence.grammar is None or not sequence.speculates:
         return NO_PROPOSAL
     tokens = sequence.grammar.forced[: max(0, min(most, sequence.num_remaining - 1))]
     return Proposal(tokens=tokens, source=SOURCE_LOOKUP, is_forced=True) if tokens else NO_PROPOSAL
@@ -43,10 +43,12 @@ def _allowed(proposal: Proposal, grammar: Grammar, end_tokens: frozenset[int]) -
     children = defaultdict(list)
     for column in range(1, 1 + len(proposal.tokens)):
         children[column - 1 if proposal.parents is None else proposal.parents[column - 1]].append(column)
-    allowed, branch = {0: grammar.allowed}, grammar.branch() if proposal.tokens else None
+    allowed = {0: grammar.allowed}
+    if not proposal.tokens:
+        return allowed
+    branch = grammar.branch()
 
     def walk(parent: int) -> None:
-        assert branch is not None
         for column in children[parent]:
             token = proposal.tokens[column - 1]
             if not allowed[parent][token >> 3] >> (token & 7) & 1:
@@ -61,6 +63,5 @@ def _allowed(proposal: Proposal, grammar: Grammar, end_tokens: frozenset[int]) -
                 walk(column)
             branch.leave()
 
-    if branch is not None:
-        walk(0)
+    walk(0)
     return allowed

@@ -131,9 +131,7 @@ class Proposer:
         self, sequences: Sequence[RunningSequence], proposals: list[Proposal], *, copies: bool, drafts: bool
     ) -> None:
         """Fill in the proposals of sequences that have none."""
-        speculating = [
-            i for i, sequence in enumerate(sequences) if sequence.params.speculate and proposals[i] is NO_PROPOSAL
-        ]
+        speculating = [i for i, sequence in enumerate(sequences) if sequence.speculates and proposals[i] is NO_PROPOSAL]
         if not speculating:
             return
         found: dict[int, Copies] = {}

@@ -359,6 +359,27 @@ def test_a_limit_that_outputs_and_proposals_reach_together_changes_no_output(
     assert {answer.finish_reason for answer in answers.values()} <= {"stop", "length"}
 
 
+def test_nothing_is_proposed_where_the_grammar_takes_no_proposals(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is cut of it would count as rejected, for all other requests too."""
+    asked = requests(4, regex="[ab]{6}0,0,0")
+    plain = run(case.engine(drafts=False), asked)
+    monkeypatch.setattr(matcher, "_MOST_RENEWED", 0)
+    engine, made = case.engine(copied_tokens=15, adaptive=True), list[list[int]]()
+    propose = engine.proposer.propose
+
+    def noted(*args: Any, **kwargs: Any) -> Any:
+        proposals = propose(*args, **kwargs)
+        made.extend(proposal.tokens for proposal in proposals)
+        return proposals
+
+    monkeypatch.setattr(engine.proposer, "propose", noted)
+    answers = run(engine, asked)
+    assert tokens(answers) == tokens(plain)
+    assert len(made) > 20
+    assert not any(made)
+    assert engine.proposer.looking_seconds == engine.proposer.draft_seconds == 0.0
+
+
 @pytest.mark.parametrize("how", ["no tokenizer", "no end", "ignored end"])
 def test_what_cannot_be_served_is_refused(case: Case, how: str) -> None:
     engine = case.engine(eos_token_ids=frozenset([END] if how != "no end" else []))
