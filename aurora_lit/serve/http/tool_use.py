@@ -28,6 +28,9 @@ MAX_SCHEMA_CHARACTERS = 1 << 19
 """Of the tools that calls must be valid for, together: 128 schemas of 4,096, or four of the longest. Many properties of
 this length take one to two seconds to compile, and several times as many a time that grows faster."""
 
+_COMBINING = ("allOf", "anyOf", "oneOf")
+"""Keywords of JSON schemas whose value is a list of schemas for the same value."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class ToolUse:
@@ -143,6 +146,20 @@ def _turn(message: Message, names: Mapping[str, str]) -> Turn:
     return turn
 
 
+def _names_more(schema: Mapping[str, Any]) -> bool:
+    """True if other schemas at the root may name arguments that its `properties` do not."""
+    known, parts = schema["properties"], list[Any]()
+    for name in _COMBINING:
+        parts += schema[name] if isinstance(schema.get(name), list) else []
+    for part in filter(lambda part: isinstance(part, dict), parts):
+        if part.keys() & {"$ref", "patternProperties", "additionalProperties", *_COMBINING}:
+            return True
+        for names in (part.get("properties"), part.get("required")):
+            if isinstance(names, (dict, list)) and any(isinstance(name, str) and name not in known for name in names):
+                return True
+    return "$ref" in schema
+
+
 def _schemas(body: ChatRequest) -> dict[str, Mapping[str, Any]]:
     """The schema of each tool's arguments; that of any object where none is promised and its own cannot be used."""
     named = body.tool_choice.function.name if isinstance(body.tool_choice, NamedTool) else None
@@ -153,8 +170,8 @@ def _schemas(body: ChatRequest) -> dict[str, Mapping[str, Any]]:
         if named not in (None, function.name):
             continue
         schema = function.parameters or ANY_OBJECT
-        # A function takes the arguments that it names, of which other schemas at the root may name more.
-        if "properties" in schema and not schema.keys() & {"allOf", "anyOf", "oneOf", "$ref"}:
+        # A function takes the arguments that it names.
+        if isinstance(schema.get("properties"), dict) and not _names_more(schema):
             schema = {"additionalProperties": False, **schema}
         kind = schema.get("type", "object")
         if "object" not in (kind if isinstance(kind, list) else [kind]):

@@ -92,6 +92,12 @@ NEEDS_B = {"properties": {"b": {"type": "integer"}}, "required": ["b"]}
         ({"additionalProperties": {"type": "integer"}}, ['{"a": 1, "b": 2}'], ['{"a": 1, "b": "2"}']),
         ({"allOf": [NEEDS_B]}, ['{"a": 1, "b": 2}', '{"b": 2}'], ['{"a": 1}', '{"a": 1, "b": "2"}']),
         ({"anyOf": [NEEDS_B, {"required": ["a"]}]}, ['{"b": 2}', '{"a": 1}'], ["{}", '{"a": "1"}']),
+        ({"anyOf": [{"required": ["b"]}]}, ['{"b": 1}'], ["{}", '{"a": 1}']),
+        ({"allOf": [{"additionalProperties": {"type": "integer"}}]}, ['{"b": 2}'], ['{"b": "2"}']),
+        ({"anyOf": [{"required": ["a"]}]}, ['{"a": 1}'], ['{"a": 1, "b": 2}', "{}"]),
+        ({"allOf": [{"properties": {"a": {"minimum": 3}}}]}, ['{"a": 4}', "{}"], ['{"a": 4, "b": 2}', '{"a": 1}']),
+        ({"allOf": [{"anyOf": [NEEDS_B]}]}, ['{"a": 1, "b": 2}', '{"b": 2}'], ['{"a": 1}', '{"a": 1, "b": "2"}']),
+        ({"allOf": [{"$ref": "#/$defs/b"}], "$defs": {"b": NEEDS_B}}, ['{"a": 1, "b": 2}'], ['{"a": 1}']),
         ({"oneOf": [NEEDS_B]}, ['{"a": 1, "b": 2}'], ['{"a": 1}', '{"b": "2"}']),
         ({"$ref": "#/$defs/b", "$defs": {"b": NEEDS_B}}, ['{"a": 1, "b": 2}'], ['{"a": 1}', '{"a": "1", "b": 2}']),
     ],
@@ -108,6 +114,13 @@ def test_arguments_that_schemas_beside_the_properties_name_are_allowed(
     for arguments in (*valid, *invalid):
         taken = takes(str(use.grammar.grammar), HERMES.written([ToolCall("f", arguments)]))
         assert taken == (arguments in valid), arguments
+
+
+@pytest.mark.parametrize("malformed", [{"properties": 5}, {"allOf": 5}, {"allOf": [5, {"properties": 5}]}], ids=str)
+def test_a_malformed_schema_of_arguments_is_refused(malformed: dict[str, Any]) -> None:
+    parameters = {"properties": {"a": {}}, "anyOf": [{"properties": {"a": {}}, "required": [["a"]]}], **malformed}
+    with pytest.raises(RequestError, match=r"^tools\[0\]\.function\.parameters"):
+        use_of(tools=[{"type": "function", "function": {"name": "f", "parameters": parameters, "strict": True}}])
 
 
 def test_more_schemas_than_can_be_compiled_in_time_are_refused_and_no_ordinary_set(
