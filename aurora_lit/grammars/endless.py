@@ -8,29 +8,20 @@ schema that some finite JSON satisfies is never named. Left out: an endless part
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections import defaultdict
+from collections.abc import Iterator
 from typing import Any
 from urllib.parse import unquote
-
-_MOST_PASSES = 100
-"""Over all references. Definitions are mostly written before those they refer to or after, and then one or two do."""
 
 
 def endless_place(schema: Any) -> str | None:
     """The keys that lead to a reference without end; None: some finite JSON satisfies the schema, for all we know."""
-    objects = list(_objects(schema))
-    if any(isinstance(part.get(name), str) for part in objects[1:] for name in ("$id", "id")):
+    objects = _objects(schema)
+    next(objects, None)
+    if any(isinstance(part.get(name), str) for part in objects for name in ("$id", "id")):
         return None  # references inside such a part mean another root
-    references = dict.fromkeys(part["$ref"] for part in objects if isinstance(part.get("$ref"), str))
-    endless = {reference: target for reference in references if (target := _target(schema, reference)) is not None}
-    for number in range(_MOST_PASSES):
-        before = len(endless)
-        for reference in list(endless)[:: 1 if number % 2 else -1]:
-            if _place(endless[reference], endless) is None:
-                del endless[reference]
-        if len(endless) == before:
-            return _place(schema, endless)
-    return None
+    endless = _endless(schema)
+    return _place(schema, endless) if id(schema) in endless else None
 
 
 def _objects(value: Any) -> Iterator[dict[str, Any]]:
@@ -42,7 +33,7 @@ def _objects(value: Any) -> Iterator[dict[str, Any]]:
             yield from _objects(part)
 
 
-def _target(schema: Any, reference: str) -> Any:
+def target_of(schema: Any, reference: str) -> Any:
     """What a reference inside the schema means; None: unknown."""
     start, *keys = unquote(reference).split("/")
     try:
@@ -53,25 +44,65 @@ def _target(schema: Any, reference: str) -> Any:
     return schema if start == "#" else None
 
 
-def _place(schema: Any, endless: Collection[str]) -> str | None:
-    """The keys that lead to an endless reference, in what every JSON of the schema has; None: there is none."""
-    if not isinstance(schema, dict):
-        return None
-    if isinstance(schema.get("$ref"), str):
-        return "" if schema["$ref"] in endless else None
+def _endless(schema: Any) -> set[int]:
+    """The ids of those parts that no finite JSON satisfies, of all that the schema needs or may choose.
+
+    Each is looked at once: a part is finite as soon as each of its conditions has a finite option.
+    """
+    unmet, found, finite = dict[int, int](), [schema], list[int]()
+    conditions_with = defaultdict[int, list[list[int]]](list)
+    """By option. A condition is a list of the part that has it, and empty once it is met."""
+    while found:
+        part = found.pop()
+        if id(part) in unmet:
+            continue
+        conditions = list(_conditions(part, schema))
+        unmet[id(part)] = len(conditions)
+        finite += [] if conditions else [id(part)]
+        for options in conditions:
+            condition = [id(part)]
+            for option in options:
+                conditions_with[id(option)].append(condition)
+            found += options
+    while finite:
+        for condition in filter(None, conditions_with[finite.pop()]):
+            part_id = condition.pop()
+            unmet[part_id] -= 1
+            finite += [] if unmet[part_id] else [part_id]
+    return {part_id for part_id, count in unmet.items() if count}
+
+
+def _conditions(part: Any, schema: Any) -> Iterator[list[Any]]:
+    """Lists of schemas: of each list one must have finite JSON, or the part of the whole schema has none."""
+    if not isinstance(part, dict):
+        return
+    if isinstance(part.get("$ref"), str):
+        yield [target_of(schema, part["$ref"])]
+        return
     for name in ("anyOf", "oneOf"):
-        options = schema.get(name)
-        if isinstance(options, list) and options and all(_place(each, endless) is not None for each in options):
+        if isinstance(part.get(name), list) and part[name]:
+            yield part[name]
+    yield from ([needed] for _, needed in _needed(part))
+
+
+def _place(part: dict[str, Any], endless: set[int]) -> str:
+    """The keys that lead to an endless reference, from a part that is endless."""
+    if isinstance(part.get("$ref"), str):
+        return ""
+    for name in ("anyOf", "oneOf"):
+        options = part.get(name)
+        if isinstance(options, list) and options and all(id(option) in endless for option in options):
             return f".{name}"
-    places = (keys + place for keys, part in _needed(schema) if (place := _place(part, endless)) is not None)
-    return next(places, None)
+    keys, needed = next((keys, needed) for keys, needed in _needed(part) if id(needed) in endless)
+    return keys + _place(needed, endless)
 
 
 def _needed(schema: dict[str, Any]) -> Iterator[tuple[str, Any]]:
     """The schemas that a part of every JSON of the schema must satisfy, or all of it."""
     kind, properties, required = schema.get("type"), schema.get("properties"), schema.get("required")
     if kind == "object" and isinstance(properties, dict) and isinstance(required, list):
-        yield from ((f".properties.{name}", properties[name]) for name in properties if name in required)
+        names = {name for name in required if isinstance(name, str)}
+        yield from ((f".properties.{name}", properties[name]) for name in properties if name in names)
     if kind == "array" and schema.get("minItems") and "prefixItems" not in schema:
         yield ".items", schema.get("items")
     if isinstance(schema.get("allOf"), list):

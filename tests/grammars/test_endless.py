@@ -9,6 +9,7 @@ import pytest
 from jsonschema import Draft202012Validator
 from support.grammars import takes
 
+from aurora_lit.grammars import endless
 from aurora_lit.grammars.definition import fault_of
 from aurora_lit.grammars.endless import endless_place
 from aurora_lit.request import StructuredOutputsParams
@@ -90,3 +91,51 @@ def test_a_long_chain_of_required_definitions_ends_in_any_order(direction: int) 
     assert endless_place(chain) is None
     chain["$defs"]["a1000"] = {"$ref": "#/$defs/a7"}
     assert endless_place(chain) == ""
+
+
+def wide(count: int) -> Schema:
+    names = [f"p{i}" for i in range(count)]
+    return {"type": "object", "properties": {name: {"type": "string"} for name in names}, "required": names}
+
+
+NESTED = [f"#/$defs/node{'/allOf/0' * i}" for i in range(30)]
+SPELT = [f"#/$defs/{''.join(f'%{ord(c):x}' if i >> n & 1 else c for n, c in enumerate('node'))}" for i in range(16)]
+
+
+@pytest.mark.parametrize("direction", [1, -1])
+@pytest.mark.parametrize("references", [NESTED, SPELT], ids=["nested", "spelt otherwise"])
+def test_each_part_is_looked_at_once(references: list[str], direction: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What comes from clients must not take a time that grows with its square."""
+    seen, needed = list[Schema](), endless._needed
+
+    def noted(part: Schema) -> Any:
+        seen.append(part)
+        return needed(part)
+
+    monkeypatch.setattr(endless, "_needed", noted)
+    last = wide(20)
+    last["properties"]["p19"] = NODE
+    for _ in range(40):
+        last = {"allOf": [last]}
+    chain = {f"a{i}": node({"$ref": f"#/$defs/a{i + 1}"}, "child") for i in range(50)}
+    options = [{"$ref": reference} for reference in references[::direction]]
+    schema = {"anyOf": [*options, {"$ref": "#/$defs/a0"}], "$defs": {"node": last, **chain, "a50": NODE}}
+    assert endless_place(schema) == ".anyOf"
+    assert len(seen) == len({id(part) for part in seen})
+
+
+def test_references_that_are_no_part_of_the_schema_are_not_followed(monkeypatch: pytest.MonkeyPatch) -> None:
+    looked_up = list[str]()
+    monkeypatch.setattr(endless, "target_of", lambda _, reference: looked_up.append(reference))
+    schema = {"$defs": {"a": TREE}, "const": TREE, "examples": [TREE], "default": TREE, "enum": [TREE]}
+    assert endless_place(schema) is None
+    assert not looked_up
+
+
+def test_required_names_are_not_searched_for_one_by_one() -> None:
+    class Names(list[str]):
+        def __contains__(self, name: object) -> bool:
+            raise AssertionError("a time that grows with the square of their number")
+
+    schema = wide(3)
+    assert endless_place({**schema, "required": Names(schema["required"])}) is None
