@@ -9,14 +9,15 @@ from __future__ import annotations
 import json
 import re
 import threading
-from collections.abc import Iterator, Mapping
+from collections import deque
+from collections.abc import Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 from llguidance import LLMatcher, LLTokenizer
 from llguidance.gbnf_to_lark import gbnf_to_lark
 
-from aurora_lit.grammars.endless import endless_place
+from aurora_lit.grammars.endless import endless_place, objects_in, target_of
 from aurora_lit.request import StructuredOutputsParams
 
 WRITTEN_AS = {"item_separator": ", ", "key_separator": ": ", "whitespace_flexible": False}
@@ -29,8 +30,11 @@ MOST_GBNF_RULES = 1000
 STACK_BYTES = 512 << 20
 """Of threads in which llguidance reads a grammar: it calls itself for each rule of a chain, and on a usual stack a
 chain of a thousand ends the process. Memory is taken as it is used."""
-_EXACT_INTEGER = 1 << 53
-"""llguidance reads numbers as doubles, which hold all integers up to this one."""
+_LARGEST_INTEGER = 1 << 63
+"""Above all integers that llguidance has, which reads numbers as doubles."""
+_LEAST_BOUND = 1024 - (1 << 63)
+"""The double after -2^63: for a range of that one integer llguidance calls itself without end, and the process ends."""
+_NEGATIVE_NUMBER = re.compile(r"-\d+(?:\.\d+)?(?:[eE][+-]?\d+)?")
 _SCHEMAS_BY_KEY = ("properties", "patternProperties", "$defs", "definitions")
 _LISTS_OF_SCHEMAS = ("anyOf", "oneOf", "allOf", "prefixItems", "items")
 _SINGLE_SCHEMAS = ("items", "additionalItems", "additionalProperties")
@@ -94,20 +98,25 @@ def _of_schema(schema: Any) -> str:
 
 def without_idle_keywords(schema: Any) -> Any:
     """A JSON schema without the keywords that llguidance refuses though they constrain nothing."""
-    if not isinstance(schema, dict):
-        return schema
+    return _without_idle_keywords(schema, {id(part) for _, part in _schemas(schema)})
+
+
+def _without_idle_keywords(value: Any, schemas: Collection[int]) -> Any:
+    """`schemas`: the ids of the objects that are schemas."""
+    if isinstance(value, list):
+        return [_without_idle_keywords(part, schemas) for part in value]
+    if not isinstance(value, dict):
+        return value
+    if id(value) not in schemas:
+        return {name: _without_idle_keywords(part, schemas) for name, part in value.items()}
     kept = dict[str, Any]()
-    for name, value in schema.items():
-        if name in _SCHEMAS_BY_KEY and isinstance(value, dict):
-            value = {key: without_idle_keywords(part) for key, part in value.items()}
-        elif name in _LISTS_OF_SCHEMAS and isinstance(value, list):
-            value = [without_idle_keywords(part) for part in value]
-        elif name in _SINGLE_SCHEMAS:
-            value = without_idle_keywords(value)
-        elif name == "format" and isinstance(value, str) and re.fullmatch("uuid[1-8]", value):  # pydantic's names
-            value = "uuid"
-        if not _is_idle(name, value):
-            kept[name] = value
+    for name, part in value.items():
+        if name == "format" and isinstance(part, str) and re.fullmatch("uuid[1-8]", part):  # pydantic's names
+            part = "uuid"
+        elif name not in ("const", "enum"):
+            part = _without_idle_keywords(part, schemas)
+        if not _is_idle(name, part):
+            kept[name] = part
     return kept
 
 
@@ -130,13 +139,16 @@ def fault_of(asked: StructuredOutputsParams, tokenizer: LLTokenizer | None = Non
         return Fault("", _shorten(str(error)))
     if len(grammar) > LONGEST_GRAMMAR:
         return Fault("", f"it has {len(grammar)} characters as a grammar, and may have {LONGEST_GRAMMAR}")
-    reason = _reason(grammar, tokenizer)
     if asked.json is None:
+        if "%json" in grammar and any(float(n) <= _LEAST_BOUND for n in _NEGATIVE_NUMBER.findall(asked.grammar or "")):
+            return Fault("", f"numbers up to {_LEAST_BOUND} cannot be read in %json; leave them out")
+        reason = _reason(grammar, tokenizer)
         return Fault("", _shorten(reason)) if reason else None
     schema = without_idle_keywords(json.loads(asked.json) if isinstance(asked.json, str) else asked.json)
+    if (fault := _misread(schema)) is not None:
+        return fault
+    reason = _reason(grammar, tokenizer)
     if not reason:
-        if (place := _inexact_place(schema)) is not None:
-            return Fault(place, "integers beyond 2^53 are read inexactly; use a string")
         if (place := endless_place(schema)) is not None:
             return Fault(place, "no answer can follow the grammar: it requires itself without end; make this optional")
         return None
@@ -181,19 +193,46 @@ def _place(schema: Any, root: Any, reason: str) -> str:
     return ""
 
 
-def _inexact_place(schema: Any) -> str | None:
-    """The keys that lead to a value with an integer that llguidance changes; None: there is none."""
-    for name in ("const", "enum"):
-        if isinstance(schema, dict) and _has_inexact(schema.get(name)):
-            return f".{name}"
-    places = (keys + place for keys, part in _parts(schema) if (place := _inexact_place(part)) is not None)
-    return next(places, None)
+def _misread(schema: Any) -> Fault | None:
+    """The fault of a number that llguidance changes, or which ends the process; None: there is none."""
+    for keys, part in _schemas(schema):
+        for name in ("const", "enum"):
+            if _has_inexact(part.get(name)):
+                return Fault(f"{keys}.{name}", "an integer beyond 2^53 would be rounded; use a string")
+        for name in ("maximum", "exclusiveMaximum"):
+            if _has_least(part.get(name)):
+                return Fault(f"{keys}.{name}", f"it cannot be read; use one above {_LEAST_BOUND}")
+    for part in objects_in(schema):  # since a reference by "$id" may lead anywhere
+        if any(_has_least(part.get(name)) for name in ("const", "enum", "maximum", "exclusiveMaximum")):
+            return Fault("", f"it has a number that cannot be read; use one above {_LEAST_BOUND}")
+    return None
+
+
+def _has_least(value: Any) -> bool:
+    if isinstance(value, (dict, list)):
+        return any(map(_has_least, value.values() if isinstance(value, dict) else value))
+    return isinstance(value, (int, float)) and value <= _LEAST_BOUND
 
 
 def _has_inexact(value: Any) -> bool:
     if isinstance(value, (dict, list)):
         return any(map(_has_inexact, value.values() if isinstance(value, dict) else value))
-    return isinstance(value, int) and abs(value) > _EXACT_INTEGER
+    return isinstance(value, int) and (abs(value) >= _LARGEST_INTEGER or int(float(value)) != value)
+
+
+def _schemas(schema: Any) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Each schema inside a schema, itself first, and each that a reference leads to, with the keys that lead to it."""
+    found, seen = deque([("", schema)]), set[int]()
+    while found:
+        keys, part = found.popleft()
+        if not isinstance(part, dict) or id(part) in seen:
+            continue
+        seen.add(id(part))
+        yield keys, part
+        found.extend((keys + more, inner) for more, inner in _parts(part))
+        reference = part.get("$ref")
+        if isinstance(reference, str):
+            found.append((reference.removeprefix("#").replace("/", "."), target_of(schema, reference)))
 
 
 def _parts(schema: Any) -> Iterator[tuple[str, Any]]:

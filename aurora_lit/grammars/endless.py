@@ -16,7 +16,7 @@ from urllib.parse import unquote
 
 def endless_place(schema: Any) -> str | None:
     """The keys that lead to a reference without end; None: some finite JSON satisfies the schema, for all we know."""
-    objects = _objects(schema)
+    objects = objects_in(schema)
     next(objects, None)
     if any(isinstance(part.get(name), str) for part in objects for name in ("$id", "id")):
         return None  # references inside such a part mean another root
@@ -24,13 +24,13 @@ def endless_place(schema: Any) -> str | None:
     return _place(schema, endless) if id(schema) in endless else None
 
 
-def _objects(value: Any) -> Iterator[dict[str, Any]]:
+def objects_in(value: Any) -> Iterator[dict[str, Any]]:
     """Every JSON object in a value, the outermost first."""
     if isinstance(value, dict):
         yield value
     if isinstance(value, (dict, list)):
         for part in value.values() if isinstance(value, dict) else value:
-            yield from _objects(part)
+            yield from objects_in(part)
 
 
 def target_of(schema: Any, reference: str) -> Any:

@@ -155,6 +155,22 @@ NAMED_SO = {"format": "blah", "uniqueItems": False, "propertyNames": "a", "$sche
             ["/tmp", None],
             [1],
         ),
+        (
+            {
+                "$ref": "#/components/schemas/a",
+                "components": {
+                    "schemas": {
+                        "a": {
+                            "type": "array",
+                            "items": {"anyOf": [{"$ref": "#/x/0"}, {"$ref": "#/components/schemas/a"}]},
+                        }
+                    }
+                },
+                "x": [{"type": "string", "format": "path", "uniqueItems": False}],
+            },
+            [["/tmp", ["/tmp"]]],
+            [[1]],
+        ),
         ({"prefixItems": [{"format": "binary", "type": "string"}], "items": False, "type": "array"}, [["a"]], [[1]]),
         (NAMED_LIKE_KEYWORDS, [NAMED_SO], [{**NAMED_SO, "format": "x"}, {**NAMED_SO, "$schema": "a"}, {}]),
         ({"const": NAMED_SO}, [NAMED_SO], [{}, {**NAMED_SO, "format": "x"}]),
@@ -180,7 +196,17 @@ def test_keywords_that_constrain_nothing_are_left_out_and_nothing_else(
         ({"const": -(2**53) - 1}, ".const"),
         ({"const": {"a": [True, {"b": 1234567890123456789}]}}, ".const"),
         ({"properties": {"id": {"anyOf": [{}, {"enum": [1, 10**30]}]}}}, ".properties.id.anyOf[1].enum"),
-        ({"$ref": "#/$defs/a", "$defs": {"a": {"items": {"const": 2**60}}}}, ".$defs.a.items.const"),
+        ({"$ref": "#/$defs/a", "$defs": {"a": {"items": {"const": 2**60 + 1}}}}, ".$defs.a.items.const"),
+        ({"const": 2**63}, ".const"),
+        ({"enum": [10**300]}, ".enum"),
+        (
+            {
+                "properties": {"a": {"$ref": "#/components/schemas/a"}},
+                "components": {"schemas": {"a": {"allOf": [{"$ref": "#/x~1y"}, {"$ref": "#/components/schemas/a"}]}}},
+                "x/y": {"const": 2**53 + 1},
+            },
+            ".x~1y.const",
+        ),
     ],
     ids=json.dumps,
 )
@@ -189,12 +215,57 @@ def test_an_integer_that_would_come_out_as_another_is_refused(
     schema: dict[str, Any], place: str, as_text: bool
 ) -> None:
     fault = fault_of(StructuredOutputsParams(json=json.dumps(schema) if as_text else schema))
-    assert fault == (place, "integers beyond 2^53 are read inexactly; use a string")
+    assert fault == (place, "an integer beyond 2^53 would be rounded; use a string")
 
 
-@pytest.mark.parametrize("value", [2**53, -(2**53), "1234567890123456789", 1e20, 0.1, [2**53, None], {"a": 1}])
+LEAST = -(2**63)
+
+
+@pytest.mark.parametrize(
+    ("asked", "place"),
+    [
+        ({"json": {"const": LEAST}}, ".const"),
+        ({"json": {"enum": [0, {"a": [LEAST]}]}}, ".enum"),
+        ({"json": {"type": "integer", "minimum": LEAST, "maximum": LEAST + 512}}, ".maximum"),
+        ({"json": {"$ref": "#/a", "a": {"type": "integer", "minimum": -1e300, "maximum": -1e300}}}, ".a.maximum"),
+        ({"json": {"type": "integer", "minimum": LEAST, "exclusiveMaximum": LEAST + 1}}, ".exclusiveMaximum"),
+        ({"json": {"$id": "http://a/", "$ref": "http://a/#/x", "x": {"const": LEAST}}}, ""),
+        ({"grammar": f'start: %json {{"const": {LEAST}}}'}, ""),
+        ({"grammar": 'start: %json {"type": "integer", "minimum": -1e19, "maximum": -9.3e+18}'}, ""),
+    ],
+    ids=str,
+)
+def test_an_integer_that_ends_the_process_is_refused_before_it_is_read(
+    asked: dict[str, Any], place: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A range of -2^63 alone: llguidance calls itself without end."""
+
+    def read(*_: Any) -> str:
+        raise AssertionError("the process would have ended")
+
+    monkeypatch.setattr(definition, "_reason", read)
+    fault = fault_of(StructuredOutputsParams(**asked))
+    assert fault is not None
+    assert fault.place == place
+
+
+def test_great_numbers_elsewhere_are_read() -> None:
+    bounds = {"type": "number", "minimum": -1e18, "maximum": 1e18, "default": LEAST}
+    assert fault_of(StructuredOutputsParams(json=bounds)) is None
+    for grammar in (f'start: "{LEAST}"', 'start: %json {"const": -9.2e18}'):
+        assert fault_of(StructuredOutputsParams(grammar=grammar)) is None
+    assert fault_of(StructuredOutputsParams(choice=(str(LEAST),))) is None
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        *(2**53, -(2**53), 2**54, 2**60, -(2**62), 10**18, 2**63 - 1024, -(2**63) + 2048),
+        *("1234567890123456789", 1e20, 0.1, [2**53, None], {"a": 1}),
+    ],
+)
 def test_an_exact_value_is_written_as_it_is(value: Any) -> None:
-    elsewhere = {"default": 2**60, "properties": {"const": {"default": 2**60}}}
+    elsewhere = {"default": 2**60 + 1, "properties": {"const": {"default": 2**60 + 1}}}
     schema = {"const": value, **elsewhere}
     assert fault_of(StructuredOutputsParams(json=schema)) is None
     grammar = grammar_of(StructuredOutputsParams(json=schema))
