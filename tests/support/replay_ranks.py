@@ -3,8 +3,8 @@
     one, two = replay_with(folder, model_folder, traces_folder, processes=2)       # one entry a process
     two["learned"], two["served"], two["version"], two["steps"], two["scored"], two["errors"]
 
-At the end the second process has other traces than the first. Run as a script it is one of the processes; Fabric starts
-the second as a copy of it.
+They may form no group beside Fabric's. At the end the second process has other traces than the first. Run as a script
+it is one of the processes; Fabric starts the second as a copy of it.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ def replay_with(folder: Path, model: Path, traces: Path, *, processes: int) -> l
 
 
 def main(folder: Path, model: Path, traces: Path, processes: int) -> None:
+    import torch.distributed as dist
     from lightning.fabric import Fabric
 
     from aurora_lit.errors import AuroraError
@@ -43,6 +44,7 @@ def main(folder: Path, model: Path, traces: Path, processes: int) -> None:
     fabric = Fabric(accelerator="cpu", devices=processes, strategy="ddp" if several else "auto", precision="32-true")
     if several:
         fabric.launch()
+        del dist.new_group
     rank, target = fabric.global_rank, Target.load(model, precision="fp32")
     if rank:
         Reservoir.add = lambda *args, **options: False  # type: ignore[method-assign]

@@ -112,8 +112,8 @@ class Replay:
         learn = config.learn
         module = online_module(config, copy.deepcopy(starting), target_head)
         processes, first = (1, True) if fabric is None else (fabric.world_size, fabric.is_global_zero)
-        self._leader = Leader() if first and processes > 1 else None
-        self._follower = None if first else Follower()
+        self._leader = Leader(fabric) if first and processes > 1 else None
+        self._follower = None if first else Follower(fabric)
         self.learner = Learner(
             module,
             controller_for(config),

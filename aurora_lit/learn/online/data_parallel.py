@@ -15,7 +15,8 @@ Beside a server Fabric starts the followers as copies of the leader's own comman
     follower.follow(Learner(…, fabric=fabric))              # returns when the leader has ended its turn
 
 In a replay (learn/offline/replay.py) `fabric run` starts all processes, and they follow for a block of traces at a
-time: the leader ends each turn with `leader.end_turn()`.
+time: the leader ends each turn with `leader.end_turn()`. They use the group that Fabric has formed. Between machines it
+needs no second connection, and its timeout tells when one of them is lost, since there is always something to do.
 """
 
 from __future__ import annotations
@@ -82,9 +83,9 @@ def launch_fabric(learn: LearnSettings, *, loggers: Sequence[Logger] = ()) -> Fa
 class Leader:
     """The first process's side."""
 
-    def __init__(self) -> None:
-        """Form a group with the followers; returns when all of them are there."""
-        self._group = _control_group()
+    def __init__(self, fabric: Fabric | None = None) -> None:
+        """Form a group with the followers, which returns when all of them are there; or use the group of `fabric`."""
+        self._group, self._device = _group_and_device(fabric)
         self._followers = psutil.Process().children()  # none under `fabric run`, which starts all processes
         self._num_changes_sent = -1
 
@@ -120,7 +121,7 @@ class Leader:
 
     def _send(self, message: bytes) -> None:
         try:
-            _broadcast(message, self._group)
+            _broadcast(message, self._group, self._device)
         except RuntimeError as error:
             raise AuroraError(f"the learner's processes cannot go on together: {error}") from error
 
@@ -138,9 +139,9 @@ def leader_process() -> Iterator[Leader]:
 class Follower:
     """The side of each other process."""
 
-    def __init__(self) -> None:
-        """Form a group with the leader; returns when all processes are there."""
-        self._group = _control_group()
+    def __init__(self, fabric: Fabric | None = None) -> None:
+        """Form a group with the leader, which returns when all processes are there; or use the group of `fabric`."""
+        self._group, self._device = _group_and_device(fabric)
 
     def follow(self, learner: Learner) -> None:
         """Take the leader's steps with it until it ends its turn. Raises AuroraError when it is gone."""
@@ -153,7 +154,7 @@ class Follower:
 
     def _next_step(self) -> _Step | None:
         try:
-            message = _broadcast(None, self._group)
+            message = _broadcast(None, self._group, self._device)
         except RuntimeError as error:
             raise AuroraError(f"the learner that leads this one is gone: {error}") from error
         return None if message == _END_OF_TURN else _step_from_bytes(message)
@@ -164,14 +165,17 @@ def broadcast_plain(fabric: Fabric, value: Any) -> Any:
     if fabric.world_size == 1:
         return value
     message = to_bytes({"value": value}) if fabric.is_global_zero else None
-    return from_bytes(_broadcast(message, None, device=fabric.device))["value"]
+    return from_bytes(_broadcast(message, *_group_and_device(fabric)))["value"]
 
 
-def _control_group() -> Any:
-    return dist.new_group(backend="gloo", timeout=_IDLE_TIMEOUT)
+def _group_and_device(fabric: Fabric | None) -> tuple[Any, torch.device]:
+    """The group that `fabric` has formed, and where its messages are; without it, a new one for rare messages."""
+    if fabric is not None:
+        return dist.group.WORLD, fabric.device
+    return dist.new_group(backend="gloo", timeout=_IDLE_TIMEOUT), torch.device("cpu")
 
 
-def _broadcast(message: bytes | None, group: Any, *, device: torch.device | str = "cpu") -> bytes:
+def _broadcast(message: bytes | None, group: Any, device: torch.device) -> bytes:
     """Send the first process's message to all, its length first; None in the others. RuntimeError if one is gone."""
     length = torch.tensor([0 if message is None else len(message)], dtype=torch.int64, device=device)
     dist.broadcast(length, src=0, group=group)
