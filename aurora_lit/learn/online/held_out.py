@@ -40,6 +40,8 @@ class HeldOutRequest:
     """Cached until the champion changes or another segment arrives."""
     challenger_score: float | None = None
     """Of the last trial that scored the request, unless another segment has arrived."""
+    num_roots: int = 0
+    """Positions that a score is the mean of; 0 before the request is scored."""
     was_tried: bool = False
     """True if a challenger's evidence contains it: it may not count again."""
     draw: float = 0.0

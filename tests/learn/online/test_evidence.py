@@ -39,6 +39,7 @@ class Trials:
         self, module: Any, requests: Sequence[HeldOutRequest], **_: Any
     ) -> Iterator[tuple[HeldOutRequest, float]]:
         for request in requests:
+            request.num_roots = 32
             noise = self._noises.setdefault(request.request_id, self._random.gauss(0.0, self._noise))
             yield request, CHAMPION + (0.0 if module is None else module + noise)
 

@@ -119,6 +119,7 @@ def test_of_a_domain_that_seems_worse_some_more_older_requests_are_scored(
         module: object, requests: Sequence[HeldOutRequest], **_: object
     ) -> Iterator[tuple[HeldOutRequest, float]]:
         for request in requests:
+            request.num_roots = 32
             if module == "challenger":
                 scored.append(request.domain)
                 yield request, {"new": 2.3, "other": 2.1, "past": 1.8}[request.domain] + int(request.request_id) / 1000
@@ -132,6 +133,46 @@ def test_of_a_domain_that_seems_worse_some_more_older_requests_are_scored(
     assert decision.refused
     assert "'past'" in decision.reason
     assert {domain: scored.count(domain) for domain in held_out.old} == {"past": 16, "other": 4}
+
+
+@pytest.mark.parametrize(("tokens", "refused"), [(6, False), (40, True)])
+def test_short_answers_that_happen_to_lose_alike_refuse_no_draft(
+    tokens: int,
+    refused: bool,
+    target: Target,
+    taught_draft: Eagle3Draft,
+    served: list[Trace],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Two of the past, each of which loses a quarter of a token a round: that is one proposal of four roots, or ten."""
+    monkeypatch.setattr(held_out_module, "_KEPT_EVERY", 1)
+    trace = served[0]
+    long_T = torch.arange(trace.answer_start + tokens) % len(trace.token_ids_T)
+    answer = replace(
+        trace,
+        token_ids_T=trace.token_ids_T[long_T],
+        aux_T3H=trace.aux_T3H[long_T],
+        last_TH=trace.last_TH[long_T],
+        lse_T=None,
+    )
+    held_out = HeldOut(seed=0)
+    for i in range(14):
+        held_out.add(replace(answer, request_id=str(i), domain="past" if i < 2 else "new"))
+    held_out.release(12)
+    compute = gate.score_requests
+    changes = {"past": -0.25, "new": 0.4}
+
+    def score(
+        module: Any, requests: Sequence[HeldOutRequest], **options: Any
+    ) -> Iterator[tuple[HeldOutRequest, float]]:
+        for request, _ in compute(module, requests, **options):
+            yield request, 2.0 + (changes[request.domain] if module is challenger else 0.0)
+
+    champion, challenger = (online_module(target, taught_draft) for _ in range(2))
+    monkeypatch.setattr(gate, "score_requests", score)
+    decision = compare_drafts(held_out, champion=champion, challenger=challenger)
+    assert decision is not None
+    assert decision.refused is refused, decision.reason
 
 
 def test_a_segmented_request_counts_once(served: list[Trace]) -> None:
@@ -289,21 +330,28 @@ def test_equal_drafts_are_rarely_refused_for_a_domain_however_many_domains_there
 
 
 def test_two_requests_that_happen_to_lose_alike_refuse_no_draft() -> None:
-    """Scores of greedy requests are multiples of a 32nd, so their changes are often equal: a variance of 0."""
+    """Scores of greedy requests are multiples of 1 / roots, so their changes are often equal: a variance of 0."""
     chance = torch.Generator().manual_seed(0)
     better = [(2.0, 2.4 + i / 50) for i in range(12)]
 
-    def refused(shift: float, *, noise: float, requests: int) -> float:
-        changes = ((shift + noise * torch.randn(1000, 6, requests, generator=chance)) * 32).round() / 32
+    def refused(shift: float, *, noise: float, requests: int, roots: int = 32) -> float:
+        changes = ((shift + noise * torch.randn(1000, 6, requests, generator=chance)) * roots).round() / roots
         decisions = [
-            decide(better, {str(i): [(2.0, 2.0 + c) for c in row] for i, row in enumerate(table)}, evidence=9.0)
+            decide(
+                better,
+                {str(i): [(2.0, 2.0 + c) for c in row] for i, row in enumerate(table)},
+                evidence=9.0,
+                fewest_roots={str(i): roots for i in range(6)},
+            )
             for table in changes.tolist()
         ]
         return sum(not decision.passed for decision in decisions) / 1000
 
     for noise in (0.05, 0.1, 0.25):
         for requests in (2, 3, 4):
-            assert refused(0.0, noise=noise, requests=requests) < 0.09, (noise, requests)
+            for roots in (4, 8, 12, 32):
+                rate = refused(0.0, noise=noise, requests=requests, roots=roots)
+                assert rate < 0.09, (noise, requests, roots)
     assert refused(-0.2, noise=0.1, requests=4) > 0.9
     assert refused(-1.0, noise=0.0, requests=2) > 0.9, "what is lost alike and is much counts"
 
