@@ -344,6 +344,8 @@ class OnlineLoop:
                 self._tell("publishing a draft", "")
             except (OSError, CheckpointError) as error:  # a full disk: learning continues; the next trial tries again
                 self._tell("publishing a draft", f"a draft could not be published: {error}")
+        else:  # the draft that could not be published is not tried again
+            self._tell("publishing a draft", "")
         self.refused_by_gate += decision.refused
         if (decision.passed or decision.refused) and self.learner.apply_gate_decision(
             passed=decision.passed, champion=self._champion.draft, version=self._current_version or STARTING_VERSION

@@ -513,6 +513,23 @@ def test_a_full_disk_is_reported_and_learning_continues(
     assert harness.loop.published == 1, "what failed once is not told for ever"
 
 
+def test_that_a_draft_could_not_be_published_is_told_no_longer_once_another_did_not_pass(
+    target: Target, traffic: list[Trace], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    harness = LearnerHarness(target, tmp_path, publish_every_steps=2)
+
+    def full(*_: Any, **__: Any) -> str:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(harness.store, "publish", full)
+    harness.held_out.champion_score = 0.0
+    harness.ring.records.extend(asked_again(traffic, 4))
+    harness.tick_until(lambda: "draft could not be published" in harness.page.read().error)
+    harness.held_out.champion_score = 100.0
+    harness.tick_until(lambda: harness.loop.refused_by_gate > 0)
+    assert harness.page.read().error == "", "nobody tries to publish any more"
+
+
 def test_metrics_that_cannot_be_written_are_reported_and_learning_continues(
     target: Target, traffic: list[Trace], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
