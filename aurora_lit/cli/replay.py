@@ -216,7 +216,10 @@ def _fabric(config: AuroraConfig) -> Fabric:
     # SLURM_NTASKS does not say that srun has started this process; that it is not the first task does.
     for name, alone in (("WORLD_SIZE", 1), ("SLURM_PROCID", 0)):
         if (value := int(os.environ.get(name, alone))) > alone:
-            raise ConfigError(f"{name}={value}: another launcher's processes would each replay alone; {remedy}")
+            raise ConfigError(
+                f"{name}={value}: another launcher's processes would each replay alone; {remedy}; or, if each is to "
+                f"replay alone into its own --out, unset {name}"
+            )
     return one_process_fabric()
 
 

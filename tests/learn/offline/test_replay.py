@@ -421,16 +421,26 @@ def test_a_folder_without_traces_is_an_error(tmp_path: Path, recorded: list[str]
 
 
 @pytest.mark.parametrize(
-    ("environment", "setting", "said"),
+    ("environment", "setting", "said", "or_alone"),
     [
-        ({"WORLD_SIZE": "2"}, "learn.devices=1", "WORLD_SIZE=2: another launcher's processes would each replay alone"),
-        ({"SLURM_PROCID": "3"}, "learn.devices=1", "SLURM_PROCID=3: another launcher's processes"),
-        ({}, "learn.devices=4", "learn.devices=4: this is one process; use learn.devices=1, or start several"),
+        (
+            {"WORLD_SIZE": "2"},
+            "learn.devices=1",
+            "WORLD_SIZE=2: another launcher's processes would each replay alone",
+            "; or, if each is to replay alone into its own --out, unset WORLD_SIZE",
+        ),
+        (
+            {"SLURM_PROCID": "3"},
+            "learn.devices=1",
+            "SLURM_PROCID=3: another launcher's processes",
+            "; or, if each is to replay alone into its own --out, unset SLURM_PROCID",
+        ),
+        ({}, "learn.devices=4", "learn.devices=4: this is one process; use learn.devices=1, or start several", ""),
     ],
     ids=["torchrun", "srun", "a setting"],
 )
 def test_processes_that_would_each_replay_alone_are_refused(
-    environment: dict[str, str], setting: str, said: str, recorded: list[str], tmp_path: Path
+    environment: dict[str, str], setting: str, said: str, or_alone: str, recorded: list[str], tmp_path: Path
 ) -> None:
     words = ["replay", *recorded, setting, "--out", str(tmp_path / "out")]
     done = CliRunner().invoke(main, words, env=environment)
@@ -438,6 +448,7 @@ def test_processes_that_would_each_replay_alone_are_refused(
     spoken = " ".join(done.stderr.split())
     assert said in spoken
     assert "with `fabric run --devices N" in spoken
+    assert spoken.endswith(f"aurora_lit/replay.py -- ...`{or_alone}")
     assert not (tmp_path / "out").exists()
 
 
