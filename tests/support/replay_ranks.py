@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ def replay_with(folder: Path, model: Path, traces: Path, *, processes: int) -> l
 
 
 def main(folder: Path, model: Path, traces: Path, processes: int) -> None:
+    import torch
     import torch.distributed as dist
     from lightning.fabric import Fabric
 
@@ -64,7 +66,9 @@ def main(folder: Path, model: Path, traces: Path, processes: int) -> None:
         "scored": [repr(each) for each in replay.scored],
     }
     errors = []
-    for block in (stream[: 3 - rank], [] if rank else stream[:3]):  # it lacks a trace; it has no more
+    damaged = replace(stream[0], last_TH=torch.full_like(stream[0].last_TH, float("nan")))
+    # It lacks a trace; it has no more, while the first one has traces, or one that is skipped.
+    for block in (stream[: 3 - rank], [] if rank else stream[:3], [] if rank else [damaged]):
         try:
             if several and block:
                 replay.process_block(block)

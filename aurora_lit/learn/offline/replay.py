@@ -168,18 +168,18 @@ class Replay:
         """
         valid = [trace for trace in block if self._is_valid(trace)]
         self.skipped += len(block) - len(valid)
-        self.check_same_traces(valid)
+        self.check_same_traces(valid, num_read=len(block))
         rounds_of = self._score(valid)
         for domain, rounds in zip(self._learn_from_block(valid), rounds_of, strict=True):
             self.scored.append(ScoredTrace(domain=domain, version=self.version, **rounds))
         self.hold_trial()
 
-    def check_same_traces(self, traces: Sequence[Trace]) -> None:
-        """Raise AuroraError, in every process, unless all have these traces next; none where a process has no more."""
+    def check_same_traces(self, traces: Sequence[Trace], *, num_read: int = 0) -> None:
+        """Raise AuroraError, in every process, unless all have these traces next, of `num_read` traces; 0: no more."""
         if self.fabric.world_size == 1:
             return
         segments = [(t.request_id, t.first_position, t.answer_start, len(t.token_ids_T)) for t in traces]
-        digest = zlib.crc32(repr(segments).encode())
+        digest = zlib.crc32(repr((num_read, segments)).encode())
         largest, smallest = self.fabric.all_reduce(torch.tensor([digest, -digest]), reduce_op="max")
         if largest != -smallest:
             raise AuroraError(

@@ -556,7 +556,7 @@ def test_a_process_that_is_disturbed_learns_as_the_others_and_other_traces_are_a
         for other in (began, first["learned"])
     )
     assert apart < 0.05 * moved
-    assert [len(each["errors"]) for each in (alone, first, second)] == [0, 2, 2]
+    assert [len(each["errors"]) for each in (alone, first, second)] == [0, 3, 3]
     assert all("the processes read different traces" in error for error in first["errors"] + second["errors"])
 
 
