@@ -264,7 +264,9 @@ def _explain(error: OmegaConfBaseException) -> str:
     kind: Any = AuroraConfig
     for part in str(error.full_key or "").split("."):
         kind = typing.get_type_hints(kind).get(part) if dataclasses.is_dataclass(kind) else None
-    if isinstance(error, GrammarParseError | InterpolationKeyError | UnsupportedInterpolationType):
+    if isinstance(error, InterpolationKeyError):
+        remedy = f"name a setting that exists, use ${{oc.env:NAME}} for an environment variable, or {_NO_INTERPOLATION}"
+    elif isinstance(error, GrammarParseError | UnsupportedInterpolationType):
         remedy = _NO_INTERPOLATION
     elif "resolving" in str(error.msg):
         remedy = "set that variable or the value itself"

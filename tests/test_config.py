@@ -26,6 +26,10 @@ from aurora_lit.errors import ConfigError
 from aurora_lit.settings import RENAMED_SETTINGS
 
 CONFIGS = sorted(DEFAULT_CONFIG.parent.glob("*.yaml"))
+NO_SUCH_SETTING = (
+    "name a setting that exists, use ${oc.env:NAME} for an environment variable, or "
+    r"write \${ where no interpolation is meant"
+)
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
@@ -321,9 +325,11 @@ def test_a_wrong_file_is_refused(text: str, said: str, tmp_path: Path) -> None:
         ("checkpoint: {run: [a]}", "give one value"),
         ("checkpoint: {run: {a: b}}", "give one value"),
         ("memory: {scope: [off]}", "use one of auto, domain, client, off"),
-        ("trace: {record: 'a${foo}'}", r"write \${ where no interpolation is meant"),
+        ("trace: {record: 'a${foo}'}", NO_SUCH_SETTING),
         ("trace: {record: 'a${foo:1}'}", r"write \${ where no interpolation is meant"),
-        ("server: {port: '${foo}'}", r"write \${ where no interpolation is meant"),
+        ("server: {port: '${foo}'}", NO_SUCH_SETTING),
+        ("checkpoint: {dir: '${HOME}/drafts'}", NO_SUCH_SETTING),
+        ("trace: {record: 'a${b'}", r"write \${ where no interpolation is meant"),
         ("trace: {record: '${oc.env:AURORA_LIT_NO_SUCH}'}", "set that variable or the value itself"),
     ],
 )
