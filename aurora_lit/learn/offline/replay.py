@@ -103,10 +103,10 @@ class Replay:
     ) -> None:
         """Start with the `starting` draft as the served one.
 
-        folder: for published versions. scratch: for remembered traces, one folder a process. fabric: for several
-        processes that replay together; all create a Replay. gated: false serves the learner's draft without a trial
-        after each learn.publish_every_steps steps. keep_versions: false writes no version to disk. least_survival:
-        copied nodes that are less likely to be accepted are not proposed. Raises ConfigError when
+        folder: for published versions. scratch: for remembered traces, of which only the first process has any.
+        fabric: for several processes that replay together; all create a Replay. gated: false serves the learner's draft
+        without a trial after each learn.publish_every_steps steps. keep_versions: false writes no version to disk.
+        least_survival: copied nodes that are less likely to be accepted are not proposed. Raises ConfigError when
         engine.max_draft_tokens is 0.
         """
         learn = config.learn

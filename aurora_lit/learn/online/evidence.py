@@ -23,8 +23,8 @@ MAX_CHANGE = 0.3
 _BETS = (0.4, 0.8)
 """Shares of the wealth that the largest change could win or lose; half of the stake is bet at each."""
 _MOST_LOG_WEALTH = 50.0
-"""What a bet wins beyond it is given away, which leaves the e-value valid. A draft that passes and cannot be published,
-as the disk is full, goes on winning."""
+"""Wealth is capped here, which leaves the e-value valid: a draft that passes and cannot be published, as the disk is
+full, goes on winning."""
 
 
 class Evidence:

@@ -44,8 +44,8 @@ _PATIENCE_REQUESTS = 12
 _OLD_PILOT_REQUESTS = 4
 """A domain's other older requests are scored only if the challenger is behind on so many of them."""
 _FALSE_PASS_RATE = 0.25
-"""Probability that any challenger of a lineage passes if none is better than the champion, at most, at heat 0. Better
-is meant of changes that are cut as in learn/online/evidence.py."""
+"""Probability that any challenger of a lineage passes if none is better than the champion, at most, at heat 0.
+Changes are cut as in learn/online/evidence.py."""
 _FALSE_REFUSAL_RATE = 0.05
 """Probability that a draft exactly as good as the champion in every domain is refused because of one of them."""
 TRIAL_POSITIONS = 1024

@@ -89,7 +89,7 @@ class Learner:
         self._num_refused = 0
         """Refusals by the gate since a draft passed or learning restarted."""
         self.lineage: dict[str, Any] = {}
-        """What whoever holds the trials knows of them, as plain data: saved with the state, empty after a restart."""
+        """State of the trials (`OnlineLoop`), as plain data: saved with the learner's, empty after a restart."""
         self.num_nonfinite = 0
         """Batches since this object was made that were skipped because loss or gradient was not finite."""
         self._before_step = before_step
