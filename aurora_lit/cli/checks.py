@@ -267,7 +267,7 @@ def check_memory(config: AuroraConfig) -> Check:
     if config.learn.enabled:
         fullest += total(lines, "learner's device")
     if uses_gpus(config):
-        on_host = host_total(config, lines, on_gpus=True)
+        on_host = host_total(config, lines, gpus=len(gpus))
         found = f"{len(gpus)} GPUs of {min(gpus) / _GIB:.0f} GiB, {engine.devices} of {fullest / _GIB:.1f} GiB needed"
         found += f"; {free / _GIB:.1f} GiB free in main memory, about {on_host / _GIB:.1f} GiB needed"
         enough = len(gpus) >= engine.devices and min(gpus) >= fullest and free >= on_host

@@ -233,11 +233,16 @@ def total(lines: list[Need], *places: Place) -> int:
     return sum(need.num_bytes for need in lines if need.where in places)
 
 
-def host_total(config: AuroraConfig, lines: list[Need], *, on_gpus: bool = False) -> int:
-    """Bytes of main memory, with a learner if learn.enabled; on_gpus: what is on devices does not take any."""
+def host_total(config: AuroraConfig, lines: list[Need], *, gpus: int = 0) -> int:
+    """Bytes of main memory, with a learner if learn.enabled.
+
+    gpus: of this machine, if the target computes on them; what they hold takes no main memory. The learner's processes
+    are on the CPU unless each has one.
+    """
+    on_gpus, learners = gpus > 0, config.learn.devices if config.learn.enabled else 0
     others = 0 if on_gpus else (config.engine.devices - 1) * total(lines, "every device")
-    if config.learn.enabled and not on_gpus:
-        others += (config.learn.devices - 1) * total(lines, "learner's device")
+    if learners > gpus:
+        others += (learners if on_gpus else learners - 1) * total(lines, "learner's device")
     counted = [need for need in lines if config.learn.enabled or not need.for_learner]
     return others + sum(need.num_bytes for need in counted if need.where == "host" or not on_gpus)
 
@@ -245,8 +250,9 @@ def host_total(config: AuroraConfig, lines: list[Need], *, on_gpus: bool = False
 def fewest_devices(config: AuroraConfig, shape: PretrainedConfig, *, card_gb: int) -> tuple[int, int] | None:
     """The smallest number of GPUs for the target (a power of 2), and for a learner of its own; None if none suffices.
 
-    The server's own learner (learn.enabled) shares the first GPU; one that is attached separately gets learn.devices.
-    Strategy single has one GPU; tensor_parallel has at most one for each key-value head.
+    The server's own learner (learn.enabled) shares the target's GPUs, and has others only if learn.devices is more;
+    one that is attached separately gets learn.devices. Strategy single has one GPU; tensor_parallel has at most one for
+    each key-value head.
     """
     text = shape.get_text_config()
     most = {
@@ -260,7 +266,7 @@ def fewest_devices(config: AuroraConfig, shape: PretrainedConfig, *, card_gb: in
         serving, learning = total(lines, "every device", "first device"), total(lines, "learner's device")
         if config.learn.enabled or learning == 0:
             if serving + learning <= room:
-                return devices, 0
+                return devices, max(0, config.learn.devices - devices) if learning else 0
         elif max(serving, learning + _PROCESS_BYTES) <= room:
             return devices, config.learn.devices
     return None

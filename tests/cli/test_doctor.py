@@ -256,7 +256,8 @@ def test_on_a_cpu_memory_need_is_that_of_all_processes(model: Path) -> None:
 
 
 def test_each_process_of_a_learner_needs_memory(model: Path) -> None:
-    """The first one reads the target before it starts the others, which do so at the same time."""
+    """The first one reads the target before it starts the others, which do so at the same time. They learn on the CPU
+    where there are fewer GPUs than processes."""
     settings = ["draft.checkpoint=null", "learn.from_scratch=true", "learn.enabled=true"]
     config = load_config(None, settings)
     shape = model_shape(config, folder=model)
@@ -264,14 +265,16 @@ def test_each_process_of_a_learner_needs_memory(model: Path) -> None:
     lines = needs(config, shape, devices=1)
     (reading,) = (line.num_bytes for line in lines if line.what == "learner, while starting")
 
-    def more(devices: int, *, on_gpus: bool) -> int:
+    def more(devices: int, *, gpus: int) -> int:
         several = load_config(None, [*settings, f"learn.devices={devices}"])
-        need = host_total(several, needs(several, shape, devices=1), on_gpus=on_gpus)
-        return need - host_total(config, lines, on_gpus=on_gpus)
+        need = host_total(several, needs(several, shape, devices=1), gpus=gpus)
+        return need - host_total(config, lines, gpus=gpus)
 
     of_one = total(lines, "learner's device")
-    assert [more(devices, on_gpus=False) for devices in (2, 3)] == [of_one, 2 * of_one + reading]
-    assert [more(devices, on_gpus=True) for devices in (2, 3)] == [0, reading]
+    assert [more(devices, gpus=0) for devices in (2, 3)] == [of_one, 2 * of_one + reading]
+    assert [more(devices, gpus=3) for devices in (2, 3)] == [0, reading]
+    assert [more(devices, gpus=2) for devices in (2, 3)] == [0, 3 * of_one + reading]
+    assert [more(devices, gpus=1) for devices in (2, 3)] == [2 * of_one, 3 * of_one + reading]
 
 
 def test_memory_needs_are_known_before_the_download_from_a_config_file(

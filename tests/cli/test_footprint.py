@@ -129,6 +129,15 @@ def test_the_smallest_set_of_gpus(
         assert total(fewer, "every device", "first device") > 0.95 * card_gb * 10**9
 
 
+def test_each_process_of_the_servers_own_learner_has_a_gpu() -> None:
+    config = deployment("mixtral-8x22b", strategy="tensor_parallel", devices=1, learn=True)
+    shape = model_shape(config, folder=None)
+    assert shape is not None
+    for processes, wanted in ((2, (8, 0)), (8, (8, 0)), (10, (8, 2))):
+        several = replace(config, learn=replace(config.learn, devices=processes))
+        assert fewest_devices(several, shape, card_gb=80) == wanted
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_table_equals_what_a_model_has(family: str, tmp_path: Path) -> None:
     """Weights, KV cache and an untrained draft, on a tiny model of every family."""
