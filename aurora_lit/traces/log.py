@@ -52,7 +52,7 @@ _LEFTOVERS = (".tmp??????", ".*-?????*.safetensors.tmp", f".{INDEX_NAME}.tmp")
 """Files that a killed writer had begun, named by safetensors and by us."""
 _PADDING = {"proposal_RK": -1, "behaviour_logprob_RK": _UNKNOWN}
 """Round fields with a column for each proposal, and the value that pads them to the longest round of the shard."""
-_PLAIN_FIELDS = ("request_id", "served_domain", "client", "verify", "temperature", "first_position")
+_PLAIN_FIELDS = ("request_id", "served_domain", "client", "verify", "temperature", "first_position", "prompt_length")
 _OLD_VERIFY_MODES = {"seeded": "sampled", "free": "sampled"}
 """Names in older logs. Nothing is lost: learning computes acceptance anew, by today's rule."""
 

@@ -65,6 +65,8 @@ class Trace:
     """The request's sampling temperature."""
     first_position: int = 0
     """Position in the request of token_ids_T[0]."""
+    prompt_length: int = 0
+    """Tokens of the request's prompt; 0 if unknown, as in older logs."""
     answer_start: int
     """Index in the segment of the first generated token that no earlier segment contains; T if there is none."""
     token_ids_T: Tensor
@@ -144,6 +146,7 @@ _PLAIN_FIELDS = {
     "verify": str,
     "temperature": float,
     "first_position": int,
+    "prompt_length": int,
     "answer_start": int,
 }
 """Type of each other field."""
@@ -251,6 +254,7 @@ def check(trace: Trace) -> None:
     _require(trace.verify in VERIFY_MODES, f"verify is {trace.verify!r}")
     _require(0 <= trace.answer_start <= T, f"answer_start is {trace.answer_start} of {T}")
     _require(trace.first_position >= 0, f"first_position is {trace.first_position}")
+    _require(trace.prompt_length >= 0, f"prompt_length is {trace.prompt_length}")
     _require(0 <= trace.temperature < float("inf"), f"temperature is {trace.temperature}")
     _require(int(trace.token_ids_T.min()) >= 0, "a token id is negative")
     for name in ("aux_T3H", "last_TH", "lse_T", "draft_temperature_R", "rejected_last_NH"):

@@ -282,6 +282,7 @@ class Capture:
                     verify="greedy" if info.temperature == 0 else "sampled",
                     temperature=info.temperature,
                     first_position=first,
+                    prompt_length=info.prompt_tokens,
                     answer_start=recording.start - first,
                     token_ids_T=tokens_T[: end - first].int(),
                     aux_T3H=aux_T3H[: end - first].bfloat16(),

@@ -37,6 +37,7 @@ def trace_with_rounds(rounds: Sequence[tuple[int, int, int]], *, length: int = 1
         "verify": "sampled",
         "temperature": 0.7,
         "first_position": 3,
+        "prompt_length": 5,
         "answer_start": 2,
         "token_ids_T": token_ids_T,
         "aux_T3H": torch.arange(length * 3 * HIDDEN).view(length, 3 * HIDDEN).bfloat16(),

@@ -43,7 +43,7 @@ def test_bytes_give_back_every_field(trace: Trace) -> None:
 
 
 def test_the_format_changes_only_on_purpose() -> None:
-    assert LAYOUT_DIGEST == "9c6ba3dba7af008b", "a ring or log of the last release cannot be read any more"
+    assert LAYOUT_DIGEST == "547b8ebf1bbc3cd3", "a ring or log of the last release cannot be read any more"
 
 
 def test_pieces_are_the_same_bytes_and_the_tensors_own_memory() -> None:
@@ -88,6 +88,7 @@ def changed(name: str, index: Any, value: float) -> Trace:
         (a_trace(temperature=float("nan")), "temperature"),
         (a_trace(temperature=-1.0), "temperature"),
         (a_trace(first_position=-1), "first_position"),
+        (a_trace(prompt_length=-1), "prompt_length"),
         (a_trace(answer_start=-1), "answer_start"),
         (a_trace(answer_start=13), "answer_start"),
         (a_trace(token_ids_T=torch.arange(12)), "token_ids_T is torch.int64"),

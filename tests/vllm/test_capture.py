@@ -118,6 +118,7 @@ def test_any_traffic_is_recorded_once_and_exactly(made: type[MadeRunner], seed: 
         new: list[int] = []
         for trace in traces:
             assert right_rows(trace, request_id)
+            assert trace.prompt_length == prompt
             first, end = trace.first_position, trace.first_position + len(trace.token_ids_T)
             new += range(first + trace.answer_start, end)
         assert new == list(range(prompt, prompt + length - 1))  # the last token is not computed, or not of use

@@ -135,6 +135,7 @@ class TraceRecorder:
                 verify=verify_mode(sequence.params),
                 temperature=sequence.params.temperature,
                 first_position=first,
+                prompt_length=sequence.prompt_length,
                 answer_start=segment.start - first,
                 token_ids_T=self._tokens_SL[slot, first:end].to("cpu", torch.int32),
                 aux_T3H=self._aux_SLF[slot, first:end].to("cpu", torch.bfloat16),

@@ -68,7 +68,7 @@ def test_the_embedding_is_a_mean_of_the_prompt_without_its_first_and_last_positi
     trace.aux_T3H[7:] = 7.0
     torch.testing.assert_close(prompt_embedding(trace), first)
     assert prompt_embedding(replace(trace, answer_start=2)) is None
-    assert prompt_embedding(replace(trace, first_position=3)) is None
+    assert prompt_embedding(replace(trace, first_position=3)) is None, "it may be a later segment"
 
 
 def test_a_new_kind_founds_a_domain_within_a_few_requests_and_a_single_odd_one_does_not() -> None:
@@ -142,6 +142,23 @@ def test_a_request_whose_beginning_was_not_seen_has_its_known_label() -> None:
     detector.assign(prompts.trace("code", label="mine"))
     cached = [replace(prompts.trace("code", label=label), first_position=16) for label in ("mine", "other", "")]
     assert [detector.assign(trace).domain for trace in cached] == ["mine", UNKNOWN, UNKNOWN]
+
+
+@pytest.mark.parametrize("seen", [32, 90])
+def test_the_end_of_a_prompt_is_enough_where_its_beginning_was_not_seen(seen: int) -> None:
+    assignments, detector = assign_all(["code", "chat"] * 60)
+    code, chat = (assignment.domain for assignment in assignments[-2:])
+    prompts = PromptMaker(seed=2)
+
+    def behind_a_cache(kind: str, seen: int, *, later: int = 0) -> Trace:
+        trace = prompts.trace(kind)
+        end_of_prompt = trace.aux_T3H[1:7].repeat(15, 1)[:seen]
+        states = torch.cat([end_of_prompt, trace.aux_T3H[7:]])
+        return replace(trace, aux_T3H=states, answer_start=seen, first_position=160, prompt_length=160 + seen - later)
+
+    assert [detector.assign(behind_a_cache(kind, seen)).domain for kind in ("code", "chat")] == [code, chat]
+    assert detector.assign(behind_a_cache("code", 31)).domain == UNKNOWN
+    assert detector.assign(behind_a_cache("code", seen, later=1)).domain == UNKNOWN, "its beginning is answer already"
 
 
 def test_a_label_takes_precedence_and_labels_are_capped() -> None:

@@ -198,6 +198,7 @@ def test_each_position_is_new_in_one_segment_and_segments_overlap(models: TinyMo
             assert trace.answer_start == (length if trace is segments[0] else 3)
             assert trace is segments[-1] or 7 <= len(trace.token_ids_T) - trace.answer_start < 7 + 5
         assert segments[0].first_position == 0
+        assert {trace.prompt_length for trace in segments} == {length}
         assert new == list(range(length, length + NEW - 1)), "all but the last token, which the target has not computed"
         assert len(answer.token_ids) == NEW
 
