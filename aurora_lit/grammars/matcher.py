@@ -101,8 +101,8 @@ class Branch:
 class CompileAgain(Protocol):
     """Gives the beginning of an output, with a lexer of its own."""
 
-    def __call__(self, *, in_round: bool) -> Branch | None:
-        """None: a round cannot wait for that."""
+    def __call__(self, *, in_round: bool) -> Branch:
+        """`in_round`: a round waits for that."""
 
 
 class Grammar:
@@ -110,13 +110,13 @@ class Grammar:
 
     A limit of llguidance may have been reached by another output, which shares its lexer, or by a proposal. So the
     grammar is then compiled again, for this output alone, and only what fails there too is an error. A grammar that a
-    round cannot wait for fails at once.
+    round cannot wait for shares no lexer, and takes no proposals.
     """
 
-    def __init__(self, start: Branch, *, compile_again: CompileAgain) -> None:
+    def __init__(self, start: Branch, *, compile_again: CompileAgain | None) -> None:
         """At the beginning of the output.
 
-        Raises RequestError if llguidance cannot go on.
+        `compile_again` None: a round cannot wait for that. Raises RequestError if llguidance cannot go on.
         """
         self._here, self._compile_again = start, compile_again
         self._output: list[int] = []
@@ -133,8 +133,8 @@ class Grammar:
 
     @property
     def takes_proposals(self) -> bool:
-        """False: walks down proposals have reached limits too often."""
-        return self._num_renewed < _MOST_RENEWED
+        """False: walks down proposals have reached limits too often, or a round could not wait if one did."""
+        return self._compile_again is not None and self._num_renewed < _MOST_RENEWED
 
     def branch(self) -> Branch:
         """A copy to walk on, which leaves this one where it is."""
@@ -155,15 +155,14 @@ class Grammar:
         self.forced = forced or self._here.forced()
 
     def _follow_again(self, *, with_masks: bool) -> bool:
-        """Compile the grammar again, and follow the output so far. False: a round cannot wait for that.
+        """Compile the grammar again, and follow the output so far. False: a round could not wait for that.
 
         with_masks: as plain decoding does. What may be computed is limited from mask to mask, so this fails only where
         plain decoding would, but takes as long as all masks so far.
         """
-        start = self._compile_again(in_round=bool(self._output))
-        if start is None:
+        if self._compile_again is None:
             return False
-        self._here = start
+        self._here = self._compile_again(in_round=bool(self._output))
         self._num_renewed += not with_masks
         for token in self._output:
             if with_masks:
@@ -181,6 +180,11 @@ class _Compiled:
     seconds: float
     """What compiling it took its thread, without the tokenizer."""
     num_begun: int = 1
+
+    @property
+    def is_quick(self) -> bool:
+        """True if a round may wait until it is compiled again."""
+        return self.seconds <= _LONGEST_AGAIN_S
 
 
 class GrammarCompiler:
@@ -203,7 +207,7 @@ class GrammarCompiler:
     def compile(self, asked: StructuredOutputsParams, *, end_tokens: frozenset[int]) -> Future[Grammar]:
         """The beginning of an output that `end_tokens` may end. The future raises RequestError.
 
-        What has been compiled before does not wait for other grammars.
+        What is kept does not wait for other grammars.
         """
         kept = self._kept(asked)
         if kept is None:
@@ -216,8 +220,9 @@ class GrammarCompiler:
             return self._begin(kept, end_tokens)
         compiled = _Compiled(asked, *self._matcher(asked))
         grammar = self._begin(compiled, end_tokens)  # one that cannot begin is not kept
-        with self._changing_compiled:
-            self._compiled.append(compiled)
+        if compiled.is_quick:  # otherwise what one output reaches would end all that share it
+            with self._changing_compiled:
+                self._compiled.append(compiled)
         return grammar
 
     def _kept(self, asked: StructuredOutputsParams) -> _Compiled | None:
@@ -235,17 +240,16 @@ class GrammarCompiler:
         def beginning(start: LLMatcher) -> Branch:
             return Branch(start, vocab_size=self._vocab_size, end_tokens=end_tokens)
 
-        def compile_again(*, in_round: bool) -> Branch | None:
+        def compile_again(*, in_round: bool) -> Branch:
             with self._changing_compiled:  # whatever begins with it would fail too
                 if compiled in self._compiled:
                     self._compiled.remove(compiled)
             if not in_round:  # in one of our threads, with the stack that this takes
                 return beginning(self._matcher(compiled.asked)[0])
-            if compiled.seconds > _LONGEST_AGAIN_S:
-                return None
             return beginning(self._compiling_again.submit(self._matcher, compiled.asked).result()[0])
 
-        return Grammar(beginning(compiled.start.deep_copy()), compile_again=compile_again)
+        start = beginning(compiled.start.deep_copy())
+        return Grammar(start, compile_again=compile_again if compiled.is_quick else None)
 
     def _matcher(self, asked: StructuredOutputsParams) -> tuple[LLMatcher, float]:
         """A compiled grammar, and the seconds that this took the thread, without the tokenizer."""

@@ -258,17 +258,14 @@ def test_a_limit_that_the_output_itself_reaches_is_an_error(monkeypatch: pytest.
 def test_a_round_waits_for_no_grammar_that_takes_long_to_compile(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(matcher_module, "_LONGEST_AGAIN_S", 0.0)
     made = limited(monkeypatch, step_lexer_fuel=90)
-    place, beside = begin(of_one := compiler(), HARD), begin(of_one, HARD)
-    branch = place.branch()
-    branch.enter(A)
-    branch.enter(A)
-    assert branch.allowed() is None
-    for each in (place, beside):
-        with pytest.raises(RequestError, match="no answer can follow the grammar: .*too many expressions"):
-            each.advance([B])
-    assert len(made) == 1
-    begin(of_one, HARD)
-    assert len(made) == 2, "what has failed is not kept all the same"
+    place, beside, plain = begin(of_one := compiler(), HARD), begin(of_one, HARD), begin(compiler(), HARD)
+    assert not place.takes_proposals, "a walk down one may reach a limit"
+    with pytest.raises(RequestError, match="no answer can follow the grammar: .*too many expressions"):
+        place.advance([A, A])
+    for each in (beside, plain):
+        each.advance([B])
+    assert tokens_of(beside.allowed) == tokens_of(plain.allowed), "it has a lexer of its own"
+    assert len(made) == 3, "once for each output"
 
 
 def test_the_time_of_the_tokenizer_is_none_of_the_grammars() -> None:
