@@ -303,7 +303,13 @@ class Engine:
         ]
         expected_s = self.costs.round_s(len(decoding), [len(row.proposal.tokens) for row in decoding])
         prompts = self._prefill.plan(num_decoding=len(decoding), round_s=expected_s + self.proposer.draft_seconds)
-        return RoundPlan(decoding, prompts, expected_s=expected_s, copied_prefix=self._prefill.has_copied)
+        return RoundPlan(
+            decoding,
+            prompts,
+            expected_s=expected_s,
+            copied_prefix=self._prefill.has_copied,
+            wants_speculation=any(sequence.speculates for sequence in sequences),
+        )
 
     def _may_speculate(self, sequences: list[RunningSequence]) -> Allowed:
         """Whether to copy, and whether to draft: not where that has not paid lately, and neither while prompts wait,
@@ -351,7 +357,7 @@ class Engine:
         # What grammars force costs nothing to propose, and is no merit of copies or of the draft.
         if any(row.proposal.is_forced for row in rows):
             self.floor.pass_untimed(kind)
-        elif not any(row.sequence.speculates for row in rows):
+        elif not plan.wants_speculation:
             self.floor.observe_unasked(kind, seconds=seconds - self.proposer.seconds)
         else:
             tokens = sum(len(output.token_ids) for output in outputs)

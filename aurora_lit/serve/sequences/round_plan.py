@@ -174,6 +174,8 @@ class RoundPlan:
     """What the pass and the commit are expected to take without the prompts, in seconds."""
     copied_prefix: bool = False
     """Making the plan took the time of copying a prompt's prefix from another slot."""
+    wants_speculation: bool = True
+    """False: no sequence took proposals when the plan was made. In the round a grammar may stop taking them."""
 
     @property
     def num_decoding_columns(self) -> int:

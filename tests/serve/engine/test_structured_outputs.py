@@ -380,6 +380,28 @@ def test_nothing_is_proposed_where_the_grammar_takes_no_proposals(case: Case, mo
     assert engine.proposer.looking_seconds == engine.proposer.draft_seconds == 0.0
 
 
+def test_the_round_in_which_a_grammar_stops_taking_proposals_is_no_plain_one(
+    case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was proposed for, and its grammar has been compiled again."""
+    grammars = CompilerAtOnce(backend().to_str, vocab_size=VOCAB_SIZE, eos_token_ids=frozenset([END]))
+    engine, wanted = case.engine(grammars=grammars, adaptive=True), list[bool]()
+    assert engine.floor is not None
+    monkeypatch.setattr(engine.floor, "observe", lambda *_, **__: wanted.append(True))
+    monkeypatch.setattr(engine.floor, "observe_unasked", lambda *_, **__: wanted.append(False))
+    advance: Callable[[Grammar, list[int]], None] = Grammar.advance
+
+    def advance_and_stop(self: Grammar, tokens: list[int]) -> None:
+        advance(self, tokens)
+        monkeypatch.setattr(matcher, "_MOST_RENEWED", 0)
+
+    monkeypatch.setattr(Grammar, "advance", advance_and_stop)
+    run(engine, requests(1, regex="[abc]{12}", max_tokens=10))
+    assert wanted[0]
+    assert len(wanted) > 2
+    assert not any(wanted[1:])
+
+
 @pytest.mark.parametrize("how", ["no tokenizer", "no end", "ignored end"])
 def test_what_cannot_be_served_is_refused(case: Case, how: str) -> None:
     engine = case.engine(eos_token_ids=frozenset([END] if how != "no end" else []))
