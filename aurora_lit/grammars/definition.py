@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from llguidance import LLMatcher, LLTokenizer
 from llguidance.gbnf_to_lark import gbnf_to_lark
 
-from aurora_lit.grammars.endless import endless_place, objects_in, target_of
+from aurora_lit.grammars.endless import endless_place, has_inner_root, target_of
 from aurora_lit.request import StructuredOutputsParams
 
 WRITTEN_AS = {"item_separator": ", ", "key_separator": ": ", "whitespace_flexible": False}
@@ -34,6 +34,8 @@ _LARGEST_INTEGER = 1 << 63
 """Above all integers that llguidance has, which reads numbers as doubles."""
 _LEAST_BOUND = 1024 - (1 << 63)
 """The double after -2^63: for a range of that one integer llguidance calls itself without end, and the process ends."""
+_BOUNDS = ("const", "enum", "maximum", "exclusiveMaximum")
+"""Keywords that may be the upper end of such a range."""
 _NEGATIVE_NUMBER = re.compile(r"-\d+(?:\.\d+)?(?:[eE][+-]?\d+)?")
 _SCHEMAS_BY_KEY = ("properties", "patternProperties", "$defs", "definitions")
 _LISTS_OF_SCHEMAS = ("anyOf", "oneOf", "allOf", "prefixItems", "items")
@@ -188,24 +190,39 @@ def _place(schema: Any, root: Any, reason: str) -> str:
         alone = {"$ref": "#/part", "part": part}
         if isinstance(root, dict):
             alone |= {name: root[name] for name in ("$defs", "definitions") if name in root and root[name] is not part}
-        if _reason(_of_schema(alone)) == reason:
+        # Alone it may mean another thing: a reference may lead into "part".
+        if _misread(alone) is None and _reason(_of_schema(alone)) == reason:
             return keys + _place(part, root, reason)
     return ""
 
 
 def _misread(schema: Any) -> Fault | None:
     """The fault of a number that llguidance changes, or which ends the process; None: there is none."""
+    leads_anywhere = has_inner_root(schema)
     for keys, part in _schemas(schema):
         for name in ("const", "enum"):
             if _has_inexact(part.get(name)):
                 return Fault(f"{keys}.{name}", "an integer beyond 2^53 would be rounded; use a string")
-        for name in ("maximum", "exclusiveMaximum"):
+        for name in _BOUNDS:
             if _has_least(part.get(name)):
-                return Fault(f"{keys}.{name}", f"it cannot be read; use one above {_LEAST_BOUND}")
-    for part in objects_in(schema):  # since a reference by "$id" may lead anywhere
-        if any(_has_least(part.get(name)) for name in ("const", "enum", "maximum", "exclusiveMaximum")):
-            return Fault("", f"it has a number that cannot be read; use one above {_LEAST_BOUND}")
+                return Fault(f"{keys}.{name}", f"numbers up to {_LEAST_BOUND} cannot be read; use greater ones")
+        reference = part.get("$ref")
+        leads_anywhere |= isinstance(reference, str) and target_of(schema, reference) is None
+    if leads_anywhere and any(map(_has_least, _all_bounds(schema))):
+        return Fault("", f"it has a number that cannot be read; use one above {_LEAST_BOUND}")
     return None
+
+
+def _all_bounds(schema: Any) -> Iterator[Any]:
+    """The values of _BOUNDS in all of a schema, also where no reference leads that we know; each is looked at once."""
+    found = [schema]
+    while found:
+        part = found.pop()
+        if isinstance(part, dict):
+            yield from (value for name, value in part.items() if name in _BOUNDS)
+            found += (value for name, value in part.items() if name not in _BOUNDS)
+        elif isinstance(part, list):
+            found += part
 
 
 def _has_least(value: Any) -> bool:

@@ -16,21 +16,24 @@ from urllib.parse import unquote
 
 def endless_place(schema: Any) -> str | None:
     """The keys that lead to a reference without end; None: some finite JSON satisfies the schema, for all we know."""
-    objects = objects_in(schema)
-    next(objects, None)
-    if any(isinstance(part.get(name), str) for part in objects for name in ("$id", "id")):
-        return None  # references inside such a part mean another root
+    if has_inner_root(schema):
+        return None
     endless = _endless(schema)
     return _place(schema, endless) if id(schema) in endless else None
 
 
-def objects_in(value: Any) -> Iterator[dict[str, Any]]:
-    """Every JSON object in a value, the outermost first."""
-    if isinstance(value, dict):
-        yield value
-    if isinstance(value, (dict, list)):
-        for part in value.values() if isinstance(value, dict) else value:
-            yield from objects_in(part)
+def has_inner_root(schema: Any) -> bool:
+    """True if a part has an id of its own: references inside such a part mean another root."""
+    found = [schema]
+    while found:
+        part = found.pop()
+        if isinstance(part, dict):
+            if part is not schema and any(isinstance(part.get(name), str) for name in ("$id", "id")):
+                return True
+            found += part.values()
+        elif isinstance(part, list):
+            found += part
+    return False
 
 
 def target_of(schema: Any, reference: str) -> Any:

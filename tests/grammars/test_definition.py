@@ -229,7 +229,10 @@ LEAST = -(2**63)
         ({"json": {"type": "integer", "minimum": LEAST, "maximum": LEAST + 512}}, ".maximum"),
         ({"json": {"$ref": "#/a", "a": {"type": "integer", "minimum": -1e300, "maximum": -1e300}}}, ".a.maximum"),
         ({"json": {"type": "integer", "minimum": LEAST, "exclusiveMaximum": LEAST + 1}}, ".exclusiveMaximum"),
+        ({"json": {"properties": {"a": {"enum": [1, -1e20]}}}}, ".properties.a.enum"),
         ({"json": {"$id": "http://a/", "$ref": "http://a/#/x", "x": {"const": LEAST}}}, ""),
+        ({"json": {"$ref": "#x", "x": [{"$anchor": "x", "enum": [{"const": LEAST}]}]}}, ""),
+        ({"json": {"$ref": "#/x", "x": {"$id": "http://a/", "$ref": "#/y", "y": {"maximum": -1e20}}, "y": {}}}, ""),
         ({"grammar": f'start: %json {{"const": {LEAST}}}'}, ""),
         ({"grammar": 'start: %json {"type": "integer", "minimum": -1e19, "maximum": -9.3e+18}'}, ""),
     ],
@@ -252,9 +255,41 @@ def test_an_integer_that_ends_the_process_is_refused_before_it_is_read(
 def test_great_numbers_elsewhere_are_read() -> None:
     bounds = {"type": "number", "minimum": -1e18, "maximum": 1e18, "default": LEAST}
     assert fault_of(StructuredOutputsParams(json=bounds)) is None
+    noted = {"maximum": -1e300, "enum": [-1e300]}
+    for schema in (
+        {"type": "object", "examples": [noted], "default": noted},
+        {"type": "object", "properties": {"maximum": {"type": "object", "default": noted}}},
+        {"$ref": "#/$defs/a", "$defs": {"a": {"type": "object", "examples": [noted]}}},
+    ):
+        assert fault_of(StructuredOutputsParams(json=schema)) is None
     for grammar in (f'start: "{LEAST}"', 'start: %json {"const": -9.2e18}'):
         assert fault_of(StructuredOutputsParams(grammar=grammar)) is None
     assert fault_of(StructuredOutputsParams(choice=(str(LEAST),))) is None
+
+
+def test_no_part_is_read_alone_that_would_end_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There its reference means its own example."""
+    monkeypatch.setattr(definition, "_reason", lambda *_: "a reason")
+    a = {"$ref": "#/part/examples/0", "examples": [{"const": LEAST}]}
+    schema = {"part": {"examples": [{}]}, "properties": {"a": a, "b": {"type": "numbr"}}}
+    assert fault_of(StructuredOutputsParams(json=schema)) == (".properties.b", "a reason")
+
+
+def test_nested_values_are_looked_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What comes from clients must not take a time that grows with its square."""
+    seen, has_least = list[Any](), definition._has_least
+
+    def noted(value: Any) -> bool:
+        seen.append(value)
+        return has_least(value)
+
+    monkeypatch.setattr(definition, "_has_least", noted)
+    monkeypatch.setattr(definition, "_reason", lambda *_: "")
+    value: Any = 7
+    for _ in range(60):
+        value = {"const": value}
+    assert fault_of(StructuredOutputsParams(json={"$ref": "#x", "x": {"$anchor": "x", "const": value}})) is None
+    assert len(list(filter(None, seen))) == 61
 
 
 @pytest.mark.parametrize(
