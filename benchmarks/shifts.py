@@ -31,15 +31,17 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from aurora_lit.bench.prompts import load_prompts
 from aurora_lit.bench.shifts import delays
 from aurora_lit.config import load_config
+from aurora_lit.errors import AuroraError
 from aurora_lit.modules.domains.centroids import UNKNOWN
 from aurora_lit.modules.domains.detector import DomainDetector, Shift
-from aurora_lit.modules.domains.embedding import pool_prompt
+from aurora_lit.modules.domains.embedding import RECENCY, pool_prompt
 from aurora_lit.serve.worker.build import load_target, load_tokenizer
 from aurora_lit.traces.record import SOURCE_DRAFT, Trace
 
@@ -62,10 +64,17 @@ _LEAST_SHARE = 0.02
 def embed(
     paths: Sequence[Path], *, cache: Path, limit: int, max_tokens: int, overrides: Sequence[str]
 ) -> dict[str, Tensor]:
-    """Each kind's embeddings [N, E], fp32; prompts that are in the cache already are not computed again."""
+    """Each kind's embeddings [N, E], fp32; prompts that are in the cache already are not computed again.
+
+    Raises AuroraError if the cache holds another mean of prompts than the detector's.
+    """
     kinds: dict[str, list[Tensor]] = {}
+    mean = {"recency": str(RECENCY)}
     if cache.exists():
-        kinds = {kind: list(embedded_NE) for kind, embedded_NE in load_file(cache).items()}
+        with safe_open(cache, framework="pt") as file:
+            if file.metadata() != mean:
+                raise AuroraError(f"--cache {cache} holds another mean of prompts than {mean}; delete it")
+            kinds = {kind: list(file.get_tensor(kind)) for kind in file.keys()}  # noqa: SIM118  (not a dict)
     config = load_config(None, list(overrides))
     torch.set_num_threads(config.engine.threads or torch.get_num_threads())
     prompts = load_prompts(paths, limit=limit, tokenizer=load_tokenizer(config), max_prompt_tokens=max_tokens)
@@ -82,7 +91,7 @@ def embed(
         if mean_E is not None:
             kinds.setdefault(prompt.domain, []).append(mean_E)
         if number % _SAVE_EVERY_PROMPTS == 0 or number == len(prompts):
-            save_file({kind: torch.stack(embedded) for kind, embedded in kinds.items()}, cache)
+            save_file({kind: torch.stack(embedded) for kind, embedded in kinds.items()}, cache, mean)
     return {kind: torch.stack(embedded) for kind, embedded in kinds.items()}
 
 

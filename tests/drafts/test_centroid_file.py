@@ -111,7 +111,7 @@ def test_bad_values_are_refused_with_a_reason(path: Path, changes: dict[str, Any
 @pytest.mark.parametrize(
     ("metadata", "reason"),
     [
-        ({"format": "1"}, "its format is 1, and this version reads 2"),
+        ({"format": "2"}, "its format is 2, and this version reads 3"),  # centroids of means over whole prompts
         ({"common": "-1.0"}, "its common is -1.0"),
         ({"common": "nan"}, "its common is nan"),
         ({"format": None}, "its format is None"),

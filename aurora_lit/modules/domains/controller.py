@@ -23,6 +23,7 @@ from torch.optim import Optimizer
 
 from aurora_lit.modules.domains.centroids import UNKNOWN
 from aurora_lit.modules.domains.detector import DomainAssignment, DomainDetector, Shift
+from aurora_lit.modules.domains.embedding import RECENCY
 from aurora_lit.modules.domains.lr_schedule import DomainAwareLR
 from aurora_lit.modules.losses.batch import OnlineBatch
 from aurora_lit.traces.record import Trace
@@ -150,11 +151,12 @@ class DomainController:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from what `state_dict` returned.
 
-        With a detector, a state without one or with one of an earlier form is ignored; without one, a state with one.
+        With a detector, a state without one is ignored, and one whose embeddings are another mean of prompts, to which
+        new ones are not comparable; without a detector, a state with one.
         """
         if self.detector is None:
             self._labels = dict.fromkeys(state.get("labels", ()))
-        elif "tested" in state:
+        elif state.get("recency") == RECENCY:
             self.detector.load_state_dict(state)
 
     def _known_label(self, label: str) -> str:

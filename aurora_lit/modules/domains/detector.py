@@ -25,7 +25,7 @@ from torch import Tensor
 
 from aurora_lit.modules.domains.centroids import AUTO_PREFIX, UNKNOWN, Centroids, client_label
 from aurora_lit.modules.domains.clusters import ClusterAssignment, OnlineClusters
-from aurora_lit.modules.domains.embedding import pool_prompt
+from aurora_lit.modules.domains.embedding import RECENCY, pool_prompt
 from aurora_lit.modules.domains.shifts import AcceptanceDropDetector, MixShiftDetector
 from aurora_lit.traces.record import SOURCE_DRAFT, Trace
 
@@ -199,8 +199,9 @@ class DomainDetector:
         return domain.novelty if self._num_requests - domain.founded_at <= _NEW_FOR_REQUESTS else 0.0
 
     def state_dict(self) -> dict[str, Any]:
-        """Tensors, plain numbers and strings."""
+        """Tensors, plain numbers and strings. "recency" tells of which mean of prompts the embeddings are."""
         return {
+            "recency": RECENCY,
             "clusters": self._clusters.state_dict(),
             "mix": list(self._mix.domains),
             "tested_labels": [label for label, _ in self._tested],
@@ -216,7 +217,7 @@ class DomainDetector:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from what `state_dict` returned."""
+        """Continue from what `state_dict` returned, whose "recency" must be RECENCY."""
         self._clusters.load_state_dict(state["clusters"])
         self._mix.domains = list(state["mix"])
         self._tested = deque(zip(state["tested_labels"], state["tested"], strict=True))

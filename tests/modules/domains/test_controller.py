@@ -106,11 +106,22 @@ def test_labels_are_capped_and_those_dropped_are_counted(detect: bool) -> None:
     assert other.assign_domain(prompts.trace("code", label="mine")).domain == "mine"
 
 
-def test_a_detectors_state_of_an_earlier_form_is_ignored() -> None:
-    prompts, controller = PromptMaker(), make_controller(detector=DomainDetector(max_domains=3, novelty_threshold=0.7))
-    controller.load_state_dict({"clusters": {"names": ["auto-1"]}, "mix": {}, "num_shifts": 21})
-    assert controller.num_shifts == 0
+@pytest.mark.parametrize("recency", [None, 64.0])
+def test_a_detectors_state_with_embeddings_that_are_another_mean_is_ignored(recency: float | None) -> None:
+    """None: one of the time before states said which mean it is."""
+    saved, prompts = DomainDetector(max_domains=3, novelty_threshold=0.7), PromptMaker()
+    saved.assign(prompts.trace("code", label="before"))
+    state = saved.state_dict()
+    state = {name: value for name, value in state.items() if name != "recency"}
+    if recency is not None:
+        state["recency"] = recency
+    detector = DomainDetector(max_domains=3, novelty_threshold=0.7)
+    controller = make_controller(detector=detector)
+    controller.load_state_dict(state)
+    assert (detector.num_requests, detector.domains) == (0, {})
     assert controller.assign_domain(prompts.trace("code", label="mine")).domain == "mine"
+    controller.load_state_dict(saved.state_dict())
+    assert set(detector.domains) == {"before"}
 
 
 def test_only_learned_tokens_cool_a_domain() -> None:
