@@ -92,11 +92,11 @@ def decide(
     *,
     evidence: float,
     needed: float = 1 / _FALSE_PASS_RATE,
-    fewest_roots: Mapping[str, int] | None = None,
+    num_roots: Mapping[str, Sequence[int]] | None = None,
 ) -> GateDecision:
     """Decide by (champion, challenger) scores, paired by request; `evidence`: the lineage's e-value, `new` included.
 
-    fewest_roots: of each domain, the number of roots of the request that has fewest; None: as many as are ever used.
+    num_roots: of each domain's requests, the number of roots; missing: as many as are ever used.
 
     The challenger passes if the evidence is as much as needed, if it is itself ahead on the new requests, and if it is
     in no domain significantly worse: one-sided paired t-tests at levels that share _FALSE_REFUSAL_RATE (Bonferroni).
@@ -108,7 +108,7 @@ def decide(
     refused = lead < 0
     table = {}
     for domain, pairs in sorted(by_domain.items()):
-        before, after, t_statistic = _compare(pairs, num_roots=(fewest_roots or {}).get(domain, _MAX_ROOTS))
+        before, after, t_statistic = _compare(pairs, num_roots=(num_roots or {}).get(domain, [_MAX_ROOTS]))
         table[domain] = {"champion": round(before, 4), "challenger": round(after, 4), "requests": float(len(pairs))}
         if len(pairs) > 1 and t_statistic < stdtrit(len(pairs) - 1, _FALSE_REFUSAL_RATE / len(by_domain)):
             refused = True
@@ -125,19 +125,22 @@ def decide(
     )
 
 
-def _compare(pairs: Sequence[tuple[float, float]], *, num_roots: int = _MAX_ROOTS) -> tuple[float, float, float]:
+def _compare(
+    pairs: Sequence[tuple[float, float]], *, num_roots: Sequence[int] = (_MAX_ROOTS,)
+) -> tuple[float, float, float]:
     """Means of champion and challenger, and their difference in standard errors (0 if there is only one pair).
 
-    A standard error is at least that of rounding. Scores of greedy requests are multiples of 1 / num_roots, so two
-    requests often change by exactly as much, which tells nothing about how much others would. More roots than
-    _MAX_ROOTS, those of several segments, count as that many.
+    A standard error is at least that of rounding. The score of a greedy request is a multiple of 1 / its number of
+    roots, so two requests often change by exactly as much, which tells nothing about how much others would. The
+    variance of rounding is the requests' mean. More roots than _MAX_ROOTS, those of several segments, count as that
+    many.
     """
     count = len(pairs)
     before, after = (sum(side) / count for side in zip(*pairs, strict=True))
     if count < 2:
         return before, after, 0.0
     variance = sum((b - a - (after - before)) ** 2 for a, b in pairs) / (count - 1)
-    rounding_variance = 1 / min(num_roots, _MAX_ROOTS) ** 2 / 12
+    rounding_variance = sum(1 / min(roots, _MAX_ROOTS) ** 2 for roots in num_roots) / len(num_roots) / 12
     return before, after, (after - before) / math.sqrt(max(variance, rounding_variance) / count)
 
 
@@ -181,10 +184,10 @@ def compare_drafts(
     def decision(others: Sequence[tuple[HeldOutRequest, tuple[float, float]]] = ()) -> GateDecision:
         new = [pair for _, pair in tried]
         by_domain = _by_domain([*tried, *others])
-        fewest_roots: dict[str, int] = {}
+        num_roots: dict[str, list[int]] = {}
         for request, _ in [*tried, *others]:
-            fewest_roots[request.domain] = min(request.num_roots, fewest_roots.get(request.domain, _MAX_ROOTS))
-        return decide(new, by_domain, evidence=held_out.evidence.value, needed=needed, fewest_roots=fewest_roots)
+            num_roots.setdefault(request.domain, []).append(request.num_roots)
+        return decide(new, by_domain, evidence=held_out.evidence.value, needed=needed, num_roots=num_roots)
 
     while untried:
         part, untried = untried[:MIN_REQUESTS], untried[MIN_REQUESTS:]

@@ -334,14 +334,16 @@ def test_two_requests_that_happen_to_lose_alike_refuse_no_draft() -> None:
     chance = torch.Generator().manual_seed(0)
     better = [(2.0, 2.4 + i / 50) for i in range(12)]
 
-    def refused(shift: float, *, noise: float, requests: int, roots: int = 32) -> float:
-        changes = ((shift + noise * torch.randn(1000, 6, requests, generator=chance)) * roots).round() / roots
+    def refused(shift: float, *, noise: float, requests: int, roots: tuple[int, ...] = (32,)) -> float:
+        """roots: of the requests, in turn."""
+        roots_N = torch.tensor(roots * requests)[:requests]
+        changes = ((shift + noise * torch.randn(1000, 6, requests, generator=chance)) * roots_N).round() / roots_N
         decisions = [
             decide(
                 better,
                 {str(i): [(2.0, 2.0 + c) for c in row] for i, row in enumerate(table)},
                 evidence=9.0,
-                fewest_roots={str(i): roots for i in range(6)},
+                num_roots={str(i): roots_N.tolist() for i in range(6)},
             )
             for table in changes.tolist()
         ]
@@ -349,11 +351,22 @@ def test_two_requests_that_happen_to_lose_alike_refuse_no_draft() -> None:
 
     for noise in (0.05, 0.1, 0.25):
         for requests in (2, 3, 4):
-            for roots in (4, 8, 12, 32):
+            for roots in ((4,), (8,), (12,), (32,), (1, 32), (4, 32), (2, 8, 32)):
                 rate = refused(0.0, noise=noise, requests=requests, roots=roots)
                 assert rate < 0.09, (noise, requests, roots)
     assert refused(-0.2, noise=0.1, requests=4) > 0.9
     assert refused(-1.0, noise=0.0, requests=2) > 0.9, "what is lost alike and is much counts"
+
+
+def test_one_short_answer_does_not_hide_what_a_domain_loses() -> None:
+    """Its own score is a coarse one, those of the others are not."""
+    better = [(2.0, 2.4 + i / 50) for i in range(12)]
+    changes = [-6 / 32, -7 / 32, -6 / 32, -5 / 32, -7 / 32, -6 / 32, -7 / 32, 0.0]
+    by_domain = {str(i): better for i in range(7)} | {"chat": [(2.0, 2.0 + change) for change in changes]}
+    decision = decide(better, by_domain, evidence=9.0, num_roots={"chat": [32] * 7 + [1]})
+    assert decision.refused
+    assert "'chat'" in decision.reason
+    assert not decide(better, by_domain, evidence=9.0, num_roots={"chat": [1] * 8}).refused
 
 
 def test_traces_longer_than_the_drafts_rotary_table_are_scored_as_with_a_longer_one(
