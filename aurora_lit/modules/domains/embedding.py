@@ -30,7 +30,7 @@ def pool_prompt(aux_TE: Tensor, prompt_length: int) -> Tensor | None:
     - The last one is left out too. Serving needs the domain before the first decoding round, and it is this round that
       computes the prompt's last token.
     - At most MAX_POOLED_POSITIONS are read; those before have a fiftieth of the weight together. So the longest prompt
-      costs the engine some 45 µs.
+      costs the engine some 54 µs.
 
     `aux_TE`: states of the prompt's positions, bf16 or fp32; more positions may follow.
     """
