@@ -264,7 +264,7 @@ def check_memory(config: AuroraConfig) -> Check:
     lines = needs(config, shape, devices=engine.devices)
     gpus = [torch.cuda.get_device_properties(index).total_memory for index in range(torch.cuda.device_count())]
     fullest = total(lines, "every device", "first device")
-    if config.learn.enabled:
+    if config.learn.enabled and config.learn.devices <= len(gpus):  # with fewer it computes on the CPU
         fullest += total(lines, "learner's device")
     if uses_gpus(config):
         on_host = host_total(config, lines, gpus=len(gpus))

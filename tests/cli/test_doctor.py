@@ -303,6 +303,26 @@ def test_too_little_memory_fails(overrides: list[str], monkeypatch: pytest.Monke
     assert "max_batch_size" in check.remedy
 
 
+@pytest.mark.parametrize(("processes", "on_gpus"), [(1, True), (2, True), (3, False)])
+def test_a_learner_with_fewer_gpus_than_processes_needs_no_memory_of_them(
+    processes: int, on_gpus: bool, overrides: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two GPUs that hold the target, with the learner or a byte too little for it."""
+    config = load_config(
+        None, [*overrides, "learn.enabled=true", "learn.from_scratch=true", f"learn.devices={processes}"]
+    )
+    shape = model_shape(config, folder=Path(config.target.source))
+    assert shape is not None
+    lines = needs(config, shape, devices=1)
+    both = total(lines, "every device", "first device", "learner's device")
+    monkeypatch.setattr(checks_module, "uses_gpus", lambda _: True)
+    monkeypatch.setattr(checks_module, "available_bytes", lambda: 1 << 50)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    for size, state in ((both, "ok"), (both - 1, "fail" if on_gpus else "ok")):
+        monkeypatch.setattr("torch.cuda.get_device_properties", lambda _, size=size: SimpleNamespace(total_memory=size))
+        assert checks_module.check_memory(config).state == state
+
+
 def test_more_threads_than_cores_warns(overrides: list[str]) -> None:
     assert states(load_config(None, [*overrides, "engine.threads=4096"]))["devices"].state == "warn"
 
