@@ -47,6 +47,9 @@ _IDLE_TIMEOUT = timedelta(days=365)
 """How long a follower waits for a step: without traffic there are no steps."""
 _EXIT_TIMEOUT_S = 5.0
 """How long the leader waits for the followers to exit."""
+_PIECE_BYTES = 64 << 20
+"""A message goes through the device in pieces of so many bytes, since a learner's whole state is as large as what the
+learner holds there."""
 _END_OF_TURN = b""
 """The leader's message after the last step of a turn."""
 
@@ -179,13 +182,14 @@ def _broadcast(message: bytes | None, group: Any, device: torch.device) -> bytes
     """Send the first process's message to all, its length first; None in the others. RuntimeError if one is gone."""
     length = torch.tensor([0 if message is None else len(message)], dtype=torch.int64, device=device)
     dist.broadcast(length, src=0, group=group)
-    if message is None:
-        content = torch.empty(int(length), dtype=torch.uint8, device=device)
-    else:
-        content = torch.frombuffer(bytearray(message), dtype=torch.uint8).to(device) if message else torch.empty(0)
-    if len(content):
-        dist.broadcast(content, src=0, group=group)
-    return content.cpu().numpy().tobytes() if message is None else message
+    content = bytearray(int(length)) if message is None else bytearray(message)
+    for start in range(0, len(content), _PIECE_BYTES):
+        part = torch.frombuffer(content, dtype=torch.uint8, offset=start, count=min(_PIECE_BYTES, len(content) - start))
+        piece = part.to(device)
+        dist.broadcast(piece, src=0, group=group)
+        if message is None:
+            part.copy_(piece)
+    return bytes(content) if message is None else message
 
 
 def _step_to_bytes(step: _Step) -> bytes:

@@ -14,6 +14,7 @@ import pytest
 import torch
 from lightning.fabric import Fabric
 from lightning.fabric.strategies.ddp import DDPStrategy
+from support.fake_device import fake_device
 from support.learner_harness import ServerStandIn
 from support.learning_ranks import STEPS, learn_with
 from support.live_traces import serve, some_requests
@@ -21,6 +22,7 @@ from support.tiny_models import random_draft
 
 from aurora_lit.config import load_config, to_yaml
 from aurora_lit.ipc.run_folder import CONFIG_NAME
+from aurora_lit.learn.online import data_parallel
 from aurora_lit.learn.online.data_parallel import launch_fabric
 from aurora_lit.learn.training_precision import training_precision
 from aurora_lit.models.target import Target
@@ -74,6 +76,24 @@ def test_followers_compute_in_the_precision_of_the_leader(monkeypatch: pytest.Mo
     monkeypatch.delenv("LT_PRECISION")
     launch_fabric(LearnSettings(devices=2))
     assert inherited == [training_precision()]
+
+
+def test_a_message_of_many_pieces_arrives_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A learner's state is not on a GPU as a whole."""
+    monkeypatch.setattr(data_parallel, "_PIECE_BYTES", 8)
+    with fake_device() as device:
+        for message in (bytes(range(21)), bytes(range(16)), b""):
+            sent: list[torch.Tensor] = []
+            monkeypatch.setattr(data_parallel.dist, "broadcast", lambda x, sent=sent, **_: sent.append(x.clone()))
+            assert data_parallel._broadcast(message, None, device) == message
+            assert {piece.device for piece in sent} == {device}
+            length, *pieces = (piece.numel() for piece in sent)
+            assert (length, sum(pieces), max(pieces, default=0) <= 8) == (1, len(message), True)
+            arriving = iter(sent)
+            monkeypatch.setattr(
+                data_parallel.dist, "broadcast", lambda x, arriving=arriving, **_: x.copy_(next(arriving))
+            )
+            assert data_parallel._broadcast(None, None, device) == message
 
 
 def start_learner(server: ServerStandIn) -> subprocess.Popen[str]:
