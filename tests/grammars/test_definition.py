@@ -230,6 +230,7 @@ LEAST = -(2**63)
         ({"json": {"$ref": "#/a", "a": {"type": "integer", "minimum": -1e300, "maximum": -1e300}}}, ".a.maximum"),
         ({"json": {"type": "integer", "minimum": LEAST, "exclusiveMaximum": LEAST + 1}}, ".exclusiveMaximum"),
         ({"json": {"properties": {"a": {"enum": [1, -1e20]}}}}, ".properties.a.enum"),
+        ({"json": {"$id": "#/y", "type": "object", "y": {"const": LEAST}}}, ""),
         ({"json": {"$id": "http://a/", "$ref": "http://a/#/x", "x": {"const": LEAST}}}, ""),
         ({"json": {"$ref": "#x", "x": [{"$anchor": "x", "enum": [{"const": LEAST}]}]}}, ""),
         ({"json": {"$ref": "#/x", "x": {"$id": "http://a/", "$ref": "#/y", "y": {"maximum": -1e20}}, "y": {}}}, ""),
