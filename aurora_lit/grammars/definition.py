@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from llguidance import LLMatcher, LLTokenizer
 from llguidance.gbnf_to_lark import gbnf_to_lark
 
-from aurora_lit.grammars.endless import endless_place, has_inner_root, target_of
+from aurora_lit.grammars.endless import endless_place, has_id, has_inner_root, target_of
 from aurora_lit.request import StructuredOutputsParams
 
 WRITTEN_AS = {"item_separator": ", ", "key_separator": ": ", "whitespace_flexible": False}
@@ -198,7 +198,7 @@ def _place(schema: Any, root: Any, reason: str) -> str:
 
 def _misread(schema: Any) -> Fault | None:
     """The fault of a number that llguidance changes, or which ends the process; None: there is none."""
-    leads_anywhere = has_inner_root(schema) or _has_id(schema)
+    leads_anywhere = has_id(schema) or has_inner_root(schema)  # a fragment as id makes a part the root
     for keys, part in _schemas(schema):
         for name in ("const", "enum"):
             if _has_inexact(part.get(name)):
@@ -211,11 +211,6 @@ def _misread(schema: Any) -> Fault | None:
     if leads_anywhere and any(map(_has_least, _all_bounds(schema))):
         return Fault("", f"it has a number that cannot be read; use one above {_LEAST_BOUND}")
     return None
-
-
-def _has_id(schema: Any) -> bool:
-    """True if a schema has an id, which may be a fragment that makes a part of it the root."""
-    return isinstance(schema, dict) and any(isinstance(schema.get(name), str) for name in ("$id", "id"))
 
 
 def _all_bounds(schema: Any) -> Iterator[Any]:

@@ -22,13 +22,18 @@ def endless_place(schema: Any) -> str | None:
     return _place(schema, endless) if id(schema) in endless else None
 
 
+def has_id(part: Any) -> bool:
+    """True if a schema, or a part of one, has an id."""
+    return isinstance(part, dict) and any(isinstance(part.get(name), str) for name in ("$id", "id"))
+
+
 def has_inner_root(schema: Any) -> bool:
     """True if a part has an id of its own: references inside such a part mean another root."""
     found = [schema]
     while found:
         part = found.pop()
         if isinstance(part, dict):
-            if part is not schema and any(isinstance(part.get(name), str) for name in ("$id", "id")):
+            if part is not schema and has_id(part):
                 return True
             found += part.values()
         elif isinstance(part, list):
