@@ -40,17 +40,24 @@ def read_prompts(path: Path) -> list[Prompt]:
     """Read a prompt file: JSON lines with `messages` and `domain`, or one plain prompt a line.
 
     Only files named *.jsonl hold JSON. A line without a domain gets the file's name as its domain. Raises AuroraError,
-    with file and line, for a malformed line, and for a file that is not UTF-8.
+    with file and line, for a malformed line, for a line of JSON in a file of another name, and for a file that is not
+    UTF-8.
     """
     prompts = []
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")  # no other character ends a line of JSON
+        # Windows marks files as UTF-8. No character but "\n" ends a line of JSON.
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
         raise AuroraError(f"{path}: not UTF-8 ({error}); convert it, for example with iconv") from error
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
-        if path.suffix != ".jsonl":
+        if path.suffix.lower() != ".jsonl":
+            if _is_conversation(line):
+                raise AuroraError(
+                    f"{path}:{number}: holds JSON, but only a file named *.jsonl is read so, others as plain text; "
+                    "give it such a name"
+                )
             prompts.append(Prompt(domain=path.stem, messages=(line,), place=f"{path}:{number}"))
             continue
         try:
@@ -85,6 +92,15 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[in
         place = prompt.place or "the prompt"
         raise AuroraError(f"{place}: the chat template refuses it ({error}); change it or leave it out") from error
     return list(tokenizer.encode(str(text), add_special_tokens=False))
+
+
+def _is_conversation(line: str) -> bool:
+    """Whether this line is JSON with `messages`."""
+    try:
+        fields = json.loads(line)
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(fields, dict) and "messages" in fields
 
 
 def _text_of(content: Any) -> str:

@@ -61,6 +61,23 @@ def test_a_prompt_that_the_chat_template_refuses_is_named(tmp_path: Path) -> Non
         encode_prompt(tiny_tokenizer(), refused)
 
 
+@pytest.mark.parametrize("name", ["chat.ndjson", "chat.json", "chat.jsonl.txt", "63"])
+def test_json_in_a_file_that_is_not_read_as_such_is_refused(name: str, tmp_path: Path) -> None:
+    path = tmp_path / name
+    path.write_text('a prompt about {}\n{"a": 1}\n[]\n{"messages": [{"role": "user", "content": "c"}]}\n')
+    with pytest.raises(AuroraError, match=rf"{name}:4: holds JSON, but .*named \*\.jsonl.*; give it such a name"):
+        read_prompts(path)
+    path.write_text('a prompt about {}\n{"a": 1}\n[]\n')
+    assert [prompt.messages[0] for prompt in read_prompts(path)] == ["a prompt about {}", '{"a": 1}', "[]"]
+
+
+def test_files_as_windows_writes_them_are_read(tmp_path: Path) -> None:
+    lines, plain = tmp_path / "CHAT.JSONL", tmp_path / "plain.txt"
+    lines.write_text('{"messages": [{"role": "user", "content": "c"}]}\r\n', encoding="utf-8-sig")
+    plain.write_text("hello\n", encoding="utf-8-sig")
+    assert [prompt.messages for path in (lines, plain) for prompt in read_prompts(path)] == [("c",), ("hello",)]
+
+
 def test_a_file_of_another_encoding_is_named(tmp_path: Path) -> None:
     path = tmp_path / "p.jsonl"
     path.write_bytes('{"messages": [{"role": "user", "content": "é"}]}'.encode("latin-1"))
