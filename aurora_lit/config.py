@@ -35,12 +35,14 @@ DEFAULT_CONFIG = PROJECT_FOLDER / "configs" / "smollm2.yaml"
 _NO_INTERPOLATION = r"write \${ where no interpolation is meant"
 
 
-def load_config(path: Path | None, overrides: Sequence[str]) -> AuroraConfig:
+def load_config(path: Path | Sequence[Path] | None, overrides: Sequence[str]) -> AuroraConfig:
     """Read `path` (None: configs/smollm2.yaml), apply `key=value` overrides in order, and validate.
 
-    Raises ConfigError, which names the key, the value and a remedy.
+    Of several files, a later one changes only the settings that it names. Raises ConfigError, which names the key, the
+    value and a remedy.
     """
-    layers = [_read_yaml(DEFAULT_CONFIG if path is None else path), *(_read_override(text) for text in overrides)]
+    paths = [DEFAULT_CONFIG] if path is None else [path] if isinstance(path, Path) else path
+    layers = [*(_read_yaml(file) for file in paths), *(_read_override(text) for text in overrides)]
     merged: Any = OmegaConf.create({})
     try:
         for layer in layers:

@@ -23,7 +23,8 @@ HEADER = """\
 
 A deployment is one YAML file (`--config FILE`) and `key=value` overrides on the command line, such as
 `engine.max_batch_size=4`. `--print-config` shows the result. Without `--config`, commands read `configs/smollm2.yaml`.
-A key that neither names has the default given here.
+`--config` may be repeated: a later file changes only the settings that it names. A key that nothing names has the
+default given here.
 
 To turn speculation off, set `engine.speculate=false`, and `learn.enabled=false` with it: a learner needs a draft that
 is used.

@@ -360,6 +360,17 @@ def test_overrides_win_over_the_file_and_the_last_wins(tmp_path: Path) -> None:
     assert config.draft.checkpoint is None, "a file of one's own does not inherit the shipped one"
 
 
+def test_of_several_files_a_later_one_changes_what_it_names(tmp_path: Path) -> None:
+    base, changes = tmp_path / "base.yaml", tmp_path / "changes.yaml"
+    base.write_text("engine: {max_batch_size: 2, threads: 1}\nserver: {api_key: secret}")
+    changes.write_text("engine: {threads: 2}\nserver: {model_name: '${checkpoint.run}'}\ncheckpoint: {run: mine}")
+    config = load_config([base, changes], ["checkpoint.run=other"])
+    assert (config.engine.max_batch_size, config.engine.threads) == (2, 2)
+    assert (config.server.api_key, config.server.model_name) == ("secret", "other")
+    assert load_config([changes, base], []).engine.threads == 1
+    assert config.draft.checkpoint is None, "files of one's own do not inherit the shipped one"
+
+
 def test_a_key_can_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AURORA_LIT_TEST_KEY", "007")
     assert load_config(None, ["server.api_key=${oc.env:AURORA_LIT_TEST_KEY}"]).server.api_key == "007"

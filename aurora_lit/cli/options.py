@@ -44,7 +44,7 @@ class MultiFileCommand(click.Command):
 
         The first word is always a file: its name may contain "=".
         """
-        multiple = {name for parameter in self.params if parameter.multiple for name in parameter.opts}
+        multiple = {name for parameter in self.params if parameter.metavar == "FILE..." for name in parameter.opts}
         expanded: list[str] = []
         current, is_first = None, False
         for word in args:
@@ -65,18 +65,19 @@ def configured(command: Callable[..., None]) -> Callable[..., None]:
 
     @click.option(
         "--config",
-        "config_file",
+        "config_files",
         type=click.Path(dir_okay=False, path_type=Path),
+        multiple=True,
         metavar="FILE",
         is_eager=True,
-        help="YAML file of the deployment. Default: configs/smollm2.yaml.",
+        help="YAML file of the deployment; repeatable, a later one wins. Default: configs/smollm2.yaml.",
     )
     @click.option(
         "--print-config", is_flag=True, is_eager=True, help="Print the settings that would be used, and exit."
     )
     @click.argument("config", nargs=-1, metavar="[key=value]...", is_eager=True, callback=_read_config)
     @functools.wraps(command)
-    def wrapper(config_file: Path | None, print_config: bool, **options: Any) -> None:
+    def wrapper(config_files: tuple[Path, ...], print_config: bool, **options: Any) -> None:
         command(**options)
 
     return wrapper
@@ -87,13 +88,13 @@ def _read_config(ctx: click.Context, _: click.Parameter, overrides: tuple[str, .
 
     With a run folder and no file, the settings are those of the running server.
     """
-    path = ctx.params.get("config_file")
-    if path is None:
+    paths = ctx.params.get("config_files") or None
+    if paths is None:
         # An option that is not given has its default only after this argument, eager or not.
         option = next((p for p in ctx.command.params if p.name == "run_folder"), None)
         run_folder = ctx.params.get("run_folder") or (option and option.get_default(ctx))
-        path = run_folder / CONFIG_NAME if isinstance(run_folder, Path) else None
-    config = load_config(path, overrides)
+        paths = run_folder / CONFIG_NAME if isinstance(run_folder, Path) else None
+    config = load_config(paths, overrides)
     if ctx.params.get("print_config"):
         click.echo(to_yaml(config), nl=False)
         ctx.exit()

@@ -128,6 +128,16 @@ def test_serve_passes_file_and_overrides(monkeypatch: pytest.MonkeyPatch, tmp_pa
     assert (config.server.port, config.server.max_queue) == (9000, 5)
 
 
+def test_several_files_are_merged_in_their_order(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    recorder = Recorder(monkeypatch, "aurora_lit.serve.server", "serve")
+    base, changes = tmp_path / "base.yaml", tmp_path / "changes.yaml"
+    base.write_text("server: {port: 9000, api_key: secret}")
+    changes.write_text("server: {port: 9001}")
+    assert run("serve", "--config", str(base), "--config", str(changes)).exit_code == 0
+    (((config,), _),) = recorder.calls
+    assert (config.server.port, config.server.api_key) == (9001, "secret")
+
+
 def test_generate_passes_its_options(monkeypatch: pytest.MonkeyPatch) -> None:
     recorder = Recorder(monkeypatch, "aurora_lit.cli.generate", "generate")
     assert run("generate", "-p", "a = b", "--max-tokens", "7", "--no-compare-plain").exit_code == 0
