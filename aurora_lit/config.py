@@ -215,7 +215,7 @@ def _is_text(kind: Any) -> bool:
 
 
 def _checked(tree: Mapping[str, Any], kind: type, *, prefix: str) -> dict[str, Any]:
-    """The same tree, if every key is known and every text setting has text; OmegaConf checks the other types."""
+    """The same tree, if every key is known, has a value, and text where it is text; OmegaConf checks other types."""
     known = typing.get_type_hints(kind)
     checked: dict[str, Any] = {}
     for key, value in tree.items():
@@ -228,6 +228,8 @@ def _checked(tree: Mapping[str, Any], kind: type, *, prefix: str) -> dict[str, A
                 hint = f"did you mean {prefix}{close[0]}?" if close else f"use one of {', '.join(known)}"
             shown = full if isinstance(value, Mapping) else _assignment(full, value)
             raise ConfigError(f"{shown}: there is no such setting; {hint}")
+        if value == "???":  # to OmegaConf a value that is still to be given: merged, it would be the default
+            raise ConfigError(f"{full}=??? has no value yet; give one, or leave it out")
         if isinstance(value, bool) and (word := "on" if value else "off") in typing.get_args(known[key]):
             value = word  # YAML 1.1 reads an unquoted on/off as true/false
         if dataclasses.is_dataclass(known[key]):

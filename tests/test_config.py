@@ -251,6 +251,9 @@ def test_an_override_arrives(override: str, key: str, value: object) -> None:
         ("target.precision=fp16", "target.precision: Invalid value 'fp16'"),
         ("server.host=localhost", "server.host: Invalid value 'localhost'"),
         ("server.api_key=${oc.env:AURORA_LIT_NO_SUCH}", "server.api_key: "),
+        # OmegaConf's word for a value that is still to be given
+        ("server.api_key=???", "server.api_key=??? has no value yet; give one, or leave it out"),
+        ("server.port=???", "server.port=??? has no value yet"),
         # ranges
         ("engine.max_draft_tokens=9", "engine.max_draft_tokens=9 is out of range; use 1 to 8"),
         ("engine.max_draft_tokens=0", "engine.max_draft_tokens=0 is out of range; use 1 to 8"),
@@ -301,6 +304,8 @@ def test_weights_in_groups_are_not_shared_among_processes(precision: str) -> Non
         ("server: {api_key: 1234}", "server.api_key must be text, not int; put it in quotes"),
         ("memory: {scope: on}", "memory.scope=True must be text, not bool; use one of auto, domain, client, off"),
         ("draft: {checkpoint: false}", "draft.checkpoint=False must be text, not bool; put it in quotes"),
+        ("server:\n  host: 0.0.0.0\n  api_key: ???", "server.api_key=??? has no value yet; give one, or leave it out"),
+        ("server: ???", "server=??? has no value yet; give one, or leave it out"),
         ("- a\n- b", "--config"),
         ("a: [", "--config"),
         ("server: {api_key: 'a${b'}", "--config"),
