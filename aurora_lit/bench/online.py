@@ -17,7 +17,7 @@ import dataclasses
 import functools
 import importlib.util
 import json
-import os
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -125,13 +125,16 @@ def run(
     results: dict[str, Any] = {}
     texts: dict[str, list[list[str | None]]] = {}
     report: dict[str, Any] = {}
-    with Progress(console=Console(stderr=True)) as bar:
+    with (
+        tempfile.TemporaryDirectory(prefix="drafts-", dir=out) as drafts,
+        Progress(console=Console(stderr=True)) as bar,
+    ):
         for arm in arms:
             arm_traffic = traffic if arm == "learning" else _first(traffic, static_requests)
             total = sum(len(phase.prompts) + len(measured) for phase in arm_traffic) + len(measured)
             task = bar.add_task(arm, total=total)
             results[arm], texts[arm] = _run_arm(
-                _arm_config(config, arm),
+                _arm_config(config, arm, drafts),
                 traffic=arm_traffic,
                 measured=measured,
                 concurrency=concurrency,
@@ -158,13 +161,14 @@ def run(
     return report
 
 
-def _arm_config(config: AuroraConfig, arm: str) -> AuroraConfig:
+def _arm_config(config: AuroraConfig, arm: str, drafts: str) -> AuroraConfig:
+    """The settings of one arm's server; `drafts` is a folder of this run alone, so that every arm begins alike."""
     return dataclasses.replace(
         config,
         server=dataclasses.replace(config.server, port=free_port(), host="127.0.0.1", api_key=None),
         learn=dataclasses.replace(config.learn, enabled=arm == "learning"),
         engine=dataclasses.replace(config.engine, speculate=config.engine.speculate and arm != "plain"),
-        checkpoint=dataclasses.replace(config.checkpoint, run=f"bench-{arm}-{os.getpid()}"),
+        checkpoint=dataclasses.replace(config.checkpoint, dir=drafts, run=arm),
     )
 
 

@@ -16,7 +16,7 @@ import pytest
 
 from aurora_lit.bench import online
 from aurora_lit.bench.online import ClientAnswer
-from aurora_lit.config import load_config
+from aurora_lit.config import AuroraConfig, load_config, versions_folder
 from aurora_lit.errors import ConfigError
 from aurora_lit.learn.pretrain.prompts import Prompt
 
@@ -161,6 +161,26 @@ def test_the_target_is_there_before_a_server_starts(
     assert order == ["target", "server", "server"]
 
 
+def test_each_run_learns_into_folders_of_its_own_and_leaves_none_behind(
+    files: list[Path], sent: list[tuple[str, bool]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of two containers too, in which the process has the same number."""
+    folders: list[Path] = []
+
+    @contextlib.contextmanager
+    def server(config: AuroraConfig, log: Path) -> Iterator[str]:
+        folders.append(versions_folder(config))
+        folders[-1].mkdir(parents=True)
+        yield "http://nowhere"
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(online, "running_server", server)
+    for _ in range(2):
+        run(files, tmp_path / "out", arms=["static", "learning"])
+    assert len(set(folders)) == 4
+    assert not any(folder.parent.exists() for folder in folders)
+
+
 def test_without_openai_nothing_is_started(
     files: list[Path], sent: list[tuple[str, bool]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -172,7 +192,7 @@ def test_without_openai_nothing_is_started(
 
 def test_an_arm_is_a_server_of_its_own() -> None:
     config = load_config(None, ["server.api_key=secret", "learn.enabled=true"])
-    arms = {arm: online._arm_config(config, arm) for arm in online.ARMS}
+    arms = {arm: online._arm_config(config, arm, "drafts") for arm in online.ARMS}
     assert {arm: (each.engine.speculate, each.learn.enabled) for arm, each in arms.items()} == {
         "plain": (False, False),
         "static": (True, False),
