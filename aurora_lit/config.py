@@ -42,11 +42,13 @@ def load_config(path: Path | Sequence[Path] | None, overrides: Sequence[str]) ->
     value and a remedy.
     """
     paths = [DEFAULT_CONFIG] if path is None else [path] if isinstance(path, Path) else path
-    layers = [*(_read_yaml(file) for file in paths), *(_read_override(text) for text in overrides)]
+    read = [*(_read_yaml(file) for file in paths), *(_read_override(text) for text in overrides)]
+    layers = [_checked(layer, AuroraConfig, prefix="") for layer in read]
+    _check_digest(layers[: len(paths)], layers[len(paths) :])
     merged: Any = OmegaConf.create({})
     try:
         for layer in layers:
-            merged = OmegaConf.merge(merged, _checked(layer, AuroraConfig, prefix=""))
+            merged = OmegaConf.merge(merged, layer)
         config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(AuroraConfig), merged))
     except OmegaConfBaseException as error:
         raise ConfigError(_explain(error)) from error
@@ -244,6 +246,25 @@ def _checked(tree: Mapping[str, Any], kind: type, *, prefix: str) -> dict[str, A
             )
         checked[str(key)] = value
     return checked
+
+
+def _check_digest(files: Sequence[Mapping[str, Any]], overrides: Sequence[Mapping[str, Any]]) -> None:
+    """Raise ConfigError if a file, or the overrides together, name another source and leave it the former's SHA-256.
+
+    Otherwise the whole model would be downloaded first, and then refused.
+    """
+    together = {key: value for each in overrides for key, value in each.get("target", {}).items()}
+    source = of_sha256 = AuroraConfig().target.source
+    sha256 = None
+    for target in (*(file.get("target", {}) for file in files), together):
+        source = target.get("source", source)
+        if "sha256" in target:
+            sha256, of_sha256 = target["sha256"], source
+    if sha256 is not None and source != of_sha256 and str(source).startswith("pypi:"):
+        raise ConfigError(
+            f"target.source={source} is not the source that target.sha256={sha256} belongs to; set target.sha256 to "
+            "match or to null"
+        )
 
 
 def _assignment(key: str, value: object) -> str:

@@ -400,8 +400,25 @@ def test_a_key_may_hold_what_looks_like_an_interpolation(tmp_path: Path, monkeyp
     ],
 )
 def test_model_name_is_the_last_part_of_the_source(source: str, name: str) -> None:
-    assert model_name(load_config(None, [f"target.source={source}"])) == name
-    assert model_name(load_config(None, [f"target.source={source}", "server.model_name=given"])) == "given"
+    overrides = [f"target.source={source}", "target.sha256=null"]
+    assert model_name(load_config(None, overrides)) == name
+    assert model_name(load_config(None, [*overrides, "server.model_name=given"])) == "given"
+
+
+def test_another_source_is_not_left_the_sha256_of_the_former(tmp_path: Path) -> None:
+    other, said = "target.source=pypi:x==1#y.gguf", r"target\.source=pypi:x==1#y\.gguf is not .*sha256=bcc81830.*null"
+    with pytest.raises(ConfigError, match=said):
+        load_config(None, [other])
+    path = tmp_path / "other.yaml"
+    path.write_text("target: {source: 'pypi:x==1#y.gguf'}")
+    with pytest.raises(ConfigError, match=said):
+        load_config([DEFAULT_CONFIG, path], [])
+    for overrides in (["target.sha256=null", other], [other, f"target.sha256={'0' * 64}"]):
+        assert load_config(None, overrides).target.source == "pypi:x==1#y.gguf"
+    assert load_config([DEFAULT_CONFIG, path], ["target.sha256=null"]).target.sha256 is None
+    same = f"target.source={load_config(None, []).target.source}"
+    assert load_config(None, [same]) == load_config(None, [])
+    assert load_config(None, ["target.source=hf:org/name"]).target.source == "hf:org/name", "for which it is not used"
 
 
 def test_a_relative_draft_is_looked_up_here_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -53,7 +53,8 @@ def free_port() -> int:
 @pytest.fixture
 def overrides(model: Path, free_port: int) -> list[str]:
     """Overrides with which no check fails."""
-    return [f"target.source={model}", "draft.checkpoint=null", "learn.enabled=false", f"server.port={free_port}"]
+    target = [f"target.source={model}", "target.sha256=null"]
+    return [*target, "draft.checkpoint=null", "learn.enabled=false", f"server.port={free_port}"]
 
 
 def states(config: AuroraConfig) -> dict[str, Check]:
