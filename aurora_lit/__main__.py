@@ -1,8 +1,13 @@
 """`python -m aurora_lit` is the command `aurora-lit`."""
 
+import signal
+import sys
+
 
 def run() -> None:
-    """Run the command line."""
+    """Run the command line; SIGTERM ends it as Ctrl-C would, until a command handles that itself."""
+    # Process 1 of a container would ignore it otherwise: for that one the system has no default.
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     # Imported here: a process that multiprocessing spawns imports this file again, and has no use for commands.
     from aurora_lit.cli.main import main
 

@@ -341,6 +341,27 @@ def test_the_module_runs_as_the_command() -> None:
     assert done.stdout.strip() == f"aurora-lit, version {aurora_lit.__version__}"
 
 
+def test_sigterm_ends_a_command_that_does_not_handle_it_as_ctrl_c_would() -> None:
+    """Process 1 of a container would ignore it: for that one the system has no default."""
+    code = """
+import signal, sys
+from aurora_lit.__main__ import run
+from aurora_lit.cli.main import main
+
+@main.command()
+def work():
+    try:
+        signal.raise_signal(signal.SIGTERM)
+    finally:
+        print("cleaned up")
+
+sys.argv[1:] = ["work"]
+run()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (143, "cleaned up\n"), done.stderr
+
+
 def test_every_public_name_can_be_imported() -> None:
     for name in aurora_lit.__all__:
         assert getattr(aurora_lit, name) is not None
