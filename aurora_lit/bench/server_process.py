@@ -8,7 +8,6 @@ import random
 import signal
 import socket
 import subprocess
-import sys
 import tempfile
 import time
 import urllib.error
@@ -20,7 +19,7 @@ from typing import IO
 
 from aurora_lit.config import AuroraConfig, to_yaml
 from aurora_lit.errors import AuroraError
-from aurora_lit.ipc.process_lifetime import die_with_parent
+from aurora_lit.ipc.process_lifetime import die_with_parent, module_command
 
 _START_S = 300.0
 """Longest wait for a server to become ready."""
@@ -50,7 +49,7 @@ def running_server(config: AuroraConfig, log: Path, *, code: Path | None = None)
         # Not the working directory, which `python -m` would look into first: it may be a checkout as well.
         other = {} if code is None else {"PYTHONPATH": str(code.resolve()), "PYTHONSAFEPATH": "1"}
         environment = os.environ | other
-        server = _start([sys.executable, "-m", "aurora_lit", "serve", "--config", str(path)], output, environment)
+        server = _start([*module_command("aurora_lit"), "serve", "--config", str(path)], output, environment)
         try:
             wait_until_ready(f"{url}/ready", server, log, within_s=_START_S)
             yield url

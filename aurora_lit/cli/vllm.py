@@ -15,7 +15,6 @@ import re
 import shlex
 import signal
 import subprocess
-import sys
 import threading
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,7 +28,7 @@ from aurora_lit.drafts.checkpoint import VALUE_NAME, read_config
 from aurora_lit.errors import ConfigError
 from aurora_lit.ipc.engine_status import STATUS_NAME, EngineStatusPage, WorkerState
 from aurora_lit.ipc.learner_status import LEARNER_STATUS_NAME, LearnerStatusPage
-from aurora_lit.ipc.process_lifetime import die_with_parent, handle_ending
+from aurora_lit.ipc.process_lifetime import die_with_parent, handle_ending, module_command
 from aurora_lit.ipc.run_folder import CONFIG_NAME, run_folder
 from aurora_lit.models.source import find_target, unreadable_weights, with_fixed_target
 from aurora_lit.serve.http.metrics import LearnerCollector
@@ -148,8 +147,8 @@ def vllm_command(config: AuroraConfig, deployment: Deployment, vllm_arguments: S
     if fields and method == speculation["method"] and _value_of("--speculative-config", arguments) is None:
         missing = {f"--speculative-config.{field}": str(speculation[field]) for field in speculation.keys() - fields}
         added += [word for name in sorted(missing) for word in (name, missing[name])]
-    module = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
-    return [*module, *added, "--middleware", MIDDLEWARE, *vllm_arguments]
+    server = module_command("vllm.entrypoints.openai.api_server")
+    return [*server, *added, "--middleware", MIDDLEWARE, *vllm_arguments]
 
 
 def _loadable(deployment: Deployment) -> Path:

@@ -6,7 +6,7 @@ is dropped. Calls and their updates are msgpack, decoded by type. Nothing is unp
 
 May import: errors.py, request.py, settings.py. Start with ring.py. The files, each importing only those above it:
 
-    process_lifetime.py  children end with their parent; its end wakes an event loop; signals end a process
+    process_lifetime.py  a module's command; children end with their parent; an end wakes an event loop; signals
     page.py              a memory-mapped page that holds one record: one writer, many readers
     engine_status.py     the pages of the engine worker and of further ranks: counters, gauges, heartbeat
     learner_status.py    the learner's page, and whether it runs

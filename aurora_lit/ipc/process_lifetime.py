@@ -1,4 +1,4 @@
-"""Lifetimes of processes: children end with their parent, the end of a process wakes an event loop, and signals end it.
+"""Processes: the command of a module, children that end with their parent, an end that wakes an event loop, signals.
 
 Leaves out restarting: a server whose worker died ends, and is restarted by whatever supervises it.
 """
@@ -12,11 +12,23 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import FrameType
 
 ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 """The signals that end a server: of a service manager, of Ctrl-C and of a closed terminal."""
 _PR_SET_PDEATHSIG = 1
+_PACKAGE_PARENT = Path(__file__).resolve().parents[2]
+
+
+def module_command(module: str) -> list[str]:
+    """The command that runs a module with this Python, as the command `aurora-lit` would find it.
+
+    Not in the working directory, where `python -m` looks first: a `yaml.py` there would be run. Only where it is the
+    checkout of this package does that stay, since the package may be installed nowhere.
+    """
+    is_checkout = os.path.samefile(os.curdir, _PACKAGE_PARENT)
+    return [sys.executable, *([] if is_checkout else ["-P"]), "-m", module]
 
 
 def die_with_parent(parent_pid: int, *, by: signal.Signals = signal.SIGKILL) -> None:

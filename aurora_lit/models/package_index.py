@@ -30,7 +30,7 @@ from rich.console import Console
 
 from aurora_lit.durable import sync
 from aurora_lit.errors import SourceError
-from aurora_lit.ipc.process_lifetime import die_with_parent
+from aurora_lit.ipc.process_lifetime import die_with_parent, module_command
 
 _REMEDY_OFFLINE = (
     "connect to the package index (pip's own settings for index, proxy and certificate are used), "
@@ -156,9 +156,7 @@ def _pip_download(requirement: str, folder: Path) -> None:
     if importlib.util.find_spec("pip") is None:
         raise SourceError(f"pip is needed to download {requirement}; run `{sys.executable} -m ensurepip`")
     command = [
-        sys.executable,
-        "-m",
-        "pip",
+        *module_command("pip"),
         "download",
         "--no-deps",
         "--only-binary=:all:",

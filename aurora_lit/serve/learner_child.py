@@ -13,13 +13,13 @@ from __future__ import annotations
 import logging
 import os
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
 from aurora_lit.ipc.learner_status import LearnerStatusPage
+from aurora_lit.ipc.process_lifetime import module_command
 
 RESTART_AFTER_S = (1.0, 2.0, 4.0, 8.0, 16.0)
 """Waits before each restart; after one more fault in a row it is not restarted."""
@@ -33,7 +33,7 @@ _log = logging.getLogger(__name__)
 
 def learner_command(run_folder: Path) -> list[str]:
     """`aurora-lit learn` on this run folder; it ends with this process."""
-    return [sys.executable, "-m", "aurora_lit", "learn", "--run-folder", str(run_folder), "--parent", str(os.getpid())]
+    return [*module_command("aurora_lit"), "learn", "--run-folder", str(run_folder), "--parent", str(os.getpid())]
 
 
 class LearnerChild:

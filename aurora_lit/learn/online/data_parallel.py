@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -69,6 +70,8 @@ def launch_fabric(learn: LearnSettings, *, loggers: Sequence[Logger] = ()) -> Fa
     alone = learn.devices == 1
     if not alone:
         os.environ.setdefault("LT_PRECISION", training_precision())  # the followers inherit it
+        if sys.flags.safe_path:
+            os.environ["PYTHONSAFEPATH"] = "1"  # as module_command has it; Fabric leaves out the flag
     gpus = torch.cuda.is_available() and torch.cuda.device_count() >= learn.devices
     fabric = Fabric(
         accelerator="auto" if alone else "cuda" if gpus else "cpu",

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -76,6 +77,19 @@ def test_followers_compute_in_the_precision_of_the_leader(monkeypatch: pytest.Mo
     monkeypatch.delenv("LT_PRECISION")
     launch_fabric(LearnSettings(devices=2))
     assert inherited == [training_precision()]
+
+
+@pytest.mark.parametrize("safe", [True, False])
+def test_followers_import_from_the_working_directory_if_the_leader_does(
+    safe: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their command, which Fabric makes, is without the leader's -P."""
+    inherited: list[str] = []
+    monkeypatch.setattr(Fabric, "launch", lambda fabric: inherited.append(os.environ["PYTHONSAFEPATH"]))
+    monkeypatch.setattr(data_parallel, "sys", SimpleNamespace(flags=SimpleNamespace(safe_path=safe)))
+    monkeypatch.setenv("PYTHONSAFEPATH", "")
+    launch_fabric(LearnSettings(devices=2))
+    assert inherited == ["1" if safe else ""]
 
 
 def test_a_message_of_many_pieces_arrives_whole(monkeypatch: pytest.MonkeyPatch) -> None:
