@@ -210,7 +210,7 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
 
 
 def _announce_when_ready(config: AuroraConfig, status: EngineStatusPage, learner: LearnerChild | None) -> None:
-    """Print the URL once /ready answers 200, then start the learner, which takes processor time."""
+    """Once /ready answers 200, start the learner, which takes processor time, and print the URL."""
     # A machine without ::1 may still have "::".
     hosts = {"0.0.0.0": ["127.0.0.1"], "::": ["::1", "127.0.0.1"]}.get(config.server.host, [config.server.host])
     while status.read().state is WorkerState.STARTING or not any(
@@ -222,9 +222,9 @@ def _announce_when_ready(config: AuroraConfig, status: EngineStatusPage, learner
     shown = f"[{config.server.host}]" if ":" in config.server.host else config.server.host
     url = f"http://{shown}:{config.server.port}"
     page = f"; watch it at {url}/" if shows_page(config) else ""
-    print(f"aurora-lit serves {model_name(config)} on {url}/v1{page}", flush=True)
     if learner is not None:
-        learner.start()
+        learner.start()  # before the line below, which a full disk or a closed pipe refuses
+    print(f"aurora-lit serves {model_name(config)} on {url}/v1{page}", flush=True)
 
 
 def _answers_ready(host: str, port: int) -> bool:

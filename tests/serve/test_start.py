@@ -197,6 +197,23 @@ def test_a_server_of_all_addresses_is_ready_where_the_machine_has_no_ipv6_for_it
     assert "http://[::]:" in capsys.readouterr().out
 
 
+def test_the_learner_is_started_even_if_nobody_can_be_told_the_url(
+    ready_route: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page, learner = EngineStatusPage.create(tmp_path / "status"), Learner()
+    page.write(state=WorkerState.READY)
+    ready_route.code = 200
+    arguments: Any = (load_config(None, [f"server.port={ready_route.server_address[1]}"]), page, learner)
+
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(server, "print", refuse, raising=False)
+    with pytest.raises(OSError, match="No space left"):
+        server._announce_when_ready(*arguments)
+    assert learner.started.is_set()
+
+
 def test_a_machine_without_ipv6_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(family: int) -> None:
         raise OSError(errno.EAFNOSUPPORT, "Address family not supported by protocol")
