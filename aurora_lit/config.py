@@ -59,7 +59,11 @@ def load_config(path: Path | Sequence[Path] | None, overrides: Sequence[str]) ->
 
 def to_yaml(config: AuroraConfig) -> str:
     """All settings as YAML; load_config reads an equal config from it."""
-    return OmegaConf.to_yaml(OmegaConf.structured(config))
+    sections = {
+        section: {key: _escaped(value) if isinstance(value, str) else value for key, value in settings.items()}
+        for section, settings in dataclasses.asdict(config).items()
+    }
+    return OmegaConf.to_yaml(OmegaConf.create(sections))
 
 
 def validate(config: AuroraConfig) -> None:
@@ -210,6 +214,11 @@ def _read_override(text: str) -> Mapping[str, Any]:
     for part in reversed(parts):
         tree = {part: tree}
     return typing.cast(Mapping[str, Any], tree)
+
+
+def _escaped(text: str) -> str:
+    r"""The text with `\${` for `${`, which would be an interpolation; backslashes before it are doubled."""
+    return re.sub(r"(\\*)\$\{", lambda found: found[1] * 2 + r"\${", text)
 
 
 def _is_text(kind: Any) -> bool:

