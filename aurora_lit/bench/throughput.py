@@ -96,7 +96,10 @@ def run(
     out: Path = Path("bench-results"),
     against_transformers: bool = False,
 ) -> list[BatchResult]:
-    """Measure each batch size; print a table, and write throughput.json and throughput.png to `out`."""
+    """Measure each batch size; print a table, and write throughput.json and throughput.png to `out`.
+
+    Raises ConfigError without a draft, and for a batch size that engine or prompts do not fill.
+    """
     if config.draft.checkpoint is None:
         raise ConfigError("draft.checkpoint=null: there is no draft to compare with; name a checkpoint folder")
     if max(batch_sizes) > config.engine.max_batch_size:
@@ -115,6 +118,10 @@ def run(
         tokenizer=tokenizer,
         max_prompt_tokens=config.engine.max_seq_len - max_tokens,
     )
+    if max(batch_sizes) > len(loaded):
+        raise ConfigError(
+            f"--batch {max(batch_sizes)} is more than the {len(loaded)} prompts; name more, raise --limit, or lower it"
+        )
     arms = {
         PLAIN: engine_arm(plain, max_tokens=max_tokens, temperature=temperature),
         DRAFT: engine_arm(drafting, max_tokens=max_tokens, temperature=temperature),
@@ -163,9 +170,9 @@ def engine_arm(engine: Engine, *, max_tokens: int, temperature: float) -> Arm:
 
 
 def group(prompts: Sequence[BenchPrompt], batch_size: int) -> list[Sequence[BenchPrompt]]:
-    """Groups of exactly `batch_size` prompts, without the remainder; all prompts if there are fewer."""
+    """Groups of exactly `batch_size` prompts, without the remainder."""
     whole = len(prompts) - len(prompts) % batch_size
-    return [prompts[i : i + batch_size] for i in range(0, whole, batch_size)] or [prompts]
+    return [prompts[i : i + batch_size] for i in range(0, whole, batch_size)]
 
 
 @torch.no_grad()

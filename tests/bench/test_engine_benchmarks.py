@@ -90,10 +90,6 @@ def test_arms_alternate_in_rotating_order_after_a_warm_up() -> None:
     assert result.same_as_plain == 1
 
 
-def test_fewer_prompts_than_the_batch_make_one_group() -> None:
-    assert throughput.group([_prompt(1)], 8) == [[_prompt(1)]]
-
-
 @pytest.fixture
 def engines() -> list[Any]:
     """The fake engines that a benchmark has built."""
@@ -135,6 +131,15 @@ def test_throughput_writes_numbers_and_a_plot(tmp_path: Path, built: list[Aurora
     console = Console(record=True, width=160)
     console.print(throughput.table(results))
     assert "draft" in console.export_text()
+
+
+def test_a_batch_that_the_prompts_do_not_fill_is_refused(tmp_path: Path, built: list[AuroraConfig]) -> None:
+    """Its row would be the speed of a smaller one."""
+    with pytest.raises(ConfigError, match=r"--batch 8 is more than the 4 prompts; name more, raise --limit"):
+        throughput.run(
+            CONFIG, batch_sizes=(1, 8), prompts=_files(tmp_path), limit=2, max_tokens=6, out=tmp_path / "out"
+        )
+    assert not (tmp_path / "out").exists()
 
 
 def test_acceptance_measures_greedy_and_the_temperature_by_domain(tmp_path: Path, built: list[AuroraConfig]) -> None:
