@@ -98,7 +98,8 @@ class DraftFollower:
                 self._reloader.roll_back(bad=ready.version, reason=f"vLLM could not load it: {reason}")
         else:
             self._last_good = ready.draft
-            _log.warning("aurora-lit: draft %s is served (swapped in %.0f ms)", version, 1e3 * results[0]["seconds"])
+            slowest_s = max(result["seconds"] for result in results)
+            _log.warning("aurora-lit: draft %s is served (swapped in %.0f ms)", version, 1e3 * slowest_s)
 
     def _roll_back_if_worse(self) -> None:
         for path, page in self._status_pages():

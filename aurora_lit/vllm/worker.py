@@ -4,8 +4,8 @@ vLLM adds these methods to its worker class; the follower (follower.py), in the 
 ranks, between two steps. Until it calls `aurora_lit_start` nothing is changed. No method raises: what went wrong is in
 what it returns, {"error": reason} or {"error": None}.
 
-The rank that has all hidden states (the first of the tensor-parallel ranks of the last pipeline stage) makes traces and
-writes the status page; every rank swaps drafts.
+vLLM's draft is on the last pipeline stage. There the first tensor-parallel rank, which has all hidden states, makes
+traces and writes the status page, and every rank swaps drafts; ranks of earlier stages only check their vLLM's version.
 """
 
 from __future__ import annotations
@@ -62,11 +62,13 @@ class WorkerExtension:
             from vllm.distributed.parallel_state import get_pp_group, get_tensor_model_parallel_rank
 
             reader = reader_of(self.model_runner, vllm.__version__)
+            if not get_pp_group().is_last_rank:
+                return
             if self.model_runner.get_draft_model() is None:
                 raise AuroraError("this server has no draft; give --speculative-config with method eagle3")
             check_weights_are_own(self.model_runner)
             started = getattr(self, "_aurora_lit_recorder", None) is not None
-            if not started and get_tensor_model_parallel_rank() == 0 and get_pp_group().is_last_rank:
+            if not started and get_tensor_model_parallel_rank() == 0:
                 deployment = Deployment.read(Path(run_folder))
                 self._aurora_lit_recorder = _recorder(self.model_runner, self.vllm_config, reader, deployment)
 
@@ -75,11 +77,13 @@ class WorkerExtension:
     def aurora_lit_swap(self, folder: str, version: str, trusted: bool, last_good: str) -> dict[str, Any]:
         """Load a validated version's weights, or if that fails again those of the folder `last_good`.
 
-        trusted: it was served before, so there is no trial.
+        A pipeline stage without the draft has nothing to load. trusted: it was served before, so there is no trial.
         """
         began = time.perf_counter()
 
         def swap() -> None:
+            if self.model_runner.get_draft_model() is None:
+                return
             load_into(self.model_runner, Path(folder), last_good=Path(last_good))
             recorder = getattr(self, "_aurora_lit_recorder", None)
             if recorder is not None:

@@ -44,6 +44,8 @@ class MadeRanks:
         self.calls: list[tuple[str, tuple[Any, ...]]] = []
         self.errors: dict[str, str] = {}
         """By version or method, what rank 1 answers."""
+        self.seconds = 0.0
+        """That rank 1 takes for a swap; an earlier pipeline stage, such as rank 0, loads nothing."""
         self.on_swap: Callable[..., None] = lambda version, *, trusted: None
 
     async def __call__(self, method: str, timeout: float | None, args: tuple[Any, ...]) -> list[dict[str, Any]]:
@@ -52,7 +54,7 @@ class MadeRanks:
         if method == SWAP_RPC:
             self.on_swap(args[1], trusted=args[2])
         key = args[1] if method == SWAP_RPC else method
-        return [{"error": None, "seconds": 0.0}, {"error": self.errors.get(key), "seconds": 0.0}]
+        return [{"error": None, "seconds": 0.0}, {"error": self.errors.get(key), "seconds": self.seconds}]
 
     @property
     def swaps(self) -> list[tuple[str, bool]]:
@@ -122,6 +124,19 @@ def test_a_published_version_reaches_all_ranks_and_the_first_one_is_the_current(
     run_with(deployment, ranks, lambda: publish_another(store, ranks, swaps=2))
     assert ranks.calls[0] == (START_RPC, (str(deployment.run_folder),))
     assert ranks.swaps == [("draft-000001", False), ("draft-000002", False)]
+
+
+def test_the_time_that_is_told_is_that_of_the_slowest_rank(
+    deployment: Deployment, caplog: pytest.LogCaptureFixture
+) -> None:
+    ranks, store = MadeRanks(), store_of(deployment)
+    ranks.seconds = 0.25
+    store.publish(Eagle3Draft(SHAPE), record={})
+
+    async def scenario() -> None:
+        await until(lambda: "draft draft-000001 is served (swapped in 250 ms)" in caplog.text)
+
+    run_with(deployment, ranks, scenario)
 
 
 @pytest.mark.parametrize("spoiled", SPOILED, ids=lambda each: each.name)

@@ -136,6 +136,23 @@ def test_a_server_without_a_draft_is_told_what_it_needs(
     assert "--speculative-config" in worker.aurora_lit_start(str(run_folder))["error"]
 
 
+def test_an_earlier_pipeline_stage_has_no_draft_and_stops_neither_traces_nor_swaps(
+    run_folder: Path, make_worker: MakeWorker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in vllm/v1/worker/gpu_model_runner.py and gpu/model_runner.py: only the last stage makes a drafter."""
+    stages, loaded = [make_worker(), make_worker()], list[Any]()
+    stages[0].model_runner.get_draft_model = lambda: None
+    monkeypatch.setattr("aurora_lit.vllm.worker.load_into", lambda runner, folder, last_good: loaded.append(runner))
+    for stage in stages:
+        group = SimpleNamespace(is_last_rank=stage is stages[-1])
+        monkeypatch.setattr(sys.modules["vllm.distributed.parallel_state"], "get_pp_group", lambda: group)  # noqa: B023
+        assert stage.aurora_lit_start(str(run_folder)) == {"error": None}
+        assert stage.aurora_lit_swap("/a/draft-000001", "draft-000001", False, "/a/first")["error"] is None
+    assert loaded == [stages[-1].model_runner]
+    run(stages[-1])
+    assert traces_in(run_folder) == ["r1", "r2"]
+
+
 def test_a_draft_that_has_the_targets_head_is_refused_before_anything_is_wrapped(
     run_folder: Path, make_worker: MakeWorker
 ) -> None:
