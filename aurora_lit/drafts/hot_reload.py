@@ -111,6 +111,11 @@ class HotReloader:
         self._on_change = on_change
         self._thread.start()
 
+    @property
+    def is_ready(self) -> bool:
+        """True if `poll` would return a draft."""
+        return bool(self._ready)
+
     def poll(self) -> ReadyDraft | None:
         """A draft to swap in now; each is returned once."""
         if not self._ready:

@@ -3,9 +3,10 @@
 Runs as a task of the API server's event loop; validation runs in a thread. A version that cannot be served is refused
 with a reason before the engine hears of it. One that accepts less in its trial (live_status.py judges, and writes it on
 the status page), or that a rank cannot load, is retired, and all ranks go back to the version before. If there are
-several API servers, one follows.
+several API servers, one follows. While vLLM sleeps, swaps wait: the weights have no memory then, and writing to them
+would end the engine.
 
-    follower = DraftFollower(deployment, engine_client.collective_rpc)
+    follower = DraftFollower(deployment, engine_client.collective_rpc, engine_client.is_sleeping)
     await follower.run()                    # until it is cancelled
 """
 
@@ -36,14 +37,16 @@ _log = logging.getLogger("vllm.aurora_lit")
 
 RankCall = Callable[..., Awaitable[list[dict[str, Any]]]]
 """vLLM's `collective_rpc(method, timeout, args)`: calls a method of every rank's worker."""
+IsSleeping = Callable[[], Awaitable[bool]]
+"""vLLM's `is_sleeping()`: True while any part of its memory is released, or its scheduler is paused."""
 
 
 class DraftFollower:
     """See the file's example."""
 
-    def __init__(self, deployment: Deployment, call: RankCall) -> None:
-        """call: how the ranks are reached."""
-        self._deployment, self._call = deployment, call
+    def __init__(self, deployment: Deployment, call: RankCall, is_sleeping: IsSleeping) -> None:
+        """call: how the ranks are reached. is_sleeping: asked before each swap."""
+        self._deployment, self._call, self._is_sleeping = deployment, call, is_sleeping
         self._starting = read_config(deployment.starting_draft)
         store = DraftStore(deployment.versions, keep=deployment.keep)
         self._reloader = HotReloader(store, self._validated)
@@ -71,19 +74,32 @@ class DraftFollower:
         self._seen_rollbacks = {path: page.peek("rollbacks") for path, page in self._status_pages()}
         first = await asyncio.to_thread(self._reloader.first)
         if first is not None:
+            await self._until_awake()
             await self._swap(first)
         self._reloader.start(on_change=lambda: None)
         _log.warning("aurora-lit: traces are made, and drafts of %s are served", self._deployment.versions)
         try:
             while True:
                 await asyncio.sleep(LOOK_EVERY_S)
-                ready = self._reloader.poll()
-                if ready is not None:
+                if self._reloader.is_ready:
+                    await self._until_awake()
+                    ready = self._reloader.poll()  # the newest, after a long sleep
+                    assert ready is not None
                     await self._swap(ready)
                 self._roll_back_if_worse()
                 await self._note_refusals()
         finally:
             await asyncio.shield(asyncio.to_thread(self._reloader.close))
+
+    async def _until_awake(self) -> None:
+        """Wait while vLLM sleeps."""
+        while True:
+            try:
+                if not await self._is_sleeping():
+                    return
+            except RuntimeError:  # one of several engines sleeps and another does not, so some go or wake up
+                pass
+            await asyncio.sleep(LOOK_EVERY_S)
 
     async def _swap(self, ready: ReadyDraft) -> None:
         before, version = self._name(self._served), self._name(ready.version)
@@ -171,10 +187,10 @@ def _lock(path: Path) -> Iterator[bool]:
         os.close(descriptor)
 
 
-async def follow(deployment: Deployment, call: RankCall) -> None:
+async def follow(deployment: Deployment, call: RankCall, is_sleeping: IsSleeping) -> None:
     """Run a follower; an error ends it with one line, never the server."""
     try:
-        await DraftFollower(deployment, call).run()
+        await DraftFollower(deployment, call, is_sleeping).run()
     except AuroraError as error:
         _log.warning("aurora-lit is off: %s; serving is unaffected", error)
     except Exception:

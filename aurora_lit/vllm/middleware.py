@@ -52,8 +52,8 @@ class Middleware:
             await self._app(scope, receive, send)
         elif scope["type"] == "lifespan":
             _log_where_vllm_does()
-            call = scope["app"].state.engine_client.collective_rpc
-            task = asyncio.create_task(follow(self._deployment, call))
+            engine = scope["app"].state.engine_client
+            task = asyncio.create_task(follow(self._deployment, engine.collective_rpc, engine.is_sleeping))
             try:
                 await self._app(scope, receive, send)
             finally:

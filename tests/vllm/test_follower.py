@@ -47,6 +47,10 @@ class MadeRanks:
         self.seconds = 0.0
         """That rank 1 takes for a swap; an earlier pipeline stage, such as rank 0, loads nothing."""
         self.on_swap: Callable[..., None] = lambda version, *, trusted: None
+        self.sleeping = [False]
+        """Of each data-parallel engine."""
+        self.asked = 0
+        """How often `is_sleeping` was called."""
 
     async def __call__(self, method: str, timeout: float | None, args: tuple[Any, ...]) -> list[dict[str, Any]]:
         """As vLLM's collective_rpc."""
@@ -55,6 +59,13 @@ class MadeRanks:
             self.on_swap(args[1], trusted=args[2])
         key = args[1] if method == SWAP_RPC else method
         return [{"error": None, "seconds": 0.0}, {"error": self.errors.get(key), "seconds": self.seconds}]
+
+    async def is_sleeping(self) -> bool:
+        """As vLLM's AsyncLLM: vllm/v1/engine/core_client.py, `call_utility_consensus_async`."""
+        self.asked += 1
+        if len(set(self.sleeping)) > 1:
+            raise RuntimeError(f"Engines returned different is_sleeping results: {self.sleeping}")
+        return self.sleeping[0]
 
     @property
     def swaps(self) -> list[tuple[str, bool]]:
@@ -95,7 +106,7 @@ def run_with(deployment: Deployment, ranks: MadeRanks, scenario: Callable[[], Aw
     """A follower, while `scenario` runs."""
 
     async def both() -> None:
-        task = asyncio.create_task(DraftFollower(deployment, ranks).run())
+        task = asyncio.create_task(DraftFollower(deployment, ranks, ranks.is_sleeping).run())
         try:
             await asyncio.wait_for(scenario(), 20)
         finally:
@@ -137,6 +148,40 @@ def test_the_time_that_is_told_is_that_of_the_slowest_rank(
         await until(lambda: "draft draft-000001 is served (swapped in 250 ms)" in caplog.text)
 
     run_with(deployment, ranks, scenario)
+
+
+def test_while_vllm_sleeps_no_draft_is_swapped_and_then_the_newest(
+    deployment: Deployment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """vLLM has released the weights' memory, and does not refuse the call (vllm/v1/engine/core.py)."""
+    monkeypatch.setattr(follower, "LOOK_EVERY_S", 0.01)
+    ranks, store = MadeRanks(), store_of(deployment)
+    ranks.sleeping = [True, True]
+    store.publish(Eagle3Draft(SHAPE), record={})
+
+    async def until_asked_again() -> None:
+        asked = ranks.asked
+        await until(lambda: ranks.asked >= asked + 2)
+
+    async def scenario() -> None:
+        await until_asked_again()
+        assert ranks.swaps == []  # not the first one either
+        ranks.sleeping = [True, False]  # they wake up one after the other
+        await until_asked_again()
+        assert ranks.swaps == []
+        ranks.sleeping = [False, False]
+        await until(lambda: len(ranks.swaps) == 1)
+        ranks.sleeping = [True, True]
+        for _ in range(2):
+            name = store.publish(Eagle3Draft(SHAPE), record={})
+            await until(lambda: any(each["version"] == name for each in store.history() if each["event"] == "served"))  # noqa: B023
+            await until_asked_again()
+        assert len(ranks.swaps) == 1
+        ranks.sleeping = [False, False]
+        await until(lambda: len(ranks.swaps) == 2)
+
+    run_with(deployment, ranks, scenario)
+    assert [version for version, _ in ranks.swaps] == ["draft-000001", "draft-000003"]
 
 
 @pytest.mark.parametrize("spoiled", SPOILED, ids=lambda each: each.name)
@@ -292,7 +337,7 @@ def test_an_unknown_vllm_is_one_line_and_nothing_else(deployment: Deployment, ca
     ranks = MadeRanks()
     ranks.errors[START_RPC] = "vLLM 9.9 is not known (known: 0.32)"
     store_of(deployment).publish(Eagle3Draft(SHAPE), record={})
-    asyncio.run(follow(deployment, ranks))
+    asyncio.run(follow(deployment, ranks, ranks.is_sleeping))
     assert [method for method, _ in ranks.calls] == [START_RPC]
     (record,) = caplog.records
     assert "no traces are made and no drafts are swapped: vLLM 9.9 is not known" in record.message
@@ -303,7 +348,7 @@ def test_of_several_api_servers_one_follows(deployment: Deployment) -> None:
 
     async def scenario() -> None:
         await until(lambda: len(ranks.calls) == 1)
-        second = asyncio.create_task(DraftFollower(deployment, other).run())
+        second = asyncio.create_task(DraftFollower(deployment, other, other.is_sleeping).run())
         await asyncio.sleep(0.2)
         assert other.calls == []
         second.cancel()
@@ -317,5 +362,5 @@ def test_an_error_of_the_follower_never_reaches_the_server(
     async def broken(*args: Any) -> Any:
         raise ValueError("injected")
 
-    asyncio.run(follow(deployment, broken))
+    asyncio.run(follow(deployment, broken, broken))
     assert "aurora-lit is off; serving is unaffected" in caplog.text

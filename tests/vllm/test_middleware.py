@@ -113,7 +113,7 @@ def test_what_the_drafts_folder_logs_is_in_vllms_log(run_folder: Path, monkeypat
     handler = logging.StreamHandler(io.StringIO())
     theirs, ours = logging.getLogger("vllm"), logging.getLogger("aurora_lit")
     theirs.addHandler(handler)
-    engine = SimpleNamespace(collective_rpc=_nothing)
+    engine = SimpleNamespace(collective_rpc=_nothing, is_sleeping=_nothing)
     app = SimpleNamespace(state=SimpleNamespace(engine_client=engine))
     try:
         asyncio.run(Middleware(MadeApp())({"type": "lifespan", "app": app}, _nothing, _nothing))
