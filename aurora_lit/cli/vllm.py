@@ -24,7 +24,8 @@ import yaml
 from prometheus_client import CollectorRegistry, start_http_server
 
 from aurora_lit.config import AuroraConfig, draft_folder, load_config, to_yaml, versions_folder
-from aurora_lit.drafts.checkpoint import VALUE_NAME, read_config
+from aurora_lit.drafts.checkpoint import read_config
+from aurora_lit.drafts.export import loadable
 from aurora_lit.errors import ConfigError
 from aurora_lit.ipc.engine_status import STATUS_NAME, EngineStatusPage, WorkerState
 from aurora_lit.ipc.learner_status import LEARNER_STATUS_NAME, LearnerStatusPage
@@ -126,7 +127,7 @@ def vllm_command(config: AuroraConfig, deployment: Deployment, vllm_arguments: S
     """
     speculation = {
         "method": "eagle3",
-        "model": str(_loadable(deployment)),
+        "model": str(loadable(deployment.starting_draft, deployment.versions / _STARTING_NAME)),
         "num_speculative_tokens": PROPOSED_TOKENS,
     }
     ours = {
@@ -149,21 +150,6 @@ def vllm_command(config: AuroraConfig, deployment: Deployment, vllm_arguments: S
         added += [word for name in sorted(missing) for word in (name, missing[name])]
     server = module_command("vllm.entrypoints.openai.api_server")
     return [*server, *added, "--middleware", MIDDLEWARE, *vllm_arguments]
-
-
-def _loadable(deployment: Deployment) -> Path:
-    """The starting draft as vLLM loads it: of a draft of ours without the value head, which vLLM does not know."""
-    draft = deployment.starting_draft
-    if not (draft / VALUE_NAME).exists():
-        return draft
-    folder = deployment.versions / _STARTING_NAME
-    folder.mkdir(parents=True, exist_ok=True)
-    for path in draft.glob("*"):
-        link = folder / path.name
-        link.unlink(missing_ok=True)
-        if path.name != VALUE_NAME:
-            link.symlink_to(path)
-    return folder
 
 
 def _deployment(config: AuroraConfig, folder: Path) -> Deployment:

@@ -91,7 +91,7 @@ def write_draft(draft: Eagle3Draft, folder: Path, *, dtype: torch.dtype = torch.
         name: (tensor.to(dtype) if tensor.is_floating_point() else tensor).contiguous()
         for name, tensor in draft.state_dict().items()
     }
-    weights = {name: tensor for name, tensor in state.items() if not name.startswith(_VALUE_PREFIX)}
+    weights = without_identity({name: each for name, each in state.items() if not name.startswith(_VALUE_PREFIX)})
     value = {name: tensor for name, tensor in state.items() if name.startswith(_VALUE_PREFIX)}
     try:
         save_file(weights, folder / WEIGHTS_NAME, metadata={"format": "pt"})
@@ -108,6 +108,17 @@ def write_draft(draft: Eagle3Draft, folder: Path, *, dtype: torch.dtype = torch.
     for name in (*digests, MANIFEST_NAME):
         sync(folder / name)
     sync(folder)
+
+
+def without_identity(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A draft's tensors without `d2t` and `t2d` if it has the whole vocabulary in the target's order.
+
+    vLLM has no parameter for them then, and refuses the file. `load_draft` computes them.
+    """
+    d2t, t2d = tensors.get("d2t"), tensors.get("t2d")
+    if d2t is None or t2d is None or bool(d2t.any()) or not bool(t2d.all()):
+        return tensors
+    return {name: tensor for name, tensor in tensors.items() if name not in ("d2t", "t2d")}
 
 
 def check_fits(folder: Path, config: Eagle3Config, target: TargetShape) -> None:

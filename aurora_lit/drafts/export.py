@@ -1,12 +1,13 @@
 """`aurora-lit export`: writes a draft to a folder of its own, in the form that vLLM and SGLang load.
 
     FOLDER/config.json           EAGLE-3's, with the auxiliary layer ids as each of the two servers reads them
-    FOLDER/model.safetensors     as it was published
+    FOLDER/model.safetensors     as it was published, without the vocabulary's maps if they map each token to itself
 
 vLLM reads `eagle_aux_hidden_state_layer_ids` and takes hidden_states[k], the input of layer k, as we do. SGLang reads
 the list inside `eagle_config` and takes the output of layer k, so the ids there are smaller by one.
 
-Leaves out the value head, training state and scores, which these servers do not use.
+Leaves out the value head, training state and scores, which these servers do not use. `loadable` does the same to the
+draft that vLLM is started with.
 """
 
 from __future__ import annotations
@@ -16,8 +17,18 @@ import os
 import shutil
 from pathlib import Path
 
+from safetensors.torch import save_file
+
 from aurora_lit.config import AuroraConfig, draft_folder, versions_folder
-from aurora_lit.drafts.checkpoint import CONFIG_NAME, WEIGHTS_NAME, load_draft, read_config
+from aurora_lit.drafts.checkpoint import (
+    CONFIG_NAME,
+    VALUE_NAME,
+    WEIGHTS_NAME,
+    load_draft,
+    read_config,
+    read_tensors,
+    without_identity,
+)
 from aurora_lit.drafts.public_forms import eagle_config
 from aurora_lit.drafts.versions import DraftStore, version_name
 from aurora_lit.durable import sync
@@ -46,8 +57,14 @@ def export(config: AuroraConfig, *, out: Path, version: int | None) -> None:
     except OSError as error:
         raise CheckpointError(f"--out {out} cannot be written: {error}; name another folder") from error
     try:
-        shutil.copyfile(source / WEIGHTS_NAME, temporary / WEIGHTS_NAME)
+        stored = read_tensors(source)
+        kept = without_identity(stored)
+        if kept is stored:
+            shutil.copyfile(source / WEIGHTS_NAME, temporary / WEIGHTS_NAME)
+        else:
+            save_file(kept, temporary / WEIGHTS_NAME, metadata={"format": "pt"})
         (temporary / CONFIG_NAME).write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
+        shutil.copymode(temporary / CONFIG_NAME, temporary / WEIGHTS_NAME)  # safetensors 0.8 lets only the owner read
         load_draft(temporary, shape)
         for path in (*temporary.iterdir(), temporary):
             sync(path)
@@ -56,6 +73,29 @@ def export(config: AuroraConfig, *, out: Path, version: int | None) -> None:
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     print(f"exported {source} as an EAGLE-3 draft to {out}")
+
+
+def loadable(draft: Path, folder: Path) -> Path:
+    """The draft's folder as vLLM loads it: without the value head and the maps of a whole vocabulary, which it refuses.
+
+    This is `draft` itself, or `folder` with links to its files. Raises CheckpointError.
+    """
+    shape = read_config(draft)
+    stored = read_tensors(draft) if shape.draft_vocab_size == shape.vocab_size else {}
+    kept = without_identity(stored)
+    if not (draft / VALUE_NAME).exists() and kept is stored:
+        return draft
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in draft.glob("*"):
+        link = folder / path.name
+        link.unlink(missing_ok=True)
+        if path.name != VALUE_NAME:
+            link.symlink_to(path)
+    if kept is not stored:
+        (folder / WEIGHTS_NAME).unlink()
+        save_file(kept, folder / WEIGHTS_NAME, metadata={"format": "pt"})
+        shutil.copymode(draft / CONFIG_NAME, folder / WEIGHTS_NAME)
+    return folder
 
 
 def _source(config: AuroraConfig, version: int | None) -> Path:

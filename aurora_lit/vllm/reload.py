@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from aurora_lit.drafts.checkpoint import read_tensors
+from aurora_lit.drafts.checkpoint import read_tensors, without_identity
 from aurora_lit.errors import AuroraError
 
 _EMBEDDING = "embed_tokens"
@@ -82,7 +82,8 @@ def _load(runner: Any, weights: dict[str, Tensor]) -> None:
 
 
 def _weights(folder: Path) -> dict[str, Tensor]:
-    return {name: tensor for name, tensor in read_tensors(folder).items() if _EMBEDDING not in name}
+    tensors = without_identity(read_tensors(folder))
+    return {name: tensor for name, tensor in tensors.items() if _EMBEDDING not in name}
 
 
 def _address(weight: Tensor) -> int:

@@ -13,6 +13,7 @@ from typing import Any
 import httpx
 import pytest
 from click.testing import CliRunner
+from safetensors.torch import load_file, save_file
 from transformers import Qwen3MoeConfig
 
 from aurora_lit.bench.server_process import free_port
@@ -30,24 +31,37 @@ from aurora_lit.cli.vllm import (
 )
 from aurora_lit.cli.vllm_recipe import recipe
 from aurora_lit.config import PROJECT_FOLDER, AuroraConfig, draft_folder, load_config
+from aurora_lit.drafts.checkpoint import save_draft
 from aurora_lit.errors import ConfigError
 from aurora_lit.ipc.engine_status import STATUS_NAME, EngineStatusPage, WorkerState
 from aurora_lit.ipc.learner_status import LEARNER_STATUS_NAME, LearnerStatusPage
 from aurora_lit.ipc.ring import RingWriter
 from aurora_lit.ipc.run_folder import RING_NAME
 from aurora_lit.models import source as source_module
+from aurora_lit.modules.draft.eagle3 import Eagle3Config, Eagle3Draft
 from aurora_lit.vllm.deployment import Deployment
 
 DRAFT = PROJECT_FOLDER / "checkpoints" / "smollm2-base"
+SMALL = Eagle3Config(
+    hidden_size=8,
+    target_hidden_size=8,
+    intermediate_size=16,
+    num_attention_heads=1,
+    num_key_value_heads=1,
+    head_dim=8,
+    vocab_size=11,
+    draft_vocab_size=11,
+    aux_layer_ids=(1, 2, 3),
+)
 
 
-def command_of(tmp_path: Path, *vllm_arguments: str) -> list[str]:
+def command_of(tmp_path: Path, *vllm_arguments: str, starting: Path = DRAFT) -> list[str]:
     """vLLM's command for a target in a folder."""
     target = tmp_path / "target"
     target.mkdir(exist_ok=True)
     (target / "config.json").write_text("{}")
     (target / "model.safetensors").write_bytes(b"")
-    config = settings(str(target), DRAFT, [f"checkpoint.dir={tmp_path}"])
+    config = settings(str(target), starting, [f"checkpoint.dir={tmp_path}"])
     draft = draft_folder(config)
     assert draft is not None
     deployment = Deployment(
@@ -77,6 +91,18 @@ def test_vllm_gets_its_own_arguments_and_those_it_needs(tmp_path: Path) -> None:
     files = sorted(path.name for path in Path(speculation["model"]).iterdir())
     assert "model.safetensors" in files
     assert "value_head.safetensors" not in files  # vLLM loads every file of tensors, and does not know this one
+
+
+def test_a_starting_draft_of_the_whole_vocabulary_has_no_maps_which_vllm_would_refuse(tmp_path: Path) -> None:
+    """vllm/model_executor/models/llama_eagle3.py has a parameter for `d2t` only if the vocabularies differ."""
+    draft = Eagle3Draft(SMALL)
+    save_draft(draft, tmp_path / "first")
+    weights = tmp_path / "first" / "model.safetensors"
+    save_file(load_file(weights) | {"d2t": draft.d2t, "t2d": draft.t2d}, weights)  # as drafts of before
+    for _ in range(2):  # a second start finds the folder of the first
+        command = command_of(tmp_path, starting=tmp_path / "first")
+        loaded = Path(json.loads(value(command, "--speculative-config"))["model"])
+        assert set(load_file(weights)) - set(load_file(loaded / "model.safetensors")) == {"d2t", "t2d"}
 
 
 def test_an_argument_that_is_given_is_not_added(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import json
 import os
 import resource
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +94,17 @@ def test_the_layout_is_the_one_other_servers_load(saved: Path) -> None:
         "model.safetensors",
         "value_head.safetensors",
     ]
+
+
+def test_a_whole_vocabulary_has_no_maps_which_vllm_would_refuse(target: Target, tmp_path: Path) -> None:
+    """vllm/model_executor/models/llama_eagle3.py has a parameter for `d2t` only if the vocabularies differ."""
+    whole = Eagle3Draft(replace(random_draft(target).config, draft_vocab_size=V))
+    save_draft(whole, tmp_path / "whole")
+    assert set(load_file(tmp_path / "whole" / "model.safetensors")) == set(SHAPES) - {"d2t", "t2d"}
+    assert load_draft(tmp_path / "whole", target).draft_token_ids.tolist() == list(range(V))
+    whole.set_vocabulary(torch.arange(V).flip(0))  # in another order they are needed
+    save_draft(whole, tmp_path / "flipped")
+    assert load_draft(tmp_path / "flipped", target).draft_token_ids.tolist() == list(range(V))[::-1]
 
 
 @pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o027, 0o640)])

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from click.testing import CliRunner
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from support.tiny_models import random_draft
 from torch.nn import functional as F
 
@@ -92,6 +93,17 @@ def test_the_files_are_those_of_the_layout(deployment: list[str], tmp_path: Path
     assert config["eagle_aux_hidden_state_layer_ids"] == [2, L // 2, L - 3]
     assert [layer + 1 for layer in config["eagle_config"]["eagle_aux_hidden_state_layer_ids"]] == [2, L // 2, L - 3]
     assert config["eagle_config"]["use_aux_hidden_state"] is True
+
+
+def test_maps_of_a_whole_vocabulary_are_left_out(tmp_path: Path) -> None:
+    """Drafts of before have them, and vLLM would refuse them (vllm/model_executor/models/llama_eagle3.py)."""
+    whole = Eagle3Draft(replace(a_draft().config, draft_vocab_size=V))
+    save_draft(whole, tmp_path / "start")
+    weights = tmp_path / "start" / "model.safetensors"
+    save_file(load_file(weights) | {"d2t": whole.d2t, "t2d": whole.t2d}, weights)
+    (tmp_path / "start" / "manifest.json").unlink()
+    settings = [f"checkpoint.dir={tmp_path / 'none'}", f"draft.checkpoint={tmp_path / 'start'}"]
+    assert set(exported(tmp_path / "out", *settings)) == set(SHAPES) - {"d2t", "t2d"}
 
 
 def test_a_forward_pass_from_the_exported_tensors_equals_the_drafts(deployment: list[str], tmp_path: Path) -> None:

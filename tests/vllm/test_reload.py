@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from aurora_lit.drafts.checkpoint import WEIGHTS_NAME
@@ -30,8 +30,13 @@ class MadeModel(nn.Module):
         self.lm_head = nn.Linear(2, 3, bias=False)
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
-        """As a model of vLLM."""
-        for name, tensor in weights:
+        """As vllm/model_executor/models/llama_eagle3.py: a draft of the whole vocabulary has no parameter for a map."""
+        for stored, tensor in weights:
+            if "t2d" in stored:
+                continue
+            name = stored.replace("d2t", "draft_id_to_target_id")
+            if name not in dict(self.named_parameters()):
+                raise ValueError(f"There is no module or parameter named {name!r} in MadeModel")
             self.get_parameter(name).weight_loader(tensor)  # type: ignore[attr-defined]
 
 
@@ -151,6 +156,16 @@ def test_a_draft_is_loaded_without_its_embedding_which_may_be_the_targets(tmp_pa
     load_into(runner, published(tmp_path / "draft", 5.0), last_good=tmp_path)
     assert values(draft)["fc.weight"] == values(draft)["lm_head.weight"] == {5.0}
     assert values(target) == before
+
+
+@pytest.mark.usefixtures("made_reload")
+def test_maps_of_a_whole_vocabulary_are_not_handed_to_vllm(tmp_path: Path) -> None:
+    """Versions of before have them."""
+    draft, folder = MadeModel(), published(tmp_path / "draft", 5.0)
+    maps = {"d2t": torch.zeros(3, dtype=torch.int64), "t2d": torch.ones(3, dtype=torch.bool)}
+    save_file(load_file(folder / WEIGHTS_NAME) | maps, folder / WEIGHTS_NAME)
+    load_into(runner_of(MadeModel(), draft), folder, last_good=folder)
+    assert values(draft)["fc.weight"] == {5.0}
 
 
 def test_a_head_that_is_the_targets_is_refused_though_it_is_the_embedding_too() -> None:
