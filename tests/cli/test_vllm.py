@@ -105,6 +105,23 @@ def test_a_starting_draft_of_the_whole_vocabulary_has_no_maps_which_vllm_would_r
         assert set(load_file(weights)) - set(load_file(loaded / "model.safetensors")) == {"d2t", "t2d"}
 
 
+def test_vllm_reads_the_layers_that_a_draft_of_sglangs_form_means(tmp_path: Path) -> None:
+    """V1 would take these ids without adding 1 (vllm/v1/worker/gpu_model_runner.py), V2 those of the model."""
+    save_draft(Eagle3Draft(SMALL), tmp_path / "first")
+    (tmp_path / "first" / "value_head.safetensors").unlink()
+    (tmp_path / "first" / "manifest.json").unlink()
+    path = tmp_path / "first" / "config.json"
+    fields = json.loads(path.read_text())
+    assert fields.pop("eagle_aux_hidden_state_layer_ids") == [1, 2, 3]
+    assert fields["eagle_config"]["eagle_aux_hidden_state_layer_ids"] == [0, 1, 2]
+    path.write_text(json.dumps(fields))
+    for _ in range(2):  # a second start finds the folder of the first
+        speculation = json.loads(value(command_of(tmp_path, starting=tmp_path / "first"), "--speculative-config"))
+        loaded = json.loads((Path(speculation["model"]) / "config.json").read_text())
+        assert loaded == {**fields, "eagle_aux_hidden_state_layer_ids": [1, 2, 3]}
+    assert json.loads(path.read_text()) == fields
+
+
 def test_an_argument_that_is_given_is_not_added(tmp_path: Path) -> None:
     command = command_of(tmp_path, "--served-model-name=mine", "--speculative-config.method", "eagle3")
     assert "--served-model-name" not in command
