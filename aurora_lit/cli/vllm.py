@@ -41,6 +41,12 @@ from aurora_lit.vllm.deployment import VARIABLE, Deployment
 WORKER_EXTENSION = "aurora_lit.vllm.worker.WorkerExtension"
 MIDDLEWARE = "aurora_lit.vllm.middleware.Middleware"
 PROPOSED_TOKENS = 3
+_SPECULATION_ARGUMENTS = {
+    "--spec-method": "method",
+    "--spec-model": "model",
+    "--spec-tokens": "num_speculative_tokens",
+}
+"""vLLM's arguments for single fields of its speculative config; it refuses a field that is given twice."""
 _STARTING_NAME = "starting"
 _LOOK_EVERY_S = 0.5
 
@@ -122,8 +128,8 @@ def start(
 def vllm_command(config: AuroraConfig, deployment: Deployment, vllm_arguments: Sequence[str]) -> list[str]:
     """The command that starts vLLM's server; an argument that is given, in vLLM's --config file too, is not added.
 
-    Of a speculative config whose fields are given one by one (--speculative-config.FIELD), the others are added.
-    Raises ConfigError.
+    Of a speculative config whose fields are given one by one (--speculative-config.FIELD, --spec-FIELD), the others are
+    added. Raises ConfigError.
     """
     speculation = {
         "method": "eagle3",
@@ -133,7 +139,6 @@ def vllm_command(config: AuroraConfig, deployment: Deployment, vllm_arguments: S
     ours = {
         "--model": str(find_target(config)),
         "--served-model-name": config.target.source,
-        "--speculative-config": json.dumps(speculation),
         "--worker-extension-cls": WORKER_EXTENSION,
     }
     vllm_arguments = [re.sub(r"^-sc(?=[.=]|$)", "--speculative-config", argument) for argument in vllm_arguments]
@@ -141,13 +146,21 @@ def vllm_command(config: AuroraConfig, deployment: Deployment, vllm_arguments: S
     names = [argument.partition("=")[0].partition(".") for argument in arguments]
     given = {name.replace("_", "-") for name, _, _ in names}
     fields = {field for name, _, field in names if field and name.replace("_", "-") == "--speculative-config"}
+    fields_of_own = {field for name, field in _SPECULATION_ARGUMENTS.items() if name in given}
     if "--worker-extension-cls" in given:
         raise ConfigError(f"--worker-extension-cls is needed for {WORKER_EXTENSION}; leave it out")
     added = [word for name, value in ours.items() if name not in given for word in (name, value)]
-    method = _value_of("--speculative-config.method", arguments) or speculation["method"]
-    if fields and method == speculation["method"] and _value_of("--speculative-config", arguments) is None:
-        missing = {f"--speculative-config.{field}": str(speculation[field]) for field in speculation.keys() - fields}
-        added += [word for name in sorted(missing) for word in (name, missing[name])]
+    method = (
+        _value_of("--speculative-config.method", arguments)
+        or _value_of("--spec-method", arguments)
+        or speculation["method"]
+    )
+    if method == speculation["method"] and _value_of("--speculative-config", arguments) is None:
+        missing = {field: speculation[field] for field in sorted(speculation.keys() - fields - fields_of_own)}
+        if fields:
+            added += [word for field in missing for word in (f"--speculative-config.{field}", str(missing[field]))]
+        elif missing:
+            added += ["--speculative-config", json.dumps(missing)]
     server = module_command("vllm.entrypoints.openai.api_server")
     return [*server, *added, "--middleware", MIDDLEWARE, *vllm_arguments]
 

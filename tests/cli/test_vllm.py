@@ -174,6 +174,33 @@ def test_vllms_short_name_of_its_speculative_config_is_joined_too(tmp_path: Path
     assert [word for word in whole if word.startswith("--speculative-config")] == ["--speculative-config"]
 
 
+@pytest.mark.parametrize(
+    ("given", "added"),
+    [
+        ("--spec-tokens 5", {"method", "model"}),
+        ("--spec_tokens=5", {"method", "model"}),
+        ("--spec-method eagle3 --spec-model x", {"num_speculative_tokens"}),
+        ("--spec-method eagle3 --spec-model x --spec-tokens 5", set()),
+        ("--spec-method ngram", set()),
+        ("--spec-tokens 5 --speculative-config.model x", {"method"}),
+        ("--spec-tokens 5 --speculative-config.method ngram", set()),
+    ],
+)
+@pytest.mark.parametrize("in_file", [False, True])
+def test_a_field_of_the_speculative_config_that_has_an_argument_of_its_own_is_not_added(
+    tmp_path: Path, given: str, added: set[str], in_file: bool
+) -> None:
+    """vLLM refuses one that is given twice (vllm/engine/arg_utils.py, `create_speculative_config`)."""
+    words = given.replace("=", " ").split()
+    (tmp_path / "my.yaml").write_text(json.dumps({words[i][2:]: words[i + 1] for i in range(0, len(words), 2)}))
+    command = command_of(tmp_path, *(["--config", str(tmp_path / "my.yaml")] if in_file else given.split()))
+    ours = command[: command.index("--middleware")]
+    found = {word.partition(".")[2] for word in ours if word.startswith("--speculative-config.")}
+    if "--speculative-config" in ours:
+        found |= set(json.loads(value(ours, "--speculative-config")))
+    assert found == added
+
+
 def test_a_config_file_that_vllm_would_not_read_is_refused(tmp_path: Path) -> None:
     (tmp_path / "my.yaml").write_text("model: other")
     with pytest.raises(ConfigError, match="write --config FILE"):
