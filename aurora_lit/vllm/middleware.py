@@ -2,7 +2,8 @@
 
 It starts the follower (follower.py) with the server, and hands two fields of OpenAI's API, which vLLM accepts and
 drops, to the engine as extra arguments: `store: false` (no trace is made of the request) and
-`metadata.aurora_domain` (its label). Without AURORA_LIT_VLLM it passes everything on untouched.
+`metadata.aurora_domain` (its label). A body is read only when vLLM reads it, which is after it has checked the API key.
+Without AURORA_LIT_VLLM it passes everything on untouched.
 """
 
 from __future__ import annotations
@@ -59,10 +60,9 @@ class Middleware:
             finally:
                 task.cancel()
         elif scope["type"] == "http" and scope["method"] == "POST" and scope["path"].endswith(_PATHS):
-            body = with_extra_arguments(await _read(receive))
+            # The body's new length is not known yet; vLLM reads to its end.
             headers = [each for each in scope["headers"] if each[0].lower() != b"content-length"]
-            headers.append((b"content-length", str(len(body)).encode()))
-            await self._app({**scope, "headers": headers}, _replay(body, receive), send)
+            await self._app({**scope, "headers": headers}, _rewriting(receive), send)
         else:
             await self._app(scope, receive, send)
 
@@ -104,22 +104,21 @@ def with_extra_arguments(body: bytes) -> bytes:
     return json.dumps(fields).encode()
 
 
-async def _read(receive: Receive) -> bytes:
-    parts, more = [], True
-    while more:
-        message = await receive()
-        parts.append(message.get("body", b""))
-        more = message.get("more_body", False)
-    return b"".join(parts)
+def _rewriting(receive: Receive) -> Receive:
+    """Gives the whole body at once, with the extra arguments, then what follows, such as the end of the connection."""
+    is_read = False
 
+    async def rewritten() -> Message:
+        nonlocal is_read
+        if is_read:
+            return await receive()
+        parts, is_read = list[bytes](), True
+        while True:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                return message
+            parts.append(message.get("body", b""))
+            if not message.get("more_body", False):
+                return {"type": "http.request", "body": with_extra_arguments(b"".join(parts)), "more_body": False}
 
-def _replay(body: bytes, receive: Receive) -> Receive:
-    """The body once, then what follows it, such as the end of the connection."""
-    waiting = [body]
-
-    async def replayed() -> Message:
-        if waiting:
-            return {"type": "http.request", "body": waiting.pop(), "more_body": False}
-        return await receive()
-
-    return replayed
+    return rewritten

@@ -90,12 +90,47 @@ def run_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_a_request_in_pieces_arrives_with_its_label_and_the_right_length(run_folder: Path) -> None:
+def test_a_request_in_pieces_arrives_with_its_label_and_without_the_length_that_it_had(run_folder: Path) -> None:
     app = MadeApp()
     scope, receive = _post(json.dumps({"store": False, "prompt": "é"}).encode())
     asyncio.run(Middleware(app)(scope, receive, _nothing))
     assert json.loads(app.bodies[0]) == {"store": False, "prompt": "é", "vllm_xargs": {"aurora_lit_store": 0}}
-    assert app.lengths == [str(len(app.bodies[0])).encode()]
+    assert app.lengths == []
+
+
+def test_a_body_is_read_only_if_vllm_reads_it(run_folder: Path) -> None:
+    """vllm/entrypoints/serve/middleware: those of --middleware come first, and a wrong key is answered unread."""
+    answers = list[Any]()
+
+    async def refuse(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 401, "headers": []})
+
+    async def send(message: Any) -> None:
+        answers.append(message["status"])
+
+    scope, _ = _post(b"")
+    asyncio.run(Middleware(refuse)(scope, _nothing, send))
+    assert answers == [401]
+
+
+def test_a_client_that_goes_away_is_seen_by_vllm_before_and_after_the_end_of_its_body(run_folder: Path) -> None:
+    """As vllm/entrypoints/serve/utils/api_utils.py, `listen_for_disconnect`, does after the body."""
+    gone = {"type": "http.disconnect"}
+    seen = list[list[Any]]()
+
+    async def listen(scope: Any, receive: Any, send: Any) -> None:
+        seen.append([])
+        while not seen[-1] or seen[-1][-1] != gone:
+            seen[-1].append(await receive())
+
+    for more_body in (True, False):
+        messages = [{"type": "http.request", "body": b"{}", "more_body": more_body}, gone]
+
+        async def receive() -> Any:
+            return messages.pop(0)  # noqa: B023
+
+        asyncio.run(Middleware(listen)(_post(b"{}")[0], receive, _nothing))
+    assert seen == [[gone], [{"type": "http.request", "body": b"{}", "more_body": False}, gone]]
 
 
 @pytest.mark.parametrize(
