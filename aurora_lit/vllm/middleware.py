@@ -1,9 +1,9 @@
 """ASGI middleware of vLLM's API server (`--middleware aurora_lit.vllm.middleware.Middleware`).
 
-It starts the follower (follower.py) with the server, and hands two fields of OpenAI's API, which vLLM accepts and
-drops, to the engine as extra arguments: `store: false` (no trace is made of the request) and
-`metadata.aurora_domain` (its label). A body is read only when vLLM reads it, which is after it has checked the API key.
-Without AURORA_LIT_VLLM it passes everything on untouched.
+It starts the follower (follower.py) with the server, and hands two fields of a request, which vLLM accepts and drops,
+to the engine as extra arguments: `store: false` (no trace is made of the request) and `metadata.aurora_domain` (its
+label). A body is read only when vLLM reads it, which is after it has checked the API key. Without AURORA_LIT_VLLM it
+passes everything on untouched.
 """
 
 from __future__ import annotations
@@ -28,9 +28,11 @@ _PATHS = (
     "/v1/chat/completions",
     "/v1/chat/completions/batch",
     "/v1/completions",
+    "/v1/messages",
     "/v1/responses",
     "/invocations",
 )
+"""Ends of the paths whose requests have `vllm_xargs`."""
 _LABEL = "aurora_domain"
 _log = logging.getLogger("vllm.aurora_lit")
 

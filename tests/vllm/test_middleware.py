@@ -134,9 +134,10 @@ def test_a_client_that_goes_away_is_seen_by_vllm_before_and_after_the_end_of_its
 
 
 @pytest.mark.parametrize(
-    "path", ["/v1/chat/completions", "/v1/chat/completions/batch", "/v1/responses", "/invocations"]
+    "path", ["/v1/chat/completions", "/v1/chat/completions/batch", "/v1/messages", "/v1/responses", "/invocations"]
 )
 def test_consent_is_read_on_every_route_that_takes_it(run_folder: Path, path: str) -> None:
+    """Those whose protocol.py in vllm/entrypoints has `vllm_xargs`; /v1/messages hands it to the chat's request."""
     app = MadeApp()
     scope, receive = _post(json.dumps({"store": False, "messages": []}).encode(), path=path)
     asyncio.run(Middleware(app)(scope, receive, _nothing))
