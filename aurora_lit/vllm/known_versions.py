@@ -47,7 +47,6 @@ RUNNERS = (
             "_sample": ("logits", "spec_decode_metadata"),
             "sample_tokens": ("grammar_output",),
             "_input_fits_in_drafter": ("common_attn_metadata",),
-            "_get_positions": ("num_tokens",),
             "get_model": (),
             "get_draft_model": (),
         },

@@ -107,7 +107,7 @@ def _read_v1(runner: Any) -> Batch | None:
         is_unfinished=runner.discard_request_mask.np[:count].tolist(),
         drafts_next=runner._input_fits_in_drafter(state.spec_decode_common_attn_metadata),
         token_ids_Q=runner.input_ids.gpu[:total],
-        position_Q=runner._get_positions(total),
+        position_Q=runner.positions[:total],  # not `_get_positions`: of a target with M-RoPE those are [3, Q]
         aux_QH=state.aux_hidden_states,
         last_QH=state.hidden_states,
     )

@@ -190,9 +190,9 @@ class MadeRunner:
 class MadeV1Runner(MadeRunner):
     """As vllm/v1/worker/gpu_model_runner.py."""
 
-    def __init__(self, *, fits: bool = True) -> None:
+    def __init__(self, *, fits: bool = True, uses_mrope: bool = False) -> None:
         super().__init__()
-        self.fits = fits
+        self.fits, self.uses_mrope = fits, uses_mrope
 
     def _compute(self, scheduler_output: Any) -> None:
         step, token_Q, position_Q, last_QH = (scheduler_output.step, *states(scheduler_output.step))
@@ -203,14 +203,16 @@ class MadeV1Runner(MadeRunner):
         self.query_start_loc = SimpleNamespace(np=starts)
         self.discard_request_mask = SimpleNamespace(np=np.array([rows.unfinished for rows in step.rows]))
         self.input_ids = SimpleNamespace(gpu=torch.cat([token_Q, torch.full((5,), -9, dtype=torch.int32)]))
-        self._positions = position_Q
+        self.positions = torch.cat([position_Q, torch.full((5,), -9)])
+        if self.uses_mrope:
+            self.mrope_positions = SimpleNamespace(gpu=self.positions.repeat(3, 1))
         self.execute_model_state = V1State(scheduler_output, object(), last_QH, [last_QH, last_QH + 1, last_QH + 2])
 
     def _input_fits_in_drafter(self, common_attn_metadata: Any) -> bool:
         return self.fits
 
     def _get_positions(self, num_tokens: int) -> torch.Tensor:
-        return self._positions[:num_tokens]
+        return self.mrope_positions.gpu[:, :num_tokens] if self.uses_mrope else self.positions[:num_tokens]
 
     def _sample(self, logits: Any, spec_decode_metadata: Any) -> Any:
         rows = self._step.rows
@@ -225,7 +227,7 @@ class MadeV1Runner(MadeRunner):
         self._step = state.scheduler_output.step
         self.execute_model_state = None
         self._sample(None, None)
-        overwrite(self.input_ids.gpu, self._positions, state.hidden_states, *state.aux_hidden_states)
+        overwrite(self.input_ids.gpu, self.positions, state.hidden_states, *state.aux_hidden_states)
         return "output"
 
 

@@ -231,6 +231,13 @@ def test_what_is_not_plain_text_of_the_target_is_not_recorded(name: str, value: 
     assert [info.recordable for info, _ in new_requests(output)] == [False]
 
 
+def test_of_a_target_with_mrope_a_row_has_the_position_that_it_has_in_its_request() -> None:
+    """V1's `_get_positions` gives three of them then."""
+    traces = Recorded(MadeV1Runner(uses_mrope=True)).run(Traffic(requests={"r1": (10, 40), "r2": (20, 30)}).steps())
+    assert sorted(trace.request_id for trace in traces) == ["r1", "r2"]
+    assert all(right_rows(trace, trace.request_id) for trace in traces)
+
+
 def test_a_label_is_the_traces_domain() -> None:
     steps = one_request(
         Rows(request_id="r", position=0, count=4),
