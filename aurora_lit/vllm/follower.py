@@ -3,10 +3,10 @@
 Runs as a task of the API server's event loop; validation runs in a thread. A version that cannot be served is refused
 with a reason before the engine hears of it. One that accepts less in its trial (live_status.py judges, and writes it on
 the status page), or that a rank cannot load, is retired, and all ranks go back to the version before. If there are
-several API servers, one follows. While vLLM sleeps, swaps wait: the weights have no memory then, and writing to them
-would end the engine.
+several API servers of the same engines, one follows. While vLLM sleeps, swaps wait: the weights have no memory then,
+and writing to them would end the engine.
 
-    follower = DraftFollower(deployment, engine_client.collective_rpc, engine_client.is_sleeping)
+    follower = DraftFollower(deployment, engine_client)
     await follower.run()                    # until it is cancelled
 """
 
@@ -17,10 +17,10 @@ import contextlib
 import fcntl
 import logging
 import os
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from aurora_lit.drafts.checkpoint import load_draft, read_config
 from aurora_lit.drafts.hot_reload import HotReloader, ReadyDraft
@@ -35,18 +35,26 @@ _STALE_S = 10.0
 _LOCK_NAME = "follower.lock"
 _log = logging.getLogger("vllm.aurora_lit")
 
-RankCall = Callable[..., Awaitable[list[dict[str, Any]]]]
-"""vLLM's `collective_rpc(method, timeout, args)`: calls a method of every rank's worker."""
-IsSleeping = Callable[[], Awaitable[bool]]
-"""vLLM's `is_sleeping()`: True while any part of its memory is released, or its scheduler is paused."""
+
+class EngineClient(Protocol):
+    """What is used of vLLM's class of this name (vllm/engine/protocol.py)."""
+
+    vllm_config: Any
+
+    async def collective_rpc(self, method: str, timeout: float | None, args: tuple[Any, ...]) -> list[dict[str, Any]]:
+        """Call a method of every rank's worker."""
+
+    async def is_sleeping(self) -> bool:
+        """True while any part of the engine's memory is released, or its scheduler is paused."""
 
 
 class DraftFollower:
     """See the file's example."""
 
-    def __init__(self, deployment: Deployment, call: RankCall, is_sleeping: IsSleeping) -> None:
-        """call: how the ranks are reached. is_sleeping: asked before each swap."""
-        self._deployment, self._call, self._is_sleeping = deployment, call, is_sleeping
+    def __init__(self, deployment: Deployment, engine: EngineClient) -> None:
+        """engine: how the ranks are reached."""
+        self._deployment, self._engine = deployment, engine
+        self._engines = _engines_of(engine)
         self._starting = read_config(deployment.starting_draft)
         store = DraftStore(deployment.versions, keep=deployment.keep)
         self._reloader = HotReloader(store, self._validated)
@@ -60,14 +68,16 @@ class DraftFollower:
     async def run(self) -> None:
         """Start capture, then keep the served draft equal to the current version."""
         while True:
-            with _lock(self._deployment.run_folder / _LOCK_NAME) as is_held:
+            suffix = "" if self._engines is None else f"-{self._engines.start}"
+            with _lock(self._deployment.run_folder / f"{_LOCK_NAME}{suffix}") as is_held:
                 if is_held:
                     await self._follow()
                     return
             await asyncio.sleep(1.0)  # another API server follows
 
     async def _follow(self) -> None:
-        reason = _error(await self._call("aurora_lit_start", None, (str(self._deployment.run_folder),)))
+        arguments = (str(self._deployment.run_folder),)
+        reason = _error(await self._engine.collective_rpc("aurora_lit_start", None, arguments))
         if reason is not None:
             _log.warning("aurora-lit: no traces are made and no drafts are swapped: %s; serving is unaffected", reason)
             return
@@ -95,7 +105,7 @@ class DraftFollower:
         """Wait while vLLM sleeps."""
         while True:
             try:
-                if not await self._is_sleeping():
+                if not await self._engine.is_sleeping():
                     return
             except RuntimeError:  # one of several engines sleeps and another does not, so some go or wake up
                 pass
@@ -105,7 +115,7 @@ class DraftFollower:
         before, version = self._name(self._served), self._name(ready.version)
         followed = [path for path, page in self._status_pages() if page.read().draft_version == before]
         arguments = (str(ready.draft), version, ready.trusted, str(self._last_good))
-        results = await self._call("aurora_lit_swap", None, arguments)
+        results = await self._engine.collective_rpc("aurora_lit_swap", None, arguments)
         reason = _error(results) or self._left_behind(version, followed)
         self._served = ready.version
         if reason is not None:
@@ -142,8 +152,12 @@ class DraftFollower:
         return None
 
     def _status_pages(self) -> Iterator[tuple[Path, EngineStatusPage]]:
-        """Of each engine."""
-        for path in self._deployment.run_folder.glob(f"{STATUS_NAME}*"):
+        """Of each engine that is reached."""
+        paths = self._deployment.run_folder.glob(f"{STATUS_NAME}*")
+        if self._engines is not None:
+            reached = {self._deployment.status_path(engine) for engine in self._engines}
+            paths = (path for path in paths if path in reached)
+        for path in paths:
             yield path, self._pages.get(path) or self._pages.setdefault(path, EngineStatusPage.open(path))
 
     async def _note_refusals(self) -> None:
@@ -151,7 +165,7 @@ class DraftFollower:
         if refused is not None and number != self._noted_refusals:
             self._noted_refusals = number
             note = {"refusals": number, "refused_version": refused.version, "refused_reason": refused.reason}
-            await self._call("aurora_lit_note", None, (note,))
+            await self._engine.collective_rpc("aurora_lit_note", None, (note,))
 
     def _validated(self, folder: Path | None) -> Path:
         """The folder of a draft that this engine can load. Raises CheckpointError with the reason if it cannot."""
@@ -166,6 +180,18 @@ class DraftFollower:
                 )
         load_draft(folder, self._starting)
         return folder
+
+
+def _engines_of(engine: EngineClient) -> range | None:
+    """The data-parallel engines that a client reaches; None: all.
+
+    With an external or hybrid load balancer these are its server's own (vllm/v1/engine/core_client.py, MPClient).
+    """
+    parallel = engine.vllm_config.parallel_config
+    if not parallel.local_engines_only:
+        return None
+    first = parallel.data_parallel_index
+    return range(first, first + parallel.data_parallel_size_local)
 
 
 def _error(results: list[dict[str, Any]]) -> str | None:
@@ -187,10 +213,10 @@ def _lock(path: Path) -> Iterator[bool]:
         os.close(descriptor)
 
 
-async def follow(deployment: Deployment, call: RankCall, is_sleeping: IsSleeping) -> None:
+async def follow(deployment: Deployment, engine: EngineClient) -> None:
     """Run a follower; an error ends it with one line, never the server."""
     try:
-        await DraftFollower(deployment, call, is_sleeping).run()
+        await DraftFollower(deployment, engine).run()
     except AuroraError as error:
         _log.warning("aurora-lit is off: %s; serving is unaffected", error)
     except Exception:

@@ -55,8 +55,7 @@ class Middleware:
             await self._app(scope, receive, send)
         elif scope["type"] == "lifespan":
             _log_where_vllm_does()
-            engine = scope["app"].state.engine_client
-            task = asyncio.create_task(follow(self._deployment, engine.collective_rpc, engine.is_sleeping))
+            task = asyncio.create_task(follow(self._deployment, scope["app"].state.engine_client))
             try:
                 await self._app(scope, receive, send)
             finally:

@@ -6,6 +6,7 @@ import asyncio
 import shutil
 from collections.abc import Awaitable, Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -38,9 +39,14 @@ START_RPC, SWAP_RPC, NOTE_RPC = "aurora_lit_start", "aurora_lit_swap", "aurora_l
 
 
 class MadeRanks:
-    """The workers of an engine: what they were told, and errors that they answer with."""
+    """An engine's client and workers: what they were told, and errors that they answer with."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, engine: int | None = None) -> None:
+        """engine: the one that is reached; None: all, with vLLM's own load balancer."""
+        parallel = SimpleNamespace(
+            local_engines_only=engine is not None, data_parallel_index=engine or 0, data_parallel_size_local=1
+        )
+        self.vllm_config = SimpleNamespace(parallel_config=parallel)
         self.calls: list[tuple[str, tuple[Any, ...]]] = []
         self.errors: dict[str, str] = {}
         """By version or method, what rank 1 answers."""
@@ -52,8 +58,8 @@ class MadeRanks:
         self.asked = 0
         """How often `is_sleeping` was called."""
 
-    async def __call__(self, method: str, timeout: float | None, args: tuple[Any, ...]) -> list[dict[str, Any]]:
-        """As vLLM's collective_rpc."""
+    async def collective_rpc(self, method: str, timeout: float | None, args: tuple[Any, ...]) -> list[dict[str, Any]]:
+        """As vLLM's AsyncLLM."""
         self.calls.append((method, args))
         if method == SWAP_RPC:
             self.on_swap(args[1], trusted=args[2])
@@ -61,7 +67,7 @@ class MadeRanks:
         return [{"error": None, "seconds": 0.0}, {"error": self.errors.get(key), "seconds": self.seconds}]
 
     async def is_sleeping(self) -> bool:
-        """As vLLM's AsyncLLM: vllm/v1/engine/core_client.py, `call_utility_consensus_async`."""
+        """As vLLM's AsyncLLM: `call_utility_consensus_async` of vllm/v1/engine/core_client.py."""
         self.asked += 1
         if len(set(self.sleeping)) > 1:
             raise RuntimeError(f"Engines returned different is_sleeping results: {self.sleeping}")
@@ -106,7 +112,7 @@ def run_with(deployment: Deployment, ranks: MadeRanks, scenario: Callable[[], Aw
     """A follower, while `scenario` runs."""
 
     async def both() -> None:
-        task = asyncio.create_task(DraftFollower(deployment, ranks, ranks.is_sleeping).run())
+        task = asyncio.create_task(DraftFollower(deployment, ranks).run())
         try:
             await asyncio.wait_for(scenario(), 20)
         finally:
@@ -337,7 +343,7 @@ def test_an_unknown_vllm_is_one_line_and_nothing_else(deployment: Deployment, ca
     ranks = MadeRanks()
     ranks.errors[START_RPC] = "vLLM 9.9 is not known (known: 0.32)"
     store_of(deployment).publish(Eagle3Draft(SHAPE), record={})
-    asyncio.run(follow(deployment, ranks, ranks.is_sleeping))
+    asyncio.run(follow(deployment, ranks))
     assert [method for method, _ in ranks.calls] == [START_RPC]
     (record,) = caplog.records
     assert "no traces are made and no drafts are swapped: vLLM 9.9 is not known" in record.message
@@ -348,7 +354,7 @@ def test_of_several_api_servers_one_follows(deployment: Deployment) -> None:
 
     async def scenario() -> None:
         await until(lambda: len(ranks.calls) == 1)
-        second = asyncio.create_task(DraftFollower(deployment, other, other.is_sleeping).run())
+        second = asyncio.create_task(DraftFollower(deployment, other).run())
         await asyncio.sleep(0.2)
         assert other.calls == []
         second.cancel()
@@ -356,11 +362,41 @@ def test_of_several_api_servers_one_follows(deployment: Deployment) -> None:
     run_with(deployment, ranks, scenario)
 
 
+def test_with_an_external_load_balancer_each_server_follows_with_its_own_engine(
+    deployment: Deployment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """vllm/v1/engine/core_client.py: DPAsyncMPClient reaches one engine, the other one's server another."""
+    monkeypatch.setattr(follower, "_STALE_S", 60.0)
+    store, servers = store_of(deployment), [MadeRanks(engine=0), MadeRanks(engine=1)]
+    EngineStatusPage.create(deployment.status_path(1))
+    for number, server in enumerate(servers):
+        page = EngineStatusPage.open(deployment.status_path(number), writable=True)
+        page.write(draft_version="first")
+        page.beat()
+        server.on_swap = lambda version, *, trusted, page=page: page.write(draft_version=version)
+    store.publish(Eagle3Draft(SHAPE), record={})
+    servers[1].sleeping = [True]  # so that its engine follows later
+
+    async def scenario() -> None:
+        second = asyncio.create_task(DraftFollower(deployment, servers[1]).run())
+        await publish_another(store, servers[0], swaps=2)
+        servers[1].sleeping = [False]
+        await until(lambda: len(servers[1].swaps) == 2)
+        second.cancel()
+
+    run_with(deployment, servers[0], scenario)
+    assert servers[0].swaps == servers[1].swaps == [("draft-000001", False), ("draft-000002", False)]
+    assert [each.retired for each in store.versions()] == [None, None]
+
+
 def test_an_error_of_the_follower_never_reaches_the_server(
-    deployment: Deployment, caplog: pytest.LogCaptureFixture
+    deployment: Deployment, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def broken(*args: Any) -> Any:
         raise ValueError("injected")
 
-    asyncio.run(follow(deployment, broken, broken))
-    assert "aurora-lit is off; serving is unaffected" in caplog.text
+    for engine in (MadeRanks(), object()):  # the latter as of a vLLM whose client is another one
+        monkeypatch.setattr(MadeRanks, "collective_rpc", broken)
+        caplog.clear()
+        asyncio.run(follow(deployment, engine))  # type: ignore[arg-type]
+        assert "aurora-lit is off; serving is unaffected" in caplog.text

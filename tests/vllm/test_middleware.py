@@ -149,8 +149,7 @@ def test_what_the_drafts_folder_logs_is_in_vllms_log(run_folder: Path, monkeypat
     handler = logging.StreamHandler(io.StringIO())
     theirs, ours = logging.getLogger("vllm"), logging.getLogger("aurora_lit")
     theirs.addHandler(handler)
-    engine = SimpleNamespace(collective_rpc=_nothing, is_sleeping=_nothing)
-    app = SimpleNamespace(state=SimpleNamespace(engine_client=engine))
+    app = SimpleNamespace(state=SimpleNamespace(engine_client=object()))
     try:
         asyncio.run(Middleware(MadeApp())({"type": "lifespan", "app": app}, _nothing, _nothing))
         logging.getLogger("aurora_lit.drafts.hot_reload").warning("draft x is not served")
