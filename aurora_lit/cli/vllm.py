@@ -41,12 +41,17 @@ from aurora_lit.vllm.deployment import VARIABLE, Deployment
 WORKER_EXTENSION = "aurora_lit.vllm.worker.WorkerExtension"
 MIDDLEWARE = "aurora_lit.vllm.middleware.Middleware"
 PROPOSED_TOKENS = 3
+_MODULE = "vllm.entrypoints.openai.api_server"
 _SPECULATION_ARGUMENTS = {
     "--spec-method": "method",
     "--spec-model": "model",
     "--spec-tokens": "num_speculative_tokens",
 }
 """vLLM's arguments for single fields of its speculative config; it refuses a field that is given twice."""
+_SEVERAL_SERVERS = ("--api-server-count", "-asc", "--data-parallel-multi-port-external-lb", "-dpm")
+_NO_MIDDLEWARE = ("--headless", "--grpc", "--grpc-port")
+"""Arguments that only `vllm serve` acts on (vllm/entrypoints/cli/serve.py): what is started here would ignore them. The
+latter start a server that loads no middleware."""
 _STARTING_NAME = "starting"
 _LOOK_EVERY_S = 0.5
 
@@ -149,6 +154,7 @@ def vllm_command(config: AuroraConfig, deployment: Deployment, vllm_arguments: S
     fields_of_own = {field for name, field in _SPECULATION_ARGUMENTS.items() if name in given}
     if "--worker-extension-cls" in given:
         raise ConfigError(f"--worker-extension-cls is needed for {WORKER_EXTENSION}; leave it out")
+    _check_is_acted_on(arguments, given)
     added = [word for name, value in ours.items() if name not in given for word in (name, value)]
     method = (
         _value_of("--speculative-config.method", arguments)
@@ -161,8 +167,20 @@ def vllm_command(config: AuroraConfig, deployment: Deployment, vllm_arguments: S
             added += [word for field in missing for word in (f"--speculative-config.{field}", str(missing[field]))]
         elif missing:
             added += ["--speculative-config", json.dumps(missing)]
-    server = module_command("vllm.entrypoints.openai.api_server")
-    return [*server, *added, "--middleware", MIDDLEWARE, *vllm_arguments]
+    return [*module_command(_MODULE), *added, "--middleware", MIDDLEWARE, *vllm_arguments]
+
+
+def _check_is_acted_on(arguments: Sequence[str], given: set[str]) -> None:
+    """Raise ConfigError for an argument that would be ignored in silence. given: the names of the arguments."""
+    for name in (*_SEVERAL_SERVERS, *_NO_MIDDLEWARE):
+        if name not in given or _value_of(name, arguments) in ("1", "False"):  # as without it
+            continue
+        if name in _NO_MIDDLEWARE:
+            raise ConfigError(f"{name} starts a server in which no drafts can be swapped; leave it out")
+        raise ConfigError(
+            f"{name} is for `vllm serve`, and {_MODULE}, which is started here, ignores it; leave it out, or add it to "
+            f"the command that --attach prints, with `vllm serve` in place of `python -m {_MODULE}`"
+        )
 
 
 def _deployment(config: AuroraConfig, folder: Path) -> Deployment:

@@ -130,6 +130,32 @@ def test_an_argument_that_is_given_is_not_added(tmp_path: Path) -> None:
         command_of(tmp_path, "--worker-extension-cls", "mine")
 
 
+@pytest.mark.parametrize(
+    "argument", ["--api_server_count=4", "-asc 4", "--data-parallel-multi-port-external-lb", "-dpm"]
+)
+def test_an_argument_that_only_vllm_serve_acts_on_is_refused_with_the_way_to_give_it(
+    tmp_path: Path, argument: str
+) -> None:
+    """vllm/entrypoints/cli/serve.py; `main` of vllm/entrypoints/launchers/api_server/entry.py does not look at them."""
+    with pytest.raises(ConfigError, match=r"ignores it; leave it out, or add it to the command that --attach prints"):
+        command_of(tmp_path, "--port", "8123", *argument.split())
+
+
+@pytest.mark.parametrize("argument", ["--headless", "--grpc", "--grpc-port 50051"])
+def test_a_server_that_loads_no_middleware_is_refused(tmp_path: Path, argument: str) -> None:
+    with pytest.raises(ConfigError, match=f"{argument.split()[0]} starts a server in which no drafts can be swapped"):
+        command_of(tmp_path, *argument.split())
+    (tmp_path / "my.yaml").write_text("headless: true")
+    with pytest.raises(ConfigError, match="--headless starts a server"):
+        command_of(tmp_path, "--config", str(tmp_path / "my.yaml"))
+
+
+def test_one_api_server_is_what_is_started(tmp_path: Path) -> None:
+    (tmp_path / "my.yaml").write_text("headless: false")
+    command = command_of(tmp_path, "--config", str(tmp_path / "my.yaml"), "--api-server-count", "1")
+    assert value(command, "--api-server-count") == "1"
+
+
 def test_what_vllms_own_file_gives_is_not_added(tmp_path: Path) -> None:
     (tmp_path / "my.yaml").write_text(
         "served_model_name: [mine, other]\nspeculative-config:\n  method: eagle3\n  model: x\nmodel: org/quantised\n"
