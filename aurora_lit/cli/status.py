@@ -18,10 +18,10 @@ from rich.markup import escape
 from rich.table import Table
 
 from aurora_lit.errors import AuroraError
-from aurora_lit.ipc.engine_status import STATUS_NAME, EngineStatusPage
+from aurora_lit.ipc.engine_status import HEARTBEAT_STALE_S, STATUS_NAME, EngineStatusPage
 from aurora_lit.ipc.learner_status import LEARNER_STATUS_NAME, LearnerStatusPage
 from aurora_lit.ipc.run_folder import live_folders
-from aurora_lit.serve.http.status import engine_json, learner_json, ring_counters
+from aurora_lit.serve.http.status import engine_json, learner_json, ranks_json, ring_counters
 
 Json = dict[str, Any]
 
@@ -60,6 +60,7 @@ def read(run_folder: Path) -> Json:
     return {
         "run_folder": str(run_folder),
         **engine_json(status, ring_counters(run_folder)),
+        "ranks": ranks_json(run_folder),
         "learner": learner_json(learner),
     }
 
@@ -91,7 +92,7 @@ def _lines(report: Json) -> list[tuple[str, str]]:
     worker, queue, draft, learner = (report[key] for key in ("worker", "queue", "draft", "learner"))
     speculation, ring, gate = report["speculation"], report["traces"]["ring"], learner["gate"]
     lines = [
-        ("server", f"{worker['state']}, up {_seconds(worker['uptime_s'])}, pid {worker['pid']}"),
+        ("server", f"{_state(worker)}, up {_seconds(worker['uptime_s'])}, pid {worker['pid']}"),
         ("requests", f"{queue['running']} running, {queue['waiting']} waiting"),
         ("tokens", f"{report['tokens']['prompt']} read, {report['tokens']['generated']} generated"),
         ("accepted length", f"{_number(speculation['mean_accepted_length'])} over {speculation['drafts']} rounds"),
@@ -118,6 +119,7 @@ def _lines(report: Json) -> list[tuple[str, str]]:
         lines.append(("traces", f"{ring['pushed']} recorded, {ring['queued']} waiting, {dropped} dropped"))
     if worker["error"]:
         lines.append(("server's error", worker["error"]))
+    lines += [(f"rank {rank['rank']}", _rank(rank)) for rank in report["ranks"]]
     activity = f": {learner['activity']}" if learner["activity"] and learner["pid"] else ""
     lines.append(("learner", f"{learner['state']}{activity}"))
     if learner["error"]:
@@ -142,6 +144,19 @@ def _lines(report: Json) -> list[tuple[str, str]]:
             ),
         ]
     return lines
+
+
+def _state(worker: Json) -> str:
+    """Of the engine worker: what it wrote, unless it hangs or was killed since."""
+    age_s = worker["heartbeat_age_s"]
+    is_silent = worker["state"] == "ready" and age_s > HEARTBEAT_STALE_S
+    return f"no sign of life for {age_s:.0f} s" if is_silent else str(worker["state"])
+
+
+def _rank(rank: Json) -> str:
+    if rank["error"] or not rank["pid"]:
+        return rank["error"] or "starting"
+    return f"pid {rank['pid']}, last sign of life {rank['heartbeat_age_s']:.0f} s ago"
 
 
 def _served_domains(served: Json) -> str:

@@ -24,6 +24,8 @@ from aurora_lit.settings import MAX_DOMAINS, MAX_PROPOSAL_LENGTH, PLANS
 
 STATUS_NAME = "status"
 """The engine worker's page in the run folder."""
+HEARTBEAT_STALE_S = 10.0
+"""A worker whose last heartbeat is older hangs or is dead, whatever its page says: only the worker writes the state."""
 _RANK_PREFIX = "rank-"
 UNKNOWN_DOMAIN, OTHER_DOMAINS = "unknown", "other"
 """Names under which requests without a domain are counted, and those whose domain has no row of its own."""

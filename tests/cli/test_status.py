@@ -1,9 +1,11 @@
-"""`aurora-lit status` shows what learning left out, labels cannot write markup, and a wrong --url is one line."""
+"""`aurora-lit status`: a dead server, a dead learner, what was left out; no markup from labels; a wrong --url."""
 
 from __future__ import annotations
 
+import json
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,7 +14,7 @@ import pytest
 
 from aurora_lit.cli import status as live_status
 from aurora_lit.errors import AuroraError
-from aurora_lit.ipc.engine_status import STATUS_NAME, EngineStatusPage
+from aurora_lit.ipc.engine_status import STATUS_NAME, EngineStatusPage, RankStatusPage, WorkerState, rank_path
 from aurora_lit.ipc.learner_status import LEARNER_STATUS_NAME, LearnerStatusPage
 
 
@@ -28,6 +30,29 @@ def test_what_was_left_out_is_shown_and_labels_cannot_write_markup(
     assert "3 looping answers, 1 labels, 2 waits of clients over their share" in shown
     live_status.show(url=None, api_key=None, run_folder=tmp_path, as_json=True)
     assert '"looping": 3' in capsys.readouterr().out
+
+
+def test_a_worker_that_hangs_is_not_called_ready(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Only the worker writes its state, so the page of one that hangs or was killed still says "ready"."""
+    page = EngineStatusPage.create(tmp_path / STATUS_NAME)
+    LearnerStatusPage.create(tmp_path / LEARNER_STATUS_NAME)
+    for age_s, shown in ((1, "ready, up"), (200, "no sign of life for 200 s, up")):
+        page.write(state=WorkerState.READY, worker_pid=7, heartbeat_ns=time.monotonic_ns() - age_s * 10**9)
+        live_status.show(url=None, api_key=None, run_folder=tmp_path, as_json=False)
+        assert f"server {shown}" in " ".join(capsys.readouterr().out.split())
+
+
+def test_ranks_are_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    EngineStatusPage.create(tmp_path / STATUS_NAME)
+    LearnerStatusPage.create(tmp_path / LEARNER_STATUS_NAME)
+    ranks = [RankStatusPage.create(rank_path(tmp_path, rank)) for rank in (1, 2, 3)]
+    ranks[0].write(pid=7, heartbeat_ns=time.monotonic_ns() - 5 * 10**9)
+    ranks[1].write(pid=8, error="RankError: lost")
+    live_status.show(url=None, api_key=None, run_folder=tmp_path, as_json=False)
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "rank 1 pid 7, last sign of life 5 s ago rank 2 RankError: lost rank 3 starting" in shown
+    live_status.show(url=None, api_key=None, run_folder=tmp_path, as_json=True)
+    assert [rank["pid"] for rank in json.loads(capsys.readouterr().out)["ranks"]] == [7, 8, 0]
 
 
 @contextmanager

@@ -119,6 +119,12 @@ def test_readings_are_never_torn(path):
         thread.join()
 
 
+def samples(metrics: ServerMetrics) -> dict[str, float]:
+    """Metric → value; of one with several samples the last."""
+    lines = [line for line in metrics.render().decode().splitlines() if not line.startswith("#")]
+    return {line.partition("{")[0]: float(line.rpartition(" ")[2]) for line in lines}
+
+
 def test_metrics_have_the_names_that_vllm_uses(path):
     page = EngineStatusPage.create(path)
     page.write(
@@ -185,6 +191,15 @@ def test_metrics_have_the_names_that_vllm_uses(path):
     for cause in ("overwritten", "too_large"):
         assert f'aurora_traces_dropped_total{{cause="{cause}",{label},model_name="m"}} 1.0' in lines
     assert f'aurora_requests_refused_total{{{label},model_name="m",status="429"}} 1.0' in lines
+
+
+def test_a_worker_without_heartbeats_is_not_ready(path: Path) -> None:
+    page, learner = EngineStatusPage.create(path), LearnerStatusPage.create(path.with_name("learner"))
+    metrics = ServerMetrics(model="m", status=page, learner=learner, ring=lambda: None)
+    page.write(state=WorkerState.READY)
+    for age_s, ready in ((1, 1.0), (200, 0.0)):
+        page.write(heartbeat_ns=time.monotonic_ns() - age_s * 10**9)
+        assert samples(metrics)["aurora_worker_ready"] == ready
 
 
 def test_json_reports_drafts_and_learner(path):

@@ -17,7 +17,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from aurora_lit.drafts.versions import version_number
-from aurora_lit.ipc.engine_status import DomainTotals, EngineStatusPage, WorkerState
+from aurora_lit.ipc.engine_status import HEARTBEAT_STALE_S, DomainTotals, EngineStatusPage, WorkerState
 from aurora_lit.ipc.learner_status import LearnerStatusPage
 from aurora_lit.ipc.ring import RingCounters
 from aurora_lit.request import TOKEN_SOURCES
@@ -186,7 +186,10 @@ class _EngineCollector(Collector):
         gauges = {
             "vllm:num_requests_running": ("Sequences that hold a slot.", status.running),
             "vllm:num_requests_waiting": ("Sequences that wait for a slot.", status.waiting),
-            "aurora_worker_ready": ("1 while the engine worker is ready.", int(status.state is WorkerState.READY)),
+            "aurora_worker_ready": (
+                "1 while the engine worker is ready and shows a heartbeat.",
+                int(status.state is WorkerState.READY and status.heartbeat_age_s <= HEARTBEAT_STALE_S),
+            ),
             "aurora_worker_heartbeat_age_seconds": (
                 "Seconds since the worker's last heartbeat.",
                 status.heartbeat_age_s,

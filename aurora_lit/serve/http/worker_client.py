@@ -33,14 +33,13 @@ from fastapi import Request
 from litserve.utils import ResponseBufferItem
 
 from aurora_lit.errors import RequestError
-from aurora_lit.ipc.engine_status import EngineStatusPage, WorkerState
+from aurora_lit.ipc.engine_status import HEARTBEAT_STALE_S, EngineStatusPage, WorkerState
 from aurora_lit.ipc.messages import CANCEL, Call, CallMessage, CallUpdate, CancelRequest, Failure
 from aurora_lit.ipc.process_lifetime import call_when_process_ends
 from aurora_lit.models.tokenizer import Tokenizer
 from aurora_lit.serve.http.answer_stream import DEFAULT_OPTIONS, AnswerOptions, AnswerStream, TextDelta
 from aurora_lit.serve.http.channel import RESPONSES_UID
 
-HEARTBEAT_STALE_S = 10.0
 _CHECK_HEARTBEAT_S = 1.0
 _WORKER_DEAD = Failure(message="the engine worker died; the server must be restarted", code="engine_dead", status=503)
 _SHUTTING_DOWN = Failure(message="the server is shutting down", code="shutting_down", status=503)
