@@ -120,7 +120,8 @@ def _lines(report: Json) -> list[tuple[str, str]]:
     if worker["error"]:
         lines.append(("server's error", worker["error"]))
     lines += [(f"rank {rank['rank']}", _rank(rank)) for rank in report["ranks"]]
-    activity = f": {learner['activity']}" if learner["activity"] and learner["pid"] else ""
+    is_alive = learner["state"] in ("running", "stalled")
+    activity = f": {learner['activity']}" if learner["activity"] and is_alive else ""
     lines.append(("learner", f"{learner['state']}{activity}"))
     if learner["error"]:
         lines.append(("learner's error", learner["error"]))

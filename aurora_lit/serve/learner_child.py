@@ -64,13 +64,15 @@ class LearnerChild:
             if self._is_ending.is_set() or code == 0:
                 return
             faults = 1 if time.monotonic() - began > _SETTLED_S else faults + 1
+            status = self._page.read()
+            error = _with_cause(status.error, code)
             if faults > len(RESTART_AFTER_S):
                 _log.error("the learner ended again (%s) and is not restarted; serving continues", _cause(code))
+                self._page.write(error=f"not started again: {error}")
                 return
             wait_s = RESTART_AFTER_S[faults - 1]
             _log.warning("the learner ended (%s); it restarts in %.0f s, serving continues", _cause(code), wait_s)
-            status = self._page.read()
-            self._page.write(restarts=status.restarts + 1, error=_with_cause(status.error, code))
+            self._page.write(restarts=status.restarts + 1, error=error)
             self._is_ending.wait(wait_s)
 
     def _run_once(self) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import socket
 import threading
 import time
@@ -40,6 +41,19 @@ def test_a_worker_that_hangs_is_not_called_ready(tmp_path: Path, capsys: pytest.
         page.write(state=WorkerState.READY, worker_pid=7, heartbeat_ns=time.monotonic_ns() - age_s * 10**9)
         live_status.show(url=None, api_key=None, run_folder=tmp_path, as_json=False)
         assert f"server {shown}" in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_learner_that_is_dead_does_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What it did last stays on the page of one that was killed."""
+    EngineStatusPage.create(tmp_path / STATUS_NAME)
+    page = LearnerStatusPage.create(tmp_path / LEARNER_STATUS_NAME)
+    page.write(activity="learning", error="not started again: killed by signal 9")
+    for pid, shown in ((os.getpid(), "learner running: learning"), (1 << 30, "learner dead")):
+        page.write(pid=pid)
+        page.beat()
+        live_status.show(url=None, api_key=None, run_folder=tmp_path, as_json=False)
+        expected = f"{shown} learner's error not started again: killed by signal 9"
+        assert expected in " ".join(capsys.readouterr().out.split())
 
 
 def test_ranks_are_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -203,13 +203,16 @@ def test_a_learner_that_exits_cleanly_is_not_restarted_and_one_that_fails_is_res
     child._thread.join(20)
     assert log.read_text() == "x\n" * num_runs
     assert page.read().restarts == num_runs - 1
-    assert page.read().error == (f"exit code {code}" if code else "")
+    assert page.read().error == (f"not started again: exit code {code}" if code else "")
     child.end()
 
 
 @pytest.mark.parametrize(
     ("error", "told"),
-    [("", "killed by signal 9"), ("the state could not be saved", "killed by signal 9; the state could not be saved")],
+    [
+        ("", "not started again: killed by signal 9"),
+        ("the state could not be saved", "not started again: killed by signal 9; the state could not be saved"),
+    ],
 )
 def test_what_killed_a_learner_is_told_whatever_it_had_told_itself(error, told, tmp_path, monkeypatch):
     monkeypatch.setattr(learner_child, "RESTART_AFTER_S", (0.01, 0.01))
@@ -219,6 +222,19 @@ def test_what_killed_a_learner_is_told_whatever_it_had_told_itself(error, told, 
     child.start()
     child._thread.join(20)
     assert (page.read().restarts, page.read().error) == (2, told), "once"
+    child.end()
+
+
+def test_what_killed_the_last_learner_is_told_though_it_had_cleared_the_error(tmp_path, monkeypatch):
+    """Each learner clears the error when it attaches, and one that the kernel kills cannot write its own."""
+    monkeypatch.setattr(learner_child, "RESTART_AFTER_S", (0.01,))
+    page = LearnerStatusPage.create(tmp_path / "page")
+    child = learner_child.LearnerChild(["sh", "-c", "kill -9 $$"], page)
+    run_once = child._run_once
+    monkeypatch.setattr(child, "_run_once", lambda: (page.write(error=""), run_once())[1])
+    child.start()
+    child._thread.join(20)
+    assert (page.read().restarts, page.read().error) == (1, "not started again: killed by signal 9")
     child.end()
 
 
