@@ -376,9 +376,10 @@ def test_the_learners_metrics_are_served_apart_and_go_on_when_it_has_ended(tmp_p
         return float(line.split()[-1])
 
     found = [sample(f"aurora_{name}") for name in ("learner_running", "learner_steps_total", "traces_pushed_total")]
-    assert found == [1, 7, 1]
-    page.write(pid=0, published=3)
-    assert (sample("aurora_learner_running"), sample("aurora_learner_published_total")) == (0, 3)
+    assert found == [1, 0, 1], "steps from when they were first told"
+    page.write(pid=0, published=3, steps=9)
+    found = [sample(f"aurora_learner_{name}") for name in ("running", "published_total", "steps_total")]
+    assert found == [0, 3, 2]
     with pytest.raises(ConfigError, match=f"--learner-metrics-port {port} cannot be opened on 127.0.0.1"):
         _serve_metrics(tmp_path, page, host="127.0.0.1", port=port, model="m")
 
