@@ -198,10 +198,10 @@ class GenerationRoutes:
 async def _next_deltas(pending: PendingCall, clock: SendClock, latencies: _LatencyRecorder) -> tuple[TextDelta, ...]:
     """The next round's deltas; on a clock those of all rounds until it lets send. Raises as `PendingCall.next`."""
     deltas = await pending.next()
-    if clock.is_on:
-        await pending.wait(clock.wait_s())
-        deltas += pending.take_ready()
-    return latencies.record(deltas)
+    if not clock.is_on:
+        return latencies.record(deltas, at_s=pending.arrived_s)
+    await pending.wait(clock.wait_s())
+    return latencies.record(deltas + pending.take_ready(), at_s=time.monotonic())
 
 
 class _LatencyRecorder:
@@ -213,9 +213,8 @@ class _LatencyRecorder:
         self._last_token_s: dict[int, float] = {}
         """By choice: when its last token arrived."""
 
-    def record(self, deltas: tuple[TextDelta, ...]) -> tuple[TextDelta, ...]:
-        """Record what is sent now: the deltas of a round, or of several. Returns them."""
-        now = time.monotonic()
+    def record(self, deltas: tuple[TextDelta, ...], *, at_s: float) -> tuple[TextDelta, ...]:
+        """Record the deltas of a round that arrived at `at_s`, or of several that are sent then. Returns them."""
         num_tokens_of = Counter[int]()
         for delta in deltas:
             num_tokens_of[delta.index] += len(delta.token_ids)
@@ -224,11 +223,11 @@ class _LatencyRecorder:
                 continue
             before = self._last_token_s.get(index)
             if before is None:
-                self._metrics.first_token.observe(now - self._started)
+                self._metrics.first_token.observe(at_s - self._started)
             else:
                 for _ in range(num_tokens):
-                    self._metrics.between_tokens.observe((now - before) / num_tokens)
-            self._last_token_s[index] = now
+                    self._metrics.between_tokens.observe((at_s - before) / num_tokens)
+            self._last_token_s[index] = at_s
         return deltas
 
     def end(self) -> None:

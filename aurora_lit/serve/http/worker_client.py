@@ -233,7 +233,10 @@ class PendingCall:
         self._num_unfinished = len(call.requests)
         """Requests that the worker still works on, as far as is known."""
         self._client_disconnected = self._has_failed = False
-        self._updates: deque[tuple[TextDelta, ...] | Failure] = deque()
+        self._updates: deque[tuple[float, tuple[TextDelta, ...] | Failure]] = deque()
+        """Each after time.monotonic() when it arrived."""
+        self.arrived_s = 0.0
+        """When what `next` returned last had arrived; a client that reads slowly takes it later."""
         self._has_news, self._closed = asyncio.Event(), asyncio.Event()
         worker_client.add_pending(call.call_id, self)
         worker_client.num_sequences += self._num_unfinished
@@ -267,7 +270,7 @@ class PendingCall:
             self._add(deltas)
 
     def _add(self, update: tuple[TextDelta, ...] | Failure) -> None:
-        self._updates.append(update)
+        self._updates.append((time.monotonic(), update))
         self._has_news.set()
 
     async def next(self) -> tuple[TextDelta, ...]:
@@ -277,7 +280,7 @@ class PendingCall:
                 raise ClientDisconnected
             self._has_news.clear()
             await self._has_news.wait()
-        update = self._updates.popleft()
+        self.arrived_s, update = self._updates.popleft()
         if isinstance(update, Failure):
             self._has_failed = True
             raise RequestError(update.message, param=update.param, code=update.code, status=update.status)
@@ -291,7 +294,7 @@ class PendingCall:
     def take_ready(self) -> tuple[TextDelta, ...]:
         """The deltas of all rounds that have arrived and were not taken; a failure after them is left to `next`."""
         ready: tuple[TextDelta, ...] = ()
-        while self._updates and not isinstance(deltas := self._updates[0], Failure):
+        while self._updates and not isinstance(deltas := self._updates[0][1], Failure):
             ready += deltas
             self._updates.popleft()
         return ready
