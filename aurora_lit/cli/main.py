@@ -16,6 +16,7 @@ from aurora_lit.cli.bench import bench
 from aurora_lit.cli.options import FILE, FOLDER, RUN_FOLDER, AuroraGroup, MultiFileCommand, configured
 from aurora_lit.config import AuroraConfig, load_config, to_yaml
 from aurora_lit.ipc.run_folder import live_folders
+from aurora_lit.logs import log_to_stderr
 
 
 @click.group(cls=AuroraGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -39,6 +40,7 @@ def serve(config: AuroraConfig) -> None:
     """Serve the target on /v1/chat/completions and /v1/completions."""
     from aurora_lit.serve.server import serve as run
 
+    log_to_stderr("server")
     run(config)
 
 
@@ -96,6 +98,7 @@ def vllm(model: str, draft: Path, overrides: tuple[str, ...], print_config: bool
     if print_config:
         click.echo(to_yaml(config), nl=False)
         return
+    log_to_stderr("launcher")
     click.get_current_context().exit(start(config, **options))
 
 
@@ -136,6 +139,7 @@ def learn(config: AuroraConfig, run_folder: Path | None, parent: int | None) -> 
     from aurora_lit.ipc.process_lifetime import die_with_parent
     from aurora_lit.learn.online.process import is_follower, run_learner
 
+    log_to_stderr("learner")
     if is_follower(config):
         parent = os.getppid()  # the leading learner process; --parent is that one's
     if parent is not None:

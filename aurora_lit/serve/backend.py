@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 from aurora_lit.config import AuroraConfig
 from aurora_lit.errors import AuroraError, ConfigError, SourceError
 from aurora_lit.ipc.process_lifetime import die_with_parent
+from aurora_lit.logs import log_to_stderr
 from aurora_lit.models.source import cache_root, cached, find_target
 from aurora_lit.models.tokenizer import Tokenizer, is_kept, load_tokenizer
 from aurora_lit.serve.learner_child import learner_command
@@ -87,6 +88,7 @@ def prepare(config: AuroraConfig) -> None:
 
 def _prepare_in_child(config: AuroraConfig, outcome: Connection, server_pid: int) -> None:
     die_with_parent(server_pid)
+    log_to_stderr()
     for number in (signal.SIGINT, signal.SIGHUP):  # a terminal sends them to the whole group
         signal.signal(number, signal.SIG_IGN)  # the main process ends this one
     from aurora_lit.serve.worker.build import prepare as prepare_here

@@ -22,6 +22,7 @@ from aurora_lit.errors import AuroraError
 from aurora_lit.ipc.engine_status import STATUS_NAME, EngineStatusPage, WorkerState
 from aurora_lit.ipc.messages import WorkerChannel
 from aurora_lit.ipc.process_lifetime import die_with_parent
+from aurora_lit.logs import log_to_stderr
 from aurora_lit.serve import backend as backends
 from aurora_lit.serve.backend import Backend
 from aurora_lit.serve.ranks import run_rank
@@ -58,6 +59,7 @@ def run_engine_process(
     An error is also written to the status page, for the main process to show.
     """
     die_with_parent(server_pid)
+    log_to_stderr()
     if rank:
         assert backend.load_shard is not None
         run_rank(rank, run_folder, partial(backend.load_shard, config, run_folder, rank))

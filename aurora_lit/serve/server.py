@@ -192,6 +192,7 @@ def _run(
             port=config.server.port,
             num_api_servers=1,
             log_level="warning",
+            log_config=None,  # uvicorn has no log of its own, and no time in it (logs.py)
             generate_client_file=False,
             access_log=False,
             proxy_headers=False,  # or any client on loopback could take another's address, by which they are told apart

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import re
 import subprocess
 import sys
 import types
@@ -12,6 +13,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 import aurora_lit
+from aurora_lit.bench.server_process import free_port
 from aurora_lit.cli.main import main
 from aurora_lit.config import AuroraConfig, load_config
 from aurora_lit.errors import SourceError
@@ -367,3 +369,27 @@ def test_every_public_name_can_be_imported() -> None:
         assert getattr(aurora_lit, name) is not None
     with pytest.raises(AttributeError, match="nonsense"):
         _ = aurora_lit.nonsense
+
+
+def test_serve_logs_with_time_and_level_and_tells_its_error_as_before() -> None:
+    """`learn.enabled=true` without speculation ends it before any process is started."""
+    settings = ["server.host=0.0.0.0", f"server.port={free_port()}", "engine.speculate=false", "learn.enabled=true"]
+    command = [sys.executable, "-m", "aurora_lit", "serve", *settings]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    warning, error = done.stderr.splitlines()
+    begin = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} WARNING server\[\d+\] aurora_lit\.serve\.server: "
+    assert re.match(begin + r"server\.host=0\.0\.0\.0 is open to everyone", warning)
+    assert error.startswith("Error: learn.enabled=true needs a draft")
+
+
+def test_a_program_that_logs_already_keeps_its_log() -> None:
+    code = """
+import logging
+import aurora_lit.logs
+logging.basicConfig(format="mine: %(message)s")
+aurora_lit.logs.log_to_stderr()
+logging.getLogger("aurora_lit").warning("hello")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stderr == "mine: hello\n"

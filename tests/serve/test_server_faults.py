@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import socket
 import threading
@@ -243,9 +244,33 @@ def test_a_killed_http_process_ends_the_server_instead_of_letting_clients_hang()
         assert server.left_behind() == []
 
 
+def log_lines(server, level, process, name, message):
+    """Lines of the log with the time, this level, process, logger and message."""
+    begin = rf"\d{{4}}-\d\d-\d\d \d\d:\d\d:\d\d,\d{{3}} {level} {process}\[\d+\] "
+    return re.findall(f"^{begin}{re.escape(f'{name}: {message}')}$", server.stderr, re.MULTILINE)
+
+
+def test_log_lines_tell_the_time_the_level_and_the_process_once():
+    with FakeServer(learner="dies") as server:
+        server.wait_until(lambda now: now["learner"]["restarts"] >= 1, 20)
+        with socket.create_connection(("127.0.0.1", server.port)) as connection:
+            connection.sendall(b"no HTTP\r\n\r\n")
+            connection.settimeout(10)
+            while connection.recv(4096):
+                pass
+        server.end()
+    ended = "the learner ended (exit code 3); it restarts in 1 s, serving continues"
+    assert len(log_lines(server, "WARNING", "server", "aurora_lit.serve.learner_child", ended)) == 1
+    assert len(log_lines(server, "WARNING", "LitServer-0", "uvicorn.error", "Invalid HTTP request received.")) == 1
+    assert server.stderr.count("Invalid HTTP request") == 1
+    assert len(server.ready_line.splitlines()) == 1, "nothing more on stdout"
+
+
 def test_an_engine_that_cannot_be_built_is_one_clear_error():
     server = FakeServer(options={"build_error": "no such weights"})
     assert server.wait(30) == 2
+    said = "the engine could not be built"
+    assert len(log_lines(server, "ERROR", "engine-worker", "aurora_lit.serve.engine_process", said)) == 1
     assert server.stderr.splitlines()[-1] == "AuroraError: the engine could not be built: RuntimeError: no such weights"
 
 

@@ -160,9 +160,11 @@ def serve_forked(arguments: dict[str, Any]) -> None:
 
 
 def serve_fake(arguments: dict[str, Any]) -> None:
+    from aurora_lit.logs import log_to_stderr
     from aurora_lit.serve import server
     from aurora_lit.serve.backend import Backend
 
+    log_to_stderr("server")
     options = FakeOptions(**arguments["options"])
     server.WORKER_GRACE_S = options.worker_grace_s
     config = AuroraConfig(

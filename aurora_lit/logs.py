@@ -1,0 +1,22 @@
+"""What the processes of a server log: to stderr, with the time, the level, and the process and file that say it.
+
+Only the commands that start such processes and the processes that they spawn call it, so a program that uses
+`aurora_lit.LLM` keeps its own logging. Leaves out what vLLM's processes log (vllm/).
+"""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+
+_FORMAT = "%(asctime)s %(levelname)s %(processName)s[%(process)d] %(name)s: %(message)s"
+
+
+def log_to_stderr(process: str | None = None) -> None:
+    """Log warnings and errors of this process, and of those that it forks, to stderr; nothing if it logs already.
+
+    process: its name in the log; None: the one that multiprocessing gave it.
+    """
+    if process is not None:
+        multiprocessing.current_process().name = process
+    logging.basicConfig(format=_FORMAT)
