@@ -63,6 +63,12 @@ def test_it_loads_and_is_live(page: Any) -> None:
         assert set(sizes) == {f"127.0.0.1:{server.port}"}
 
 
+def test_it_says_why_a_learner_ended(page: Any) -> None:
+    with FakeServer(learner="dies") as server:
+        page.goto(server.url)
+        expect(page.locator("#learner-note")).to_have_text("dead; exit code 3")
+
+
 def test_a_chat_streams_with_its_sources_speed_and_accepted_length(page: Any) -> None:
     """The fake repeats its prompt; of every three tokens two are the draft's, but for the last round's."""
     with FakeServer(options={"round_s": 0.02}) as server:

@@ -246,6 +246,15 @@ def test_json_reports_drafts_and_learner(path):
     json.dumps([report, learner], allow_nan=False)
 
 
+def test_a_learner_in_which_something_fails_is_told(tmp_path: Path) -> None:
+    """It runs, and may learn: only its error says that nothing is saved or published."""
+    status, learner = EngineStatusPage.create(tmp_path / "status"), LearnerStatusPage.create(tmp_path / "learner")
+    metrics = ServerMetrics(model="m", status=status, learner=learner, ring=lambda: None)
+    for error, failing in (("", 0.0), ("the learner's state could not be saved: no space left", 1.0), ("", 0.0)):
+        learner.write(pid=os.getpid(), error=error)
+        assert samples(metrics)["aurora_learner_failing"] == failing
+
+
 def test_a_learners_counts_begin_at_0_with_the_server(tmp_path: Path) -> None:
     """It goes on from what the learner before had saved, which may be less than the server before had exported: for
     Prometheus a counter that falls began again, and all of its value is new."""

@@ -251,6 +251,10 @@ class LearnerCollector(Collector):
             GaugeMetricFamily,
             {
                 "aurora_learner_running": ("1 while a learner runs.", int(is_running)),
+                "aurora_learner_failing": (
+                    "1 while something fails in it, such as saving, or after it ended by a fault.",
+                    int(bool(learner.error)),
+                ),
                 "aurora_learner_heartbeat_age_seconds": (
                     "Seconds since the learner's last heartbeat.",
                     learner.heartbeat_age_s if learner.pid else None,

@@ -347,7 +347,8 @@ const dated = (name, [value, when], format) => [value == null ? name : `${name},
 function showLearner() {
   const { report } = state, { learner, traces } = report;
   const rate = recent((from, to) => (to.time - from.time > 3 && from.learner[2] > 0 ? (60 * (to.learner[0] - from.learner[0])) / (to.time - from.time) : null));
-  show("learner-note", learner.state + (learner.activity && learner.state === "running" ? `: ${learner.activity}` : ""));
+  const activity = learner.activity && learner.state === "running" ? `: ${learner.activity}` : "";
+  show("learner-note", learner.state + activity + (learner.error ? `; ${learner.error}` : ""));
   facts("learner", [
     ["Share of the processor", percent(learner.compute_share, 1)],
     ["Learning rate", `×${number(learner.domains.rate_factor, 2)}`],
