@@ -312,7 +312,7 @@ def test_every_exported_metric_has_its_line_and_no_other(tmp_path: Path) -> None
     engine = EngineStatusPage.create(tmp_path / STATUS_NAME)
     engine.write(max_draft_tokens=1, drafts=1, proposed=1, accepted=1, accepted_by_position=[1])
     learner = LearnerStatusPage.create(tmp_path / LEARNER_STATUS_NAME)
-    learner.write(pid=os.getpid(), steps=1, rate_factor=1.0)
+    learner.write(pid=os.getpid(), steps=1, loss=1.0, rate_factor=1.0)
     learner.beat()
     RingWriter.create(tmp_path / RING_NAME, 4096, layout="12")
     metrics = ServerMetrics(model="m", status=engine, learner=learner, ring=lambda: ring_counters(tmp_path))

@@ -135,9 +135,10 @@ def _lines(report: Json) -> list[tuple[str, str]]:
     if any(left_out.values()):
         lines.append(("left out", ", ".join(f"{number} {what}" for what, number in left_out.items() if number)))
     if learner["steps"] or learner["traces"]["read"]:
-        share = learner["compute_share"] or 0.0
+        share = learner["compute_share"]
+        of_compute = "" if share is None else f", {100 * share:.1f} % of compute"
         lines += [
-            ("learned", f"{learner['steps']} steps, {learner['positions']} positions, {100 * share:.1f} % of compute"),
+            ("learned", f"{learner['steps']} steps, {learner['positions']} positions{of_compute}"),
             (
                 "gate",
                 f"{gate['published']} published, {gate['refused']} held back, last "

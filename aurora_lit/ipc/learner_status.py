@@ -66,9 +66,9 @@ class LearnerStatus:
     compute_share: float
     """Measured share of the machine's processor time."""
     loss: float
-    """Running mean of the total training loss."""
+    """Running mean of the total training loss; 0 before the learner's first step."""
     champion_score: float
-    """Expected accepted length of the served draft (champion) at the last trial of the gate."""
+    """Expected accepted length of the served draft (champion) at the learner's last trial; 0 before the first."""
     challenger_score: float
     """The same for the candidate draft (challenger)."""
     num_shifts: int

@@ -47,13 +47,16 @@ def test_a_learner_that_is_dead_does_nothing(tmp_path: Path, capsys: pytest.Capt
     """What it did last stays on the page of one that was killed."""
     EngineStatusPage.create(tmp_path / STATUS_NAME)
     page = LearnerStatusPage.create(tmp_path / LEARNER_STATUS_NAME)
-    page.write(activity="learning", error="not started again: killed by signal 9")
+    page.write(activity="learning", error="not started again: killed by signal 9", steps=7, compute_share=0.04)
     for pid, shown in ((os.getpid(), "learner running: learning"), (1 << 30, "learner dead")):
         page.write(pid=pid)
         page.beat()
         live_status.show(url=None, api_key=None, run_folder=tmp_path, as_json=False)
         expected = f"{shown} learner's error not started again: killed by signal 9"
-        assert expected in " ".join(capsys.readouterr().out.split())
+        out = " ".join(capsys.readouterr().out.split())
+        assert expected in out
+        assert ("4.0 % of compute" in out) is (pid == os.getpid())
+        assert "last - against -" in out, "there was no trial"
 
 
 def test_ranks_are_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

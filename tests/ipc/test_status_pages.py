@@ -246,6 +246,25 @@ def test_json_reports_drafts_and_learner(path):
     json.dumps([report, learner], allow_nan=False)
 
 
+def test_share_and_loss_are_of_a_learner_that_runs_and_what_is_not_measured_is_unknown(tmp_path: Path) -> None:
+    """They stay on the page of one that was killed, and are 0 before the first step and the first trial."""
+    status, learner = EngineStatusPage.create(tmp_path / "status"), LearnerStatusPage.create(tmp_path / "learner")
+    metrics = ServerMetrics(model="m", status=status, learner=learner, ring=lambda: None)
+
+    def found() -> tuple[float | None, ...]:
+        exported, report = samples(metrics), learner_json(learner.read())
+        names = ("aurora_learner_compute_share", "aurora_learner_loss")
+        return *map(exported.get, names), report["compute_share"], report["loss"], report["gate"]["champion"]
+
+    learner.write(pid=os.getpid())
+    learner.beat()
+    assert found() == (0.0, None, 0.0, None, None)
+    learner.write(steps=1, compute_share=0.04, loss=1.5, champion_score=2.5)
+    assert found() == (0.04, 1.5, 0.04, 1.5, 2.5)
+    learner.write(pid=1 << 30)
+    assert found() == (None, None, None, None, 2.5), "the last trial's scores remain"
+
+
 def test_a_learner_in_which_something_fails_is_told(tmp_path: Path) -> None:
     """It runs, and may learn: only its error says that nothing is saved or published."""
     status, learner = EngineStatusPage.create(tmp_path / "status"), LearnerStatusPage.create(tmp_path / "learner")

@@ -259,8 +259,12 @@ class LearnerCollector(Collector):
                     "Seconds since the learner's last heartbeat.",
                     learner.heartbeat_age_s if learner.pid else None,
                 ),
-                "aurora_learner_compute_share": ("Measured share of processor time.", learner.compute_share),
-                "aurora_learner_loss": ("Running mean of the training loss.", learner.loss),
+                "aurora_learner_compute_share": (
+                    "Measured share of processor time.",
+                    learner.compute_share if is_running else None,
+                ),
+                # 0: it has not taken a step yet.
+                "aurora_learner_loss": ("Running mean of the loss.", (learner.loss or None) if is_running else None),
             },
             self._labels,
         )

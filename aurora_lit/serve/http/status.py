@@ -134,8 +134,9 @@ def ranks_json(run_folder: Path) -> list[Json]:
 
 
 def learner_json(status: LearnerStatus) -> Json:
-    """The learner: state, work and last trial. Without a learner, the numbers of the last one remain."""
-    is_alive = status.state in ("running", "stalled")
+    """The learner: state, work and last trial. Without a learner, the last one's remain, but for share and loss."""
+    is_running = status.state == "running"
+    is_alive = is_running or status.state == "stalled"
     return {
         "state": status.state,
         "activity": status.activity or None,
@@ -147,8 +148,8 @@ def learner_json(status: LearnerStatus) -> Json:
         "version": status.version or None,
         "steps": status.steps,
         "positions": status.positions,
-        "compute_share": _finite(status.compute_share),
-        "loss": _finite(status.loss),
+        "compute_share": _finite(status.compute_share) if is_running else None,
+        "loss": _measured(status.loss) if is_running else None,
         "traces": {
             "read": status.records,
             "skipped": status.skipped,
@@ -162,8 +163,8 @@ def learner_json(status: LearnerStatus) -> Json:
         "gate": {
             "published": status.published,
             "refused": status.gate_refused,
-            "champion": _finite(status.champion_score),
-            "challenger": _finite(status.challenger_score),
+            "champion": _measured(status.champion_score),
+            "challenger": _measured(status.challenger_score),
         },
         "domains": {
             "now": status.domains or None,
@@ -185,3 +186,8 @@ def _version_event(version: str, reason: str) -> Json | None:
 
 def _finite(number: float) -> float | None:
     return number if math.isfinite(number) else None
+
+
+def _measured(number: float) -> float | None:
+    """A number that is never 0: on the page, 0 means that the learner has not measured it yet."""
+    return _finite(number) or None
