@@ -1,4 +1,4 @@
-"""A learner of one or two processes, without a server, that reports each process's final weights.
+"""A learner of one or two processes, without a server, that reports each process's final weights and mean losses.
 
     weights = learn_with(folder, model_folder, processes=2)       # one entry a process
     weights[1]["draft"], weights[1]["steps"]
@@ -84,7 +84,8 @@ def main(folder: Path, model: Path, processes: int) -> None:
     with learner.averaged() as module:
         average = {name: tensor.clone() for name, tensor in module.draft.state_dict().items()}
     weights = {"draft": dict(learner.draft.state_dict()), "average": average, "steps": learner.steps}
-    write_state(folder / f"{processes}-{fabric.global_rank}", weights)
+    losses = {name: learner.mean(name) for name in ("loss", "value_loss")}
+    write_state(folder / f"{processes}-{fabric.global_rank}", weights | losses)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ import contextlib
 import hashlib
 import logging
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -145,7 +146,7 @@ class Learner:
         module.between_pieces()
         self.fabric.backward(report.loss)
         module.between_pieces()
-        loss = self._sum_over_processes(report.loss.detach())
+        loss, value_loss = self._sum_over_processes(torch.stack([report.loss.detach(), report.value_loss]))
         norm = clip_gradients(self.draft.parameters())
         if not (torch.isfinite(loss) and torch.isfinite(norm)):
             self.num_nonfinite += 1
@@ -161,7 +162,7 @@ class Learner:
         self._average.update_parameters(self.draft)
         self.steps += 1
         self.positions += int((batch.traces.weight_BT > 0).sum())
-        self._metrics.update(report, norm)
+        self._metrics.update(replace(report, loss=loss, value_loss=value_loss), norm)
         if self.steps % _LOG_EVERY_STEPS == 0:
             rate = float(self.schedules[0].get_last_lr()[0])
             heat = self.controller.heat
@@ -287,23 +288,23 @@ class Learner:
         self.schedules = self.controller.schedules_for(optimizers)
         self.optimizers: list[Any] = [self.fabric.setup_optimizers(optimizer) for optimizer in optimizers]
 
-    def _sum_over_processes(self, loss: torch.Tensor) -> torch.Tensor:
-        """Sum the gradients of all processes in place, and return the sum of their losses.
+    def _sum_over_processes(self, losses_L: torch.Tensor) -> torch.Tensor:
+        """Sum the gradients of all processes in place, and return the sums of their L losses.
 
         Not left to the strategy's wrapper, which averages and does not accept frozen dataclasses.
         """
         if self.fabric.world_size == 1:
-            return loss
+            return losses_L
         parameters = [p for p in self.draft.parameters() if p.grad is not None]
         before = [p.grad for p in parameters if p.grad is not None]
         gradients: list[torch.Tensor] = [gradient.to_dense() for gradient in before]
-        flat = torch.cat([loss.view(1), *(gradient.flatten() for gradient in gradients)])
+        flat = torch.cat([losses_L, *(gradient.flatten() for gradient in gradients)])
         flat = torch.as_tensor(self.fabric.all_reduce(flat, reduce_op="sum"))
         sizes = [gradient.numel() for gradient in gradients]
-        for parameter, own, summed in zip(parameters, before, torch.split(flat[1:], sizes), strict=True):
+        for parameter, own, summed in zip(parameters, before, torch.split(flat[len(losses_L) :], sizes), strict=True):
             gradient = summed.view_as(parameter)
             parameter.grad = gradient.to_sparse(1) if own.is_sparse else gradient
-        return flat[0]
+        return flat[: len(losses_L)]
 
     def _stateful(self) -> dict[str, Any]:
         return {

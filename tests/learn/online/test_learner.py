@@ -6,6 +6,7 @@ import copy
 import math
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -40,6 +41,35 @@ def test_a_batch_with_a_loss_that_is_not_finite_changes_nothing(
     assert all(torch.equal(tensor, before[name]) for name, tensor in learner.draft.state_dict().items())
     assert learner.update(collate_online([labelled], [], oldest_fresh=0)) is not None
     assert any(not torch.equal(tensor, before[name]) for name, tensor in learner.draft.state_dict().items())
+
+
+class TwoEqualProcesses:
+    """A fabric whose other process computes what this one does."""
+
+    world_size = 2
+
+    def __init__(self, fabric: Any) -> None:
+        self._fabric = fabric
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._fabric, name)
+
+    def all_reduce(self, numbers: torch.Tensor, reduce_op: str) -> torch.Tensor:
+        assert reduce_op == "sum"
+        return 2 * numbers
+
+
+def test_the_logged_losses_of_several_processes_are_those_of_the_whole_batch(
+    target: Target, traffic: list[Trace], tmp_path: Path
+) -> None:
+    """Of each term every process computes a part of a sum."""
+    target_head, module = TargetHead(target), online_module(target, random_draft(target))
+    learner = Learner(module, make_controller(), tmp_path / "s", target_head=target_head, version="start")
+    learner.fabric = TwoEqualProcesses(learner.fabric)  # type: ignore[assignment]
+    report = learner.update(collate_online(label_traces(traffic[:6], target_head), [], oldest_fresh=0))
+    assert report is not None
+    for name, part in (("loss", report.loss), ("value_loss", report.value_loss)):
+        assert learner.mean(name) == pytest.approx(2 * float(part.detach())) != 0
 
 
 def test_the_averaged_draft_has_the_running_average_of_the_weights(
