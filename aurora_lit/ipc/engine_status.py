@@ -92,7 +92,7 @@ class EngineStatus:
     round_us: int
     """What those without prompt tokens took, in microseconds."""
     predicted_round_us: int
-    """What these were expected to take when they were planned."""
+    """What their passes of the target were expected to take when they were planned, and what drafting took."""
     round_p50_us: int
     """Median of the last rounds that swapped no draft, in microseconds; 0 before the first."""
     round_p99_us: int
@@ -111,8 +111,8 @@ class EngineStatus:
     generated_by_source: tuple[int, ...] = counts(len(TOKEN_SOURCES))
     """generated_tokens by where they came from, in the order of request.TOKEN_SOURCES."""
     compared_us: int
-    """What rounds took that can be compared with plain ones, in microseconds: those without prompt tokens that had the
-    machine to themselves, of kinds whose plain rounds have been timed."""
+    """What rounds took that can be compared with plain ones, in microseconds: those without prompt tokens and
+    without tokens that a grammar forced, of kinds whose plain rounds have been timed."""
     compared_plain_us: int
     """What their tokens would have taken in plain rounds of as many sequences."""
     memory_capacity: int

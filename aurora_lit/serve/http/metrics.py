@@ -135,7 +135,7 @@ class _EngineCollector(Collector):
             "vllm:spec_decode_num_accepted_tokens": ("Draft tokens accepted.", status.accepted),
             "aurora_round_seconds": ("Time of rounds without prompt tokens.", status.round_us / 1e6),
             "aurora_predicted_round_seconds": (
-                "What these rounds were expected to take when they were planned.",
+                "What their passes of the target were expected to take, and what drafting took.",
                 status.predicted_round_us / 1e6,
             ),
             "aurora_compared_seconds": (

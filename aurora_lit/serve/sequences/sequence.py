@@ -26,7 +26,7 @@ class EngineStats:
     round_us: int = 0
     """What those without prompt tokens took, in microseconds."""
     predicted_round_us: int = 0
-    """What these were expected to take when they were planned."""
+    """What their passes of the target were expected to take when they were planned, and what drafting took."""
     prompt_tokens: int = 0
     cached_tokens: int = 0
     """Those of `prompt_tokens` that were not computed because a slot already held them."""
