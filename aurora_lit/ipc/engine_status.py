@@ -99,6 +99,8 @@ class EngineStatus:
     swap_round_p99_us: int
     """The same for rounds that swapped a draft."""
     prompt_tokens: int
+    looked_up_tokens: int
+    """The part of prompt_tokens whose prompts were looked for in the prefix cache; 0 beside vLLM."""
     cached_tokens: int
     """The part of prompt_tokens found in the KV cache of a slot, so not computed again."""
     generated_tokens: int

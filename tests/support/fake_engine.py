@@ -90,6 +90,7 @@ class FakeStats:
     round_us: int = 0
     predicted_round_us: int = 0
     prompt_tokens: int = 0
+    looked_up_tokens: int = 0
     cached_tokens: int = 0
     generated_tokens: int = 0
     drafts: int = 0

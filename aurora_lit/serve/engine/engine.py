@@ -288,6 +288,7 @@ class Engine:
             self._allocator.assign(sequence)
             self._prefill.sequences.append(sequence)
             self.stats.prompt_tokens += length
+            self.stats.looked_up_tokens += length if self._allocator.looks_up(request) else 0
             self.stats.cached_tokens += num_cached
             self.stats.opted_out += not request.store
         return refused

@@ -127,7 +127,7 @@ class _EngineCollector(Collector):
         status = self._status.read()
         counters = {
             "vllm:prompt_tokens": ("Prompt tokens processed.", status.prompt_tokens),
-            "vllm:prefix_cache_queries": ("Prompt tokens looked up in the prefix cache.", status.prompt_tokens),
+            "vllm:prefix_cache_queries": ("Prompt tokens looked up in the prefix cache.", status.looked_up_tokens),
             "vllm:prefix_cache_hits": ("Prompt tokens found there, so not computed.", status.cached_tokens),
             "vllm:generation_tokens": ("Tokens generated.", status.generated_tokens),
             "vllm:spec_decode_num_drafts": ("Rounds of a sequence with proposals.", status.drafts),

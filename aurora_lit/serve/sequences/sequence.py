@@ -28,6 +28,8 @@ class EngineStats:
     predicted_round_us: int = 0
     """What their passes of the target were expected to take when they were planned, and what drafting took."""
     prompt_tokens: int = 0
+    looked_up_tokens: int = 0
+    """Those of `prompt_tokens` whose prompts were looked for in the slots."""
     cached_tokens: int = 0
     """Those of `prompt_tokens` that were not computed because a slot already held them."""
     generated_tokens: int = 0

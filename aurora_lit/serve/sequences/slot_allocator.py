@@ -83,6 +83,12 @@ class SlotAllocator:
         """True if a prefix of the sequence's prompt may be copied from another slot."""
         return self._prefix_cache and sequence.params.prompt_logprobs is None
 
+    def looks_up(self, request: Request) -> bool:
+        """True if a prefix of the request's prompt is looked for in all slots."""
+        # The log-probabilities of a prompt need the last hidden state of every position, which slots do not keep.
+        is_long = len(request.prompt_ids) - 1 >= _MIN_PREFIX
+        return self._prefix_cache and is_long and request.params.prompt_logprobs is None
+
     def may_copy(self, request: Request, holder: Request) -> bool:
         """True if `request` may use what was computed for the prompt of `holder`.
 
@@ -98,10 +104,9 @@ class SlotAllocator:
 
     def _prefix_lengths(self, request: Request) -> list[int]:
         """Tokens of the prompt that each slot holds and that can be used; the last token is always left to decoding."""
-        wanted = len(request.prompt_ids) - 1
-        # The log-probabilities of a prompt need the last hidden state of every position, which slots do not keep.
-        if not self._prefix_cache or wanted < _MIN_PREFIX or request.params.prompt_logprobs is not None:
+        if not self.looks_up(request):
             return [0] * len(self._sequences)
+        wanted = len(request.prompt_ids) - 1
         prompt_N = torch.tensor(request.prompt_ids[:wanted], device=self._tokens_SL.device)
         equal_SN = self._tokens_SL[:, :wanted] == prompt_N
         matches = equal_SN.long().cumprod(1).sum(1).tolist()

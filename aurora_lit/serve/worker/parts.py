@@ -25,6 +25,7 @@ class EngineCounters(Protocol):
     round_us: int
     predicted_round_us: int
     prompt_tokens: int
+    looked_up_tokens: int
     cached_tokens: int
     generated_tokens: int
     drafts: int

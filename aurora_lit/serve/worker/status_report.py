@@ -79,6 +79,7 @@ class StatusReport:
             round_us=stats.round_us,
             predicted_round_us=stats.predicted_round_us,
             prompt_tokens=stats.prompt_tokens,
+            looked_up_tokens=stats.looked_up_tokens,
             cached_tokens=stats.cached_tokens,
             generated_tokens=stats.generated_tokens,
             drafts=stats.drafts,

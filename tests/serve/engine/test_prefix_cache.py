@@ -106,6 +106,18 @@ def test_outputs_and_traces_have_the_same_bits(
     assert same_traces(plain.traces, cache.traces)
 
 
+@pytest.mark.parametrize(
+    ("changes", "options", "looked_up"),
+    [({}, {}, 42), ({"prefix_cache": False}, {}, 0), ({}, {"prompt_logprobs": 1}, 0), ({}, {"shared": 14}, 0)],
+)
+def test_only_prompts_that_are_looked_for_count_as_looked_up(
+    target: Target, changes: dict[str, Any], options: dict[str, Any], looked_up: int
+) -> None:
+    recorded = RecordedEngine(target, None, **changes)
+    recorded.serve(make_request("a", 1, 2, **options))
+    assert recorded.engine.stats.looked_up_tokens == looked_up
+
+
 def test_a_conversation_continues_from_what_was_rounded_as_a_prompt(target: Target, draft: Eagle3Draft) -> None:
     recorded = RecordedEngine(target, draft)
     first = recorded.serve(make_request("a", 1))["a"]
