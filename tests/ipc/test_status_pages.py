@@ -194,6 +194,14 @@ def test_metrics_have_the_names_that_vllm_uses(path):
     assert f'aurora_requests_refused_total{{{label},model_name="m",status="429"}} 1.0' in lines
 
 
+def test_refusals_are_exported_before_the_first(path: Path) -> None:
+    """Else the first burst would be no increase, and `rate` of it 0."""
+    page, learner = EngineStatusPage.create(path), LearnerStatusPage.create(path.with_name("learner"))
+    lines = ServerMetrics(model="m", status=page, learner=learner, ring=lambda: None).render().decode().splitlines()
+    for status in (400, 429, 503):
+        assert f'aurora_requests_refused_total{{engine="0",model_name="m",status="{status}"}} 0.0' in lines
+
+
 def test_a_worker_without_heartbeats_is_not_ready(path: Path) -> None:
     page, learner = EngineStatusPage.create(path), LearnerStatusPage.create(path.with_name("learner"))
     metrics = ServerMetrics(model="m", status=page, learner=learner, ring=lambda: None)

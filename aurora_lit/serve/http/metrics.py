@@ -25,6 +25,8 @@ from aurora_lit.settings import PLANS
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 FINISH_REASONS = ("stop", "length", "abort", "error")
+_USUAL_REFUSALS = (400, 429, 503)
+"""Exported from the start, as 0: of a counter that begins with its first burst, Prometheus sees no increase."""
 
 _FIRST_TOKEN_BUCKETS_S = (
     0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75,
@@ -85,6 +87,8 @@ class ServerMetrics:
             (*labels, "status"),
             registry=self._registry,
         )
+        for http_status in _USUAL_REFUSALS:
+            self._refused.labels(**labels, status=str(http_status))
         self._labels = labels
         self._registry.register(_EngineCollector(status, labels))
         self._registry.register(LearnerCollector(learner, ring, labels))
