@@ -342,7 +342,7 @@ class Engine:
     def _account(self, plan: RoundPlan, outputs: list[Output], seconds: float) -> None:
         """Learn from what the round took."""
         num_prompt_tokens, draft_s = plan.num_prompt_tokens, self.proposer.draft_seconds
-        rows, num_columns = plan.decoding, plan.num_decoding_columns
+        rows = plan.decoding
         if rows:
             self.stats.count_round(plan.name)
         if num_prompt_tokens:
@@ -351,7 +351,8 @@ class Engine:
             return
         self.stats.round_us += int(seconds * 1e6)
         self.stats.predicted_round_us += int((plan.expected_s + draft_s) * 1e6)
-        self.planner.observe_round(len(rows), num_columns, seconds - draft_s)
+        counts = [len(row.proposal.tokens) for row in rows]
+        self.planner.observe_round(len(rows), counts, seconds - draft_s)
         if self.floor is None:
             return
         kind = RoundKind.of([row.sequence for row in rows], threads=torch.get_num_threads())
@@ -366,7 +367,7 @@ class Engine:
                 kind,
                 seconds=seconds,
                 tokens=tokens,
-                speculated=draft_s > 0 or num_columns > len(rows),
+                speculated=draft_s > 0 or any(counts),
                 drafted=draft_s > 0,
                 proposing_s=self.proposer.seconds,
                 looking_s=self.proposer.looking_seconds,

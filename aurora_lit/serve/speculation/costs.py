@@ -178,7 +178,7 @@ class Costs:
         """`ragged`: each sequence computes its own columns; else all compute as many as the one with most."""
         self.ragged = ragged
         self.target = CostTable()
-        """Of a round but for drafting, by batch size and mean query length."""
+        """Of a round but for drafting, by batch size and query length (`_query_length`)."""
         self.chain = CostTable()
         """Of drafting chains, the prefill of READ_IN_A_STEP positions included, by batch size and length."""
         self.prefill_position_s = 0.0
@@ -195,12 +195,16 @@ class Costs:
         """Of a round but for drafting; `counts`: proposals of those sequences that have some."""
         if not batch_size:
             return 0.0
-        return self.target(batch_size, 1 + (sum(counts) / batch_size if self.ragged else max(counts, default=0)))
+        return self.target(batch_size, self._query_length(batch_size, counts))
 
-    def observe_round(self, batch_size: int, query_length: float, seconds: float) -> None:
-        """Update by a round's time but for drafting; `query_length` may be a mean over the batch."""
-        self.target.update(batch_size, query_length, seconds)
+    def observe_round(self, batch_size: int, counts: Sequence[int], seconds: float) -> None:
+        """Update by a round's time but for drafting; `counts` as in `round_s`."""
+        self.target.update(batch_size, self._query_length(batch_size, counts), seconds)
         self._prefill_slowdown += _FORGOTTEN * (1 - self._prefill_slowdown)
+
+    def _query_length(self, batch_size: int, counts: Sequence[int]) -> float:
+        """The mean over the batch; if rows are padded, that of the longest row."""
+        return 1 + (sum(counts) / batch_size if self.ragged else max(counts, default=0))
 
     def column_s(self, batch_size: int, num_proposals: int) -> float:
         """What one more proposal adds to a round in which one sequence has so many."""

@@ -286,10 +286,10 @@ class SpeculationPlanner:
         sequence.verified_drafts.add(accepted, decay=_RECORD_DECAY)
         self._mean_rates[sampled].add(accepted)
 
-    def observe_round(self, batch_size: int, columns: int, seconds: float) -> None:
-        """Update by a round's time but for drafting; `columns`: query positions of the whole batch."""
+    def observe_round(self, batch_size: int, counts: Sequence[int], seconds: float) -> None:
+        """Update by a round's time but for drafting; `counts`: proposals of those sequences that have some."""
         if self.updates_costs:
-            self.costs.observe_round(batch_size, columns / batch_size, seconds)
+            self.costs.observe_round(batch_size, counts, seconds)
 
     def observe_draft(self, num_drafting: int, length: int, seconds: float, *, uncached: int = 0) -> None:
         """Update by the time that drafting took, the prefill of `uncached` positions included."""

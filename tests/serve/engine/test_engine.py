@@ -441,11 +441,30 @@ def test_what_the_end_of_a_request_takes_is_not_a_rounds_time(
 
     monkeypatch.setattr(engine.floor, "observe", lambda kind, *, seconds, **_: observed.append(seconds))
     monkeypatch.setattr(engine._allocator, "free", free_slowly)
-    monkeypatch.setattr(engine.planner, "observe_round", lambda size, columns, seconds: observed.append(seconds))
+    monkeypatch.setattr(engine.planner, "observe_round", lambda size, counts, seconds: observed.append(seconds))
     for number in range(3):
         run(engine, [models.request(number, max_tokens=2)])
     assert len(observed) >= 6
     assert min(sorted(observed)[-3:]) < slow_s
+
+
+def test_where_rows_are_padded_a_rounds_time_is_that_of_its_longest_row(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = Target.load(save_model("gpt2", tmp_path, n_layer=3), precision="fp32")
+    engine, computed, booked = make_engine(target, random_draft(target)), list[int](), list[float]()
+    assert not target.supports_trees
+    forward = target.forward
+
+    def noted(ids_BT: torch.Tensor, **how: Any) -> Any:
+        computed.append(ids_BT.shape[1])
+        return forward(ids_BT, **how)
+
+    monkeypatch.setattr(target, "forward", noted)
+    monkeypatch.setattr(engine.costs.target, "update", lambda size, length, seconds: booked.append(length))
+    run(engine, [request("a", (1,), max_tokens=9), request("b", (2,), max_tokens=9, speculate=False)])
+    assert booked == computed
+    assert 5 in booked, "four proposals for one of the two"
 
 
 def test_requests_without_speculation_end_no_rest(models: TinyModels, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -480,7 +499,7 @@ def test_a_round_with_a_copied_prefix_is_no_measure_of_decoding(
     engine = models.engine(adaptive=True)
     assert engine.floor is not None
     timed = list[int]()
-    monkeypatch.setattr(engine.planner, "observe_round", lambda size, columns, seconds: timed.append(size))
+    monkeypatch.setattr(engine.planner, "observe_round", lambda size, counts, seconds: timed.append(size))
     engine.submit(models.request(7, max_tokens=30))
     for _ in range(8):
         engine.round()

@@ -109,6 +109,17 @@ def test_a_round_costs_the_mean_query_length_or_without_ragged_rows_the_longest(
     assert costs.round_s(0, []) == 0.0
 
 
+@pytest.mark.parametrize(("ragged", "seconds"), [(True, 0.012), (False, 0.015)])
+def test_a_round_of_uneven_rows_takes_what_was_expected_and_changes_nothing(
+    costs: Costs, ragged: bool, seconds: float
+) -> None:
+    costs.ragged = ragged
+    for _ in range(200):
+        costs.observe_round(4, [4], seconds)
+    assert costs.round_s(4, [4]) == pytest.approx(seconds)
+    assert costs.round_s(4, []) == pytest.approx(0.011)
+
+
 def test_of_chains_that_nothing_is_known_of_a_first_round_tells_nothing() -> None:
     """It reads a prompt, with cold caches."""
     costs = Costs(ragged=True)

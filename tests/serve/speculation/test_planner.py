@@ -416,7 +416,7 @@ def test_times_that_are_no_measurements_change_no_costs() -> None:
     planner = chain_planner()
     planner.updates_costs = False
     before = planner.costs.round_s(1, []), planner.costs.draft_s(1, 4)
-    planner.observe_round(1, 1, 9.0)
+    planner.observe_round(1, [], 9.0)
     planner.observe_draft(1, 4, 9.0)
     assert (planner.costs.round_s(1, []), planner.costs.draft_s(1, 4)) == before
 
@@ -494,5 +494,5 @@ def test_a_slow_prefill_is_forgotten_where_no_prompt_is_read_any_more() -> None:
         planner.observe_draft(1, 1, costs.draft_s(1, 1) + 500 * 8e-5, uncached=502)
     assert costs.catch_up_s(1, uncached=502) > 500 * 7e-5
     for _ in range(10_000):
-        planner.observe_round(1, 1, PLAIN_S)
+        planner.observe_round(1, [], PLAIN_S)
     assert costs.catch_up_s(1, uncached=502) == pytest.approx(500 * 1e-5, rel=0.1)

@@ -26,7 +26,7 @@ def test_rounds_leave_the_cores_to_a_running_learner_that_computes_on_them(tmp_p
         now[0] += 1.0
         page.write(busy_threads=busy_threads)
         budget.before_round()
-        planner.observe_round(1, 1, 0.1)
+        planner.observe_round(1, [], 0.1)
         return torch.get_num_threads(), planner.updates_costs
 
     try:
@@ -37,7 +37,7 @@ def test_rounds_leave_the_cores_to_a_running_learner_that_computes_on_them(tmp_p
         assert followed(1) == (4, True), "there is a core for it"
         assert planner.costs.target(1, 1) == 0.1
         assert followed(3) == (2, False)
-        planner.observe_round(1, 1, 9.0)
+        planner.observe_round(1, [], 9.0)
         assert planner.costs.target(1, 1) == 0.1, "times on fewer cores do not update the costs of rounds"
         assert followed(9) == (1, False)
         assert followed(0) == (4, True), "it rests"
