@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -100,7 +101,8 @@ class LLM:
 
     The thread that makes it should be the one that uses it: another one has CPU threads of its own, which wait for each
     other asleep while the first one's exist, so that rounds take up to twice as long (`compute_alone` in
-    kernels/native.py).
+    kernels/native.py). Calls from several threads wait for each other, and each gets its whole answers; prompts are
+    decoded together only if they come in one call.
     """
 
     def __init__(
@@ -124,6 +126,8 @@ class LLM:
             longest_token=longest_token(self._tokenizer),
         )
         self._numbers = itertools.count()
+        self._lock = threading.RLock()
+        """Held during a call. Reentrant, so that a signal handler may close what its own thread uses."""
 
     def generate(
         self,
@@ -138,9 +142,10 @@ class LLM:
         there is no progress bar. Raises RequestError, which names the field, before anything is generated. An answer
         whose grammar turns out later to be too complex ends with finish_reason "error"; the others go on.
         """
-        self._check_open()
         each = [prompts] if _is_one(prompts) else list(prompts)
-        return self._run([self._completion(*pair) for pair in _paired(each, sampling_params)])
+        with self._lock:
+            self._check_open()
+            return self._run([self._completion(*pair) for pair in _paired(each, sampling_params)])
 
     def chat(
         self,
@@ -160,7 +165,6 @@ class LLM:
         in OpenAI's API; calls are in the answer's text, as the model writes them. chat_template_kwargs: variables of
         the chat template.
         """
-        self._check_open()
         each = [messages] if messages and isinstance(messages[0], Mapping) else list(messages)
         how = {
             "add_generation_prompt": add_generation_prompt,
@@ -168,12 +172,15 @@ class LLM:
             "tools": tools and [dict(tool) for tool in tools],
             "chat_template_kwargs": chat_template_kwargs and dict(chat_template_kwargs),
         }
-        return self._run([self._chat(*pair, how) for pair in _paired(each, sampling_params)])
+        with self._lock:
+            self._check_open()
+            return self._run([self._chat(*pair, how) for pair in _paired(each, sampling_params)])
 
     def close(self) -> None:
-        """Free the models' memory; the object is of no use any more."""
-        for name in ("_engine", "_tokenizer"):
-            self.__dict__.pop(name, None)
+        """Free the models' memory, when running calls have ended; the object is of no use any more."""
+        with self._lock:
+            for name in ("_engine", "_tokenizer"):
+                self.__dict__.pop(name, None)
 
     def _check_open(self) -> None:
         if not hasattr(self, "_engine"):

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+import threading
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
@@ -112,6 +114,33 @@ def test_more_prompts_than_slots_get_the_targets_answers_in_their_order(llm: LLM
         assert output.text == text_of(output.token_ids)
         assert output.finish_reason == "length"
         assert 1 <= output.accepted_length == len(output.token_ids) / output.num_rounds
+
+
+def test_calls_from_two_threads_wait_for_each_other(llm: LLM, target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each takes what the engine's rounds give, which is the other's too."""
+    engine, first, has_submitted = llm._engine, threading.get_ident(), threading.Event()
+    run_round, submit, one_at_a_time = engine.round, engine.submit, threading.Lock()
+    others: list[Future[Any]] = []
+
+    def noted(request: Request) -> None:
+        submit(request)
+        if threading.get_ident() != first:
+            has_submitted.set()
+
+    def round_beside_another_call() -> Any:
+        if not others:
+            others.append(pool.submit(llm.generate, PROMPTS[1], GREEDY))
+            has_submitted.wait(0.1)
+        with one_at_a_time:
+            return run_round()
+
+    monkeypatch.setattr(engine, "submit", noted)
+    monkeypatch.setattr(engine, "round", round_beside_another_call)
+    with ThreadPoolExecutor(1) as pool:
+        answers = [*llm.generate(PROMPTS[0], GREEDY), *others[0].result(10)]
+    for answer, prompt in zip(answers, PROMPTS[:2], strict=True):
+        (output,) = answer.outputs
+        assert (output.token_ids, output.finish_reason) == (plain_tokens(target, prompt, GREEDY), "length")
 
 
 @pytest.mark.parametrize(
