@@ -51,28 +51,30 @@ class Calibration:
     def __init__(self, costs: Costs, steps: Iterator[None], *, kept: KeptCosts | None) -> None:
         """Use what is kept, and measure for a while. What is not known yet is not drafted.
 
-        `kept`: written when everything has been measured; None: nothing is kept.
+        `kept`: written with what this start measured, and again when the measurements end; None: nothing is kept.
         """
         self._costs, self._steps, self._kept = costs, steps, kept
         is_known = kept is not None and kept.load_into(costs)
         until = time.perf_counter() + (_REFINED_AT_START_S if is_known else _CALIBRATED_AT_START_S)
         while time.perf_counter() < until and self.step():
             pass
-        if is_known and self._kept is not None:  # otherwise all was measured, and kept
-            self._kept.save(costs)
+        self._save()
 
     def step(self) -> bool:
         """Time one operation; False if there is none left."""
         for _ in self._steps:
             return True
-        if self._kept is not None:
-            self._kept.save(self._costs)
-            self._kept = None
+        self.end()
         return False
 
     def end(self) -> None:
-        """Measure no more, and keep no more."""
+        """Keep what was measured, and measure no more."""
+        self._save()
         self._steps, self._kept = iter(()), None
+
+    def _save(self) -> None:
+        if self._kept is not None and self._costs.target.all_initial:
+            self._kept.save(self._costs)
 
 
 @torch.no_grad()

@@ -89,6 +89,8 @@ class CostTable:
         self._slowdown = Slowdown()
         self._initial: dict[_Key, float] = {}
         """Seconds, by the calibration, or by the first round of a key near which that measured nothing."""
+        self._from_rounds: set[_Key] = set()
+        """The keys of the latter."""
         self._own: defaultdict[_Key, float] = defaultdict(lambda: 1.0)
         """What rounds of a key take over what is expected without this factor."""
         self._num_rounds: defaultdict[_Key, int] = defaultdict(int)
@@ -98,6 +100,7 @@ class CostTable:
     def set_initial(self, batch_size: int, query_length: int, seconds: float) -> None:
         """Store a measurement of the calibration."""
         self._initial[batch_size, query_length] = seconds
+        self._from_rounds.discard((batch_size, query_length))
         self._parts.clear()
 
     def initial(self, batch_size: int, query_length: int) -> float:
@@ -107,7 +110,7 @@ class CostTable:
     @property
     def all_initial(self) -> list[tuple[int, int, float]]:
         """The calibration's measurements: batch size, query length, seconds."""
-        return [(*key, seconds) for key, seconds in self._initial.items()]
+        return [(*key, seconds) for key, seconds in self._initial.items() if key not in self._from_rounds]
 
     def update(self, batch_size: int, query_length: float, seconds: float) -> None:
         """Update by a measurement of a round. Outliers (a preempted process) change little.
@@ -117,6 +120,7 @@ class CostTable:
         key = batch_size, max(1, round(query_length))
         if key not in self._initial and not self._lies_between(*key):
             self.set_initial(*key, seconds / self._slowdown(0.0))
+            self._from_rounds.add(key)
         initial, grown = self._part(batch_size, query_length)
         if not (initial and seconds > 0):
             return

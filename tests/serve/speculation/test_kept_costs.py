@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from support.tiny_models import make_engine, random_draft
@@ -83,7 +85,7 @@ def test_a_first_start_does_not_wait_for_all_measurements_where_they_take_long(
     monkeypatch.setattr(calibration, "_CALIBRATED_AT_START_S", 0.0)
     engine = engine_with(target, tmp_path)
     assert not any(tables(engine.costs).values())
-    assert not list(tmp_path.iterdir()), "half of the costs are not kept"
+    assert not list(tmp_path.iterdir()), "there is nothing to keep"
     assert engine.planner.decide([0.9], batch_size=1).length == 0, "what takes nobody knows how long"
     engine.submit(Request(request_id="a", prompt_ids=[3, 4, 5], params=SamplingParams(max_tokens=4)))
     while engine.has_work:
@@ -93,6 +95,40 @@ def test_a_first_start_does_not_wait_for_all_measurements_where_they_take_long(
         pass
     assert all(tables(other.costs).values()), "an idle start measures them"
     assert list(tmp_path.iterdir())
+
+
+def test_what_a_start_had_time_to_measure_is_kept_for_the_next_one(
+    target: Target, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Outside a server nobody measures the rest."""
+    seconds = itertools.count()
+    monkeypatch.setattr(calibration, "time", SimpleNamespace(perf_counter=lambda: next(seconds)))
+    monkeypatch.setattr(calibration, "_CALIBRATED_AT_START_S", 60.0)
+    first = engine_with(target, tmp_path)
+    assert {size for size, _, _ in first.costs.target.all_initial} == {1}, "there was no time for two sequences"
+    monkeypatch.setattr(calibration, "_measure", lambda *_, **__: pytest.fail("measures"))
+    assert tables(engine_with(target, tmp_path).costs) == tables(first.costs)
+
+
+def test_what_idle_moments_have_measured_when_the_first_request_comes_is_kept(
+    target: Target, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And not what that request's own rounds took: they have cold caches, and other work beside them."""
+    monkeypatch.setattr(calibration, "_CALIBRATED_AT_START_S", 0.0)
+    engine = engine_with(target, tmp_path)
+    while not engine.costs.target.initial(1, 1):
+        assert engine.refine_costs()
+    for name in "ab":
+        params = SamplingParams(max_tokens=4, temperature=0.0)
+        engine.submit(Request(request_id=name, prompt_ids=[3, 4, 5], params=params))
+    while engine.has_work:
+        engine.round()
+    assert any(engine.costs.target.initial(2, length) for length in range(1, 10)), "by rounds"
+    assert not engine.refine_costs()
+    kept = Costs(ragged=True)
+    assert KeptCosts(tmp_path, key=KEY).load_into(kept)
+    assert tables(kept) == tables(engine.costs)
+    assert {size for size, _, _ in kept.target.all_initial} == {1}
 
 
 def test_what_was_measured_together_stays_together(
