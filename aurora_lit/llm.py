@@ -16,7 +16,7 @@ from __future__ import annotations
 import itertools
 import math
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from types import TracebackType
@@ -26,7 +26,7 @@ from pydantic import ValidationError
 
 from aurora_lit.config import load_config
 from aurora_lit.errors import AuroraError, RequestError
-from aurora_lit.request import SamplingParams, TokenLogprob
+from aurora_lit.request import SamplingParams, StructuredOutputsParams, TokenLogprob
 from aurora_lit.serve.http.answer_stream import AnswerStream, TextDelta
 from aurora_lit.serve.http.detokenizer import decode
 from aurora_lit.serve.http.errors import explain
@@ -324,12 +324,14 @@ def _paired(
 def _body(kind: type[_Body], params: SamplingParams, **more: Any) -> _Body:
     """The body of an HTTP request with these parameters. Raises RequestError for a value that cannot be used."""
     given: dict[str, Any] = {parameter.name: getattr(params, parameter.name) for parameter in fields(params)}
-    given |= {name: given[name] if isinstance(given[name], str) else list(given[name] or ()) or None for name in _LISTS}
-    bias = given["logit_bias"] or {}
-    given["logit_bias"] = {str(token_id): float(value) for token_id, value in bias.items()} or None
-    if params.structured_outputs is not None:
-        structure = asdict(params.structured_outputs)
-        given["structured_outputs"] = structure | {"choice": structure["choice"] and list(structure["choice"])}
+    given |= {name: _listed(given[name]) for name in _LISTS}
+    bias, structure = given["logit_bias"], given["structured_outputs"]
+    if isinstance(bias, Mapping):
+        given["logit_bias"] = {str(token_id): value for token_id, value in bias.items()}
+    if isinstance(structure, StructuredOutputsParams):
+        structure = asdict(structure)
+    if isinstance(structure, Mapping):  # the form of a body
+        given["structured_outputs"] = {**structure, "choice": _listed(structure.get("choice"))}
     del given["logprobs"]
     try:
         return kind.model_validate({**given, **more})
@@ -337,3 +339,8 @@ def _body(kind: type[_Body], params: SamplingParams, **more: Any) -> _Body:
         in_body = [{**each, "loc": ("body", *each["loc"])} for each in error.errors()]
         message, _, param, code = explain(in_body, content_type="application/json")
         raise RequestError(message, param=param, code=code) from error
+
+
+def _listed(value: Any) -> Any:
+    """A tuple or the like as a list. A text stays as it is, and so does what is no list, which the body refuses."""
+    return list(value) if isinstance(value, Iterable) and not isinstance(value, str | Mapping) else value

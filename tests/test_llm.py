@@ -266,9 +266,12 @@ def test_prompt_logprobs_are_the_targets(llm: LLM, target: Target) -> None:
         ({"json": '{"enum": [12, 3456]}'}, "12|3456"),
     ],
 )
-def test_structured_outputs_have_vllms_names(llm: LLM, target: Target, asked: dict[str, Any], pattern: str) -> None:
+@pytest.mark.parametrize("form", [StructuredOutputsParams, dict], ids=["object", "as in a body"])
+def test_structured_outputs_have_vllms_names(
+    llm: LLM, target: Target, asked: dict[str, Any], pattern: str, form: Any
+) -> None:
     llm._engine = make_engine(target, random_draft(target), grammars=a_compiler(target), eos_token_ids=frozenset([END]))
-    structure = StructuredOutputsParams(**asked)
+    structure = form(**asked)
     params = [
         SamplingParams(max_tokens=12, temperature=t, structured_outputs=structure, n=n) for t, n in ((0.0, 1), (1.0, 4))
     ]
@@ -369,6 +372,12 @@ def test_a_chat_may_say_how_the_template_is_filled(llm: LLM) -> None:
         (PROMPTS[0], {"max_tokens": 10**6}, "max_tokens=1000000 is too many"),
         (PROMPTS[0], {"structured_outputs": StructuredOutputsParams(regex="(")}, r"structured_outputs\.regex cannot"),
         (PROMPTS[0], {"structured_outputs": StructuredOutputsParams()}, "structured_outputs is empty"),
+        (PROMPTS[0], {"structured_outputs": StructuredOutputsParams(choice=5)}, "structured_outputs.choice=5"),
+        (PROMPTS[0], {"structured_outputs": 5}, "structured_outputs=5"),
+        (PROMPTS[0], {"stop": 7}, "stop=7"),
+        (PROMPTS[0], {"stop_token_ids": 5}, "stop_token_ids=5"),
+        (PROMPTS[0], {"logit_bias": [1]}, r"logit_bias=\[1\]"),
+        (PROMPTS[0], {"logit_bias": {5: "x"}}, r"logit_bias\[.5.\]=.x."),
     ],
 )
 def test_bad_input_is_named_before_anything_runs(llm: LLM, prompt: Any, params: dict[str, Any], message: str) -> None:
