@@ -26,6 +26,8 @@ from aurora_lit.serve.speculation import copies_in_python
 
 _MAX_KEYS = 16_384
 """Keys that are known; what was remembered for the least recently used one can then no longer be read."""
+_MAX_DOMAINS = (1 << DOMAIN_BITS) - 1
+"""Domains that have a number; a new one then gets that of the least recently used one."""
 
 
 @dataclass(kw_only=True)
@@ -59,7 +61,7 @@ class TrafficMemory:
         self.index = SuffixMemory(capacity_bytes)
         self._parts: OrderedDict[Hashable, int] = OrderedDict()
         self._next_part = 1
-        self._domains: dict[str, int] = {}
+        self._domains: OrderedDict[str, int] = OrderedDict()
 
     def open(self, sequence: RunningSequence) -> None:
         """Let a sequence read what its key allows, of its domain first, if that is known by now."""
@@ -76,9 +78,12 @@ class TrafficMemory:
         self.stats.answers += self.index.insert_answer(tokens, answer=answer, part=sequence.memory_part)
 
     def _domain(self, name: str) -> int:
-        """0 if it is unknown, or if there are too many."""
-        if name and name not in self._domains and len(self._domains) + 1 < 1 << DOMAIN_BITS:
-            self._domains[name] = len(self._domains) + 1
+        """0 if it is unknown. Answers of a domain that lost its number come first in the one that has it now."""
+        if name and name not in self._domains:
+            full = len(self._domains) == _MAX_DOMAINS
+            self._domains[name] = self._domains.popitem(last=False)[1] if full else len(self._domains) + 1
+        elif name:
+            self._domains.move_to_end(name)
         return self._domains.get(name, 0)
 
     def _part(self, key: Hashable) -> int:

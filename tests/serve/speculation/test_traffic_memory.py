@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from support.tiny_models import request
 
 from aurora_lit.kernels import native
-from aurora_lit.kernels.suffix_index import NUM_CELLS, Copies, LookUp
+from aurora_lit.kernels.suffix_index import DOMAIN_BITS, NUM_CELLS, Copies, LookUp
 from aurora_lit.serve.sequences.memory_scope import MemoryScope
 from aurora_lit.serve.sequences.sequence import RunningSequence
 from aurora_lit.serve.speculation import traffic_memory
@@ -112,6 +112,24 @@ def test_what_a_request_may_see_is_found(asked: list[Asked], scope: MemoryScope)
         sequence.length = len(each.prompt) + 2
         found = copies_for(memory, sequence, (each.prompt + each.answer)[: sequence.length])
         assert (each.answer[2] in found.tokens) or not each.may_read(each, scope)
+
+
+def test_a_new_domain_takes_the_number_of_the_least_recently_used_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Clients may send any number of labels; those in use stay apart, and apart from requests without a domain."""
+    monkeypatch.setattr(traffic_memory, "_MAX_DOMAINS", 3)
+    memory = TrafficMemory(1 << 16, scope="domain")
+    asked = Asked(client="", salt="", domain="", store=True, prompt=[1], answer=[2])
+
+    def number(domain: str) -> int:
+        sequence = replace(asked, domain=domain).sequence()
+        memory.open(sequence)
+        return sequence.memory_part % (1 << DOMAIN_BITS)
+
+    unknown, first, second, third = (number(domain) for domain in ("", "a", "b", "c"))
+    assert len({unknown, first, second, third}) == 4
+    assert number("a") == first
+    assert number("new") == second, "b was used least recently"
+    assert [number("a"), number("c"), number("")] == [first, third, unknown]
 
 
 def test_keys_are_bounded_and_a_forgotten_one_starts_empty(monkeypatch: pytest.MonkeyPatch) -> None:
