@@ -63,15 +63,21 @@ class KVCache:
             for each in (*self.keys_SGCQPE, *self.values_SGMDE):
                 yield from huge_pages.touch(each)
 
-    def copy_prefix(self, source: int, slot: int, length: int) -> None:
-        """Copy the first `length` positions of slot `source` to `slot`, in every layer."""
+    def copy_prefix(self, source: int, slot: int, length: int, *, start: int = 0) -> None:
+        """Copy the first `length` positions of slot `source` to `slot`, in every layer.
+
+        `start`: positions of them that `slot` has already; none but those that share a block with others are written.
+        """
         for keys_SGCQPE, values_SGMDE in zip(self.keys_SGCQPE, self.values_SGMDE, strict=True):
-            blocks, rest = divmod(length, keys_SGCQPE.shape[-2])
-            keys_SGCQPE[slot, :, :blocks] = keys_SGCQPE[source, :, :blocks]
+            block, pair = keys_SGCQPE.shape[-2], values_SGMDE.shape[-1]
+            blocks, rest = divmod(length, block)
+            lacking = slice(start // block, blocks)
+            keys_SGCQPE[slot, :, lacking] = keys_SGCQPE[source, :, lacking]
             if rest:
                 keys_SGCQPE[slot, :, blocks, :, :rest] = keys_SGCQPE[source, :, blocks, :, :rest]
-            pairs, rest = divmod(length, values_SGMDE.shape[-1])
-            values_SGMDE[slot, :, :pairs] = values_SGMDE[source, :, :pairs]
+            pairs, rest = divmod(length, pair)
+            lacking = slice(start // pair, pairs)
+            values_SGMDE[slot, :, lacking] = values_SGMDE[source, :, lacking]
             if rest:
                 values_SGMDE[slot, :, pairs, :, :rest] = values_SGMDE[source, :, pairs, :, :rest]
 

@@ -121,10 +121,10 @@ class ShardedTarget(Target):
         with self.ranks.order(Op.FORWARD, torch.tensor([self._index_of(kv_cache)]), ids_BT, slots_B, starts_B):
             return super().forward(ids_BT, kv_cache=kv_cache, slots_B=slots_B, starts_B=starts_B)
 
-    def copy_prefix(self, *, kv_cache: KVCache, source: int, slot: int, length: int) -> None:
+    def copy_prefix(self, *, kv_cache: KVCache, source: int, slot: int, length: int, start: int) -> None:
         """As `Target.copy_prefix`, on every rank."""
-        with self.ranks.order(Op.COPY, torch.tensor([self._index_of(kv_cache), source, slot, length])):
-            kv_cache.copy_prefix(source, slot, length)
+        with self.ranks.order(Op.COPY, torch.tensor([self._index_of(kv_cache), source, slot, length, start])):
+            kv_cache.copy_prefix(source, slot, length, start=start)
 
     def logits(self, last_BTH: torch.Tensor) -> torch.Tensor:
         """As `Target.logits`; each rank computes those of its rows of the vocabulary."""
@@ -188,8 +188,8 @@ class ShardedTarget(Target):
                     kv_cache = self._kv_caches[int(index)]
                     super().forward(ids_BT, kv_cache=kv_cache, slots_B=slots_B, starts_B=starts_B)
                 case Op.COPY:
-                    index, source, slot, length = order.tensors[0].tolist()
-                    self._kv_caches[index].copy_prefix(source, slot, length)
+                    index, source, slot, length, start = order.tensors[0].tolist()
+                    self._kv_caches[index].copy_prefix(source, slot, length, start=start)
                 case Op.LOGITS:
                     size = (int(tensors[0]), self.hidden_size)
                     self._gathered_logits(torch.empty(size, dtype=self._hidden_dtype, device=self.ranks.device))

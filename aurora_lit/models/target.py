@@ -273,9 +273,9 @@ class Target(nn.Module):
         cached = {"keys": kv_cache.keys_SGCQPE, "values": kv_cache.values_SGMDE}
         self._decoder.move(**cached, slots_M=slots_M, from_M=from_M, to_M=to_M)
 
-    def copy_prefix(self, *, kv_cache: KVCache, source: int, slot: int, length: int) -> None:
-        """Copy the first `length` positions of slot `source` to `slot`."""
-        kv_cache.copy_prefix(source, slot, length)
+    def copy_prefix(self, *, kv_cache: KVCache, source: int, slot: int, length: int, start: int) -> None:
+        """Copy the first `length` positions of slot `source` to `slot`, which has the first `start` of them."""
+        kv_cache.copy_prefix(source, slot, length, start=start)
 
     def compile_forward(self) -> None:
         """Use `torch.compile` on the model's own forward pass, with dynamic shapes, instead of fused layers."""

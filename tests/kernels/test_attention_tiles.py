@@ -137,9 +137,10 @@ def test_what_is_not_finite_reaches_only_the_queries_that_attend_to_it(value: fl
 def test_a_copied_prefix_has_the_bits_of_a_computed_one() -> None:
     new, cache = sequence(130), new_cache(slots=2)
     expected = attend(new, cache, slots=[0], starts=[0])[0]
-    for length in (1, 63, 64, 75, 128):
+    for start, length in ((0, 1), (0, 63), (0, 64), (0, 75), (0, 128), (5, 63), (63, 64), (64, 75), (65, 128)):
         cache.keys_SGCQPE[0][1].zero_()
         cache.values_SGMDE[0][1].zero_()
-        cache.copy_prefix(0, 1, length)
+        cache.copy_prefix(0, 1, start)
+        cache.copy_prefix(0, 1, length, start=start)
         query, key, value = (x[:, :, length:] for x in new)
         assert torch.equal(attend((query, key, value), cache, slots=[1], starts=[length])[0], expected[length:])

@@ -131,7 +131,7 @@ class Prefill:
         sequence.searched_for_prefix = True
         source, length = self._allocator.find_longest_prefix(sequence)
         if length > sequence.prefilled:
-            self._runner.copy_prefix(source, sequence.slot, length)
+            self._runner.copy_prefix(source, sequence.slot, length, start=sequence.prefilled)
             self.has_copied = True
             self._stats.cached_tokens += length - sequence.prefilled
             sequence.prefilled = sequence.num_reused = length

@@ -94,12 +94,12 @@ class TraceRecorder:
         if self._owns_aux:
             self._aux_SLF[slot, start:end] = aux_TF
 
-    def on_prefix_copy(self, *, source: int, slot: int, length: int) -> None:
+    def on_prefix_copy(self, *, source: int, slot: int, length: int, start: int) -> None:
         """Copy the states. If the source's were not kept, the slot's are not needed either (SlotAllocator)."""
         if self._owns_aux:
-            self._aux_SLF[slot, :length] = self._aux_SLF[source, :length]
+            self._aux_SLF[slot, start:length] = self._aux_SLF[source, start:length]
         if self._keeps_prompts:
-            self._last_SLH[slot, :length] = self._last_SLH[source, :length]
+            self._last_SLH[slot, start:length] = self._last_SLH[source, start:length]
 
     def on_commit(self, sequence: RunningSequence, note: RoundNote, last: Callable[[], torch.Tensor]) -> None:
         """Add a round, with the states of its rejected proposals; the segment goes to the sink if it is full."""

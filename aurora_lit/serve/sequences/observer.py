@@ -63,8 +63,11 @@ class RoundObserver(Protocol):
     def on_forward(self, *, slot: int, start: int, aux_TF: torch.Tensor, last_TH: torch.Tensor) -> None:
         """The target computed positions start, start + 1, … of a slot, which are committed."""
 
-    def on_prefix_copy(self, *, source: int, slot: int, length: int) -> None:
-        """The first `length` positions of a slot were copied from another, so the target does not compute them."""
+    def on_prefix_copy(self, *, source: int, slot: int, length: int, start: int) -> None:
+        """The first `length` positions of a slot were copied from another, so the target does not compute them.
+
+        All but the first `start`, which the slot had.
+        """
 
     def on_commit(self, sequence: RunningSequence, note: RoundNote, last: Callable[[], torch.Tensor]) -> None:
         """A round of a sequence was committed. `last`: returns the last hidden states [T, H] of its root and its

@@ -139,11 +139,16 @@ class Drafter:
         """Start a new request in the slot, whose first `length` tokens are those it holds already."""
         self._num_cached[slot] = min(self._num_cached[slot], max(0, length - 1))  # a position depends on the next token
 
-    def copy_prefix(self, source: int, slot: int, length: int) -> None:
-        """Copy the first `length` positions of another slot: the request begins with the same tokens."""
-        self._features_SLF[slot, :length] = self._features_SLF[source, :length]
-        self._num_cached[slot] = min(self._num_cached[source], length - 1)
-        self._cache.copy_prefix(source, slot, self._num_cached[slot])
+    def copy_prefix(self, source: int, slot: int, length: int, *, start: int) -> None:
+        """Copy the first `length` positions of another slot: the request begins with the same tokens.
+
+        `start`: how many of them the slot has already.
+        """
+        self._features_SLF[slot, start:length] = self._features_SLF[source, start:length]
+        known, own = min(self._num_cached[source], length - 1), self._num_cached[slot]
+        if known > own:
+            self._cache.copy_prefix(source, slot, known, start=own)
+            self._num_cached[slot] = known
 
     # -- proposing -----------------------------------------------------------------------------------------------------
 

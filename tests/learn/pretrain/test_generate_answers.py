@@ -50,9 +50,9 @@ def test_a_beginning_that_is_copied_from_another_prompt_has_its_states(
     copied: list[int] = []
     copy = TraceRecorder.on_prefix_copy
 
-    def noted(self: TraceRecorder, *, source: int, slot: int, length: int) -> None:
+    def noted(self: TraceRecorder, *, source: int, slot: int, length: int, start: int) -> None:
         copied.append(length)
-        copy(self, source=source, slot=slot, length=length)
+        copy(self, source=source, slot=slot, length=length, start=start)
 
     monkeypatch.setattr(TraceRecorder, "on_prefix_copy", noted)
     traces: list[Trace] = []

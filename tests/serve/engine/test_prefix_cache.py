@@ -11,7 +11,7 @@ import torch
 from support.tiny_models import VOCAB, make_engine, random_draft, run, save_model
 
 from aurora_lit.kernels import native
-from aurora_lit.models.kv_cache import keys_by_position
+from aurora_lit.models.kv_cache import KVCache, keys_by_position
 from aurora_lit.models.target import Target
 from aurora_lit.modules.draft.eagle3 import Eagle3Draft
 from aurora_lit.request import Request, SamplingParams
@@ -266,8 +266,37 @@ def test_the_draft_cache_of_a_copied_prefix_is_copied(target: Target, draft: Eag
     assert drafter._num_cached[0] >= 40
     assert torch.equal(keys[0][0, ..., :39], keys[0][1, ..., :39])
     drafter._num_cached[1] = 0
-    drafter.copy_prefix(0, 1, 30)
+    drafter.copy_prefix(0, 1, 30, start=0)
     assert drafter._num_cached[1] == 29, "nothing of it is computed again; the last one depends on the next token"
+
+
+def test_of_a_prefix_only_what_the_slot_lacks_is_copied(
+    target: Target, draft: Eagle3Draft, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And the draft keeps what it has read, where the other slot's request was never drafted for."""
+    copied: list[tuple[int, ...]] = []
+    copy_prefix = KVCache.copy_prefix
+
+    def noted(self: KVCache, source: int, slot: int, length: int, **how: int) -> None:
+        copied.append((source, slot, length, how.get("start", 0)))
+        copy_prefix(self, source, slot, length, **how)
+
+    monkeypatch.setattr(KVCache, "copy_prefix", noted)
+    requests = [
+        make_request("first", 1),
+        make_request("beside it", *[5] * 6, max_tokens=45, speculate=False),
+        make_request("in the slot of the first", *[5] * 5, 7),
+    ]
+    arrivals = [0, 0, 30]
+    recorded = RecordedEngine(target, draft, max_batch_size=2)
+    plain = RecordedEngine(target, None, max_batch_size=2, prefix_cache=False)
+    assert recorded.serve(*requests, arrivals=arrivals) == plain.serve(*requests, arrivals=arrivals)
+    assert copied[-1] == (1, 0, 45, 40)
+    drafter = recorded.engine._drafter
+    assert drafter is not None
+    drafter._num_cached[:] = [39, 0]
+    drafter.copy_prefix(1, 0, 45, start=40)
+    assert drafter._num_cached[0] == 39
 
 
 def test_prefixes_are_copied_without_native_kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
