@@ -61,7 +61,10 @@ class LearnerChild:
         while not self._is_ending.is_set():
             began = time.monotonic()
             code = self._run_once()
-            if self._is_ending.is_set() or code == 0:
+            if self._is_ending.is_set():
+                return
+            if code == 0:
+                _log.warning("the learner has left (exit code 0) and starts again only with the engine")
                 return
             faults = 1 if time.monotonic() - began > _SETTLED_S else faults + 1
             status = self._page.read()

@@ -193,7 +193,7 @@ def until(reading, condition, timeout_s=20):
 
 @pytest.mark.parametrize(("code", "num_runs"), [(0, 1), (7, 3)])
 def test_a_learner_that_exits_cleanly_is_not_restarted_and_one_that_fails_is_restarted_a_few_times(
-    code, num_runs, tmp_path, monkeypatch
+    code, num_runs, tmp_path, monkeypatch, caplog
 ):
     monkeypatch.setattr(learner_child, "RESTART_AFTER_S", (0.01, 0.01))
     page = LearnerStatusPage.create(tmp_path / "page")
@@ -204,6 +204,7 @@ def test_a_learner_that_exits_cleanly_is_not_restarted_and_one_that_fails_is_res
     assert log.read_text() == "x\n" * num_runs
     assert page.read().restarts == num_runs - 1
     assert page.read().error == (f"not started again: exit code {code}" if code else "")
+    assert f"exit code {code}" in caplog.text, "that it left is told too"
     child.end()
 
 

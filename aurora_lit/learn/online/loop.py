@@ -146,6 +146,11 @@ class OnlineLoop:
         """Stop after the current turn, or in the middle of a trial; safe in a signal handler."""
         self._stopped = True
 
+    @property
+    def is_stopped(self) -> bool:
+        """True as soon as `stop` was called."""
+        return self._stopped
+
     def run(self) -> None:
         """Run turns until stopped, then save."""
         self._environment.page.write(busy_threads=0)  # loading has ended: rounds may have all cores again

@@ -25,7 +25,7 @@ import psutil
 from aurora_lit.config import AuroraConfig, versions_folder
 from aurora_lit.cores import available_cores
 from aurora_lit.errors import AuroraError
-from aurora_lit.ipc.engine_status import STATUS_NAME, EngineStatusPage
+from aurora_lit.ipc.engine_status import STATUS_NAME, EngineStatus, EngineStatusPage
 from aurora_lit.ipc.learner_status import LEARNER_STATUS_NAME, LearnerStatusPage
 from aurora_lit.ipc.run_folder import RING_NAME
 
@@ -35,13 +35,15 @@ if TYPE_CHECKING:
 _AUTOGROUP = Path("/proc/self/autogroup")
 _KEPT_PRODUCTS = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")
 """Shapes of matrix products whose generated code oneDNN keeps, half a megabyte each; by default a thousand."""
-_BEAT_EVERY_S = 0.5
+_BEAT_EVERY_S, _WATCH_EVERY_S = 0.5, 1.0
 _MAX_TURN_S, _MAX_LOADING_S = 60.0, 600.0
 """A turn of the loop, or loading, that takes longer counts as stuck: the heartbeat stops."""
 LOCK_NAME = "learner.lock"
 """In the folder of the versions: held by the one learner that may publish there."""
 _LOCK_WAIT_S = 60.0
 """How long a learner waits for another one of its folder, which may be of a server that drains or was just killed."""
+_MAX_SILENCE_S = 60.0
+"""Without a run folder, and without a heartbeat for so long, the engine worker's process id may be another's by now."""
 _log = logging.getLogger(__name__)
 
 
@@ -189,15 +191,28 @@ def _stop_on_signals(loop: OnlineLoop) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _stop_with_server(loop: OnlineLoop, run_folder: Path, status: EngineStatusPage) -> Iterator[None]:
-    """Stop the loop when the run folder is deleted or the engine worker has ended."""
+    """Stop the loop when the server has ended."""
 
     def watch() -> None:
-        worker = status.read().worker_pid
-        if not run_folder.is_dir() or (worker and not psutil.pid_exists(worker)):
+        reason = _why_server_has_ended(run_folder, status.read())
+        if reason and not loop.is_stopped:
+            _log.warning("learning ends: %s", reason)
             loop.stop()
 
-    with _repeat(watch, every_s=1.0, name="server watch"):
+    with _repeat(watch, every_s=_WATCH_EVERY_S, name="server watch"):
         yield
+
+
+def _why_server_has_ended(run_folder: Path, worker: EngineStatus) -> str:
+    """How it is known; "" while it runs.
+
+    While the engine worker lives, a missing folder says nothing: with RemoveIPC=yes, systemd deletes what a user has in
+    shared memory when the user logs out, and what is mapped stays.
+    """
+    if worker.worker_pid and not psutil.pid_exists(worker.worker_pid):
+        return f"the engine worker (process {worker.worker_pid}) has ended"
+    is_alive = worker.worker_pid and worker.heartbeat_age_s < _MAX_SILENCE_S
+    return "" if is_alive or run_folder.is_dir() else f"the run folder {run_folder} is gone"
 
 
 @contextlib.contextmanager

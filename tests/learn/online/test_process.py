@@ -22,6 +22,7 @@ from support.live_traces import asked_again
 from support.tiny_models import random_draft
 
 from aurora_lit.errors import AuroraError
+from aurora_lit.ipc.engine_status import EngineStatusPage
 from aurora_lit.ipc.learner_status import LearnerStatusPage
 from aurora_lit.learn.data.training_state import from_bytes
 from aurora_lit.learn.online import process
@@ -129,6 +130,39 @@ def test_what_a_killed_learner_has_started_does_not_keep_the_next_one_out(tmp_pa
     with process._only_learner(tmp_path, wait_s=5.0):
         pass
     child.communicate(b"\n")
+
+
+class StoppableLoop:
+    is_stopped = False
+
+    def stop(self) -> None:
+        self.is_stopped = True
+
+
+@pytest.mark.parametrize("why", ["has ended", "is gone"])
+def test_learning_goes_on_without_a_run_folder_while_the_engine_worker_lives(
+    why: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """systemd may delete it when the server's user logs out. Why learning ends is told."""
+    monkeypatch.setattr(process, "_WATCH_EVERY_S", 0.01)
+    page = EngineStatusPage.create(tmp_path / "status")
+    page.write(worker_pid=os.getpid())
+    page.beat()
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    loop: Any = StoppableLoop()
+    with process._stop_with_server(loop, tmp_path / "deleted", page):
+        time.sleep(0.1)
+        assert not loop.is_stopped
+        # A worker without a heartbeat may be another process by now.
+        page.write(**({"worker_pid": ended.pid} if why == "has ended" else {"heartbeat_ns": 0}))
+        until = time.monotonic() + 10
+        while not loop.is_stopped and time.monotonic() < until:
+            time.sleep(0.005)
+        time.sleep(0.05)
+    (told,) = caplog.messages
+    assert told.startswith("learning ends: the ")
+    assert told.endswith(why)
 
 
 def test_a_loop_that_is_stuck_gives_no_sign_of_life(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
