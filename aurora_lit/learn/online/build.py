@@ -51,6 +51,9 @@ STATE_NAME = "learner.safetensors"
 _SAMPLED_TOKENS = 512
 """Over which a batch's loss is computed. A quarter of what pretraining takes: a step costs a tenth less, and drafts
 come out alike (docs/results/learning.md)."""
+_MAX_QUEUED = 256
+"""Values that wait for TensorBoard's writer: many times those of a step, so that they find room if it ends meanwhile,
+on a full disk, and never so many that the process waits for them at its end."""
 _MIB = 1 << 20
 
 
@@ -292,5 +295,5 @@ def _loggers(config: AuroraConfig) -> list[Logger]:
     folder, name = Path(config.learn.logs).expanduser(), config.checkpoint.run
     loggers: list[Logger] = [CSVLogger(folder, name=name, flush_logs_every_n_steps=1)]
     with contextlib.suppress(ModuleNotFoundError):
-        loggers.append(TensorBoardLogger(folder, name=f"{name}-tensorboard"))
+        loggers.append(TensorBoardLogger(folder, name=f"{name}-tensorboard", max_queue=_MAX_QUEUED))
     return loggers

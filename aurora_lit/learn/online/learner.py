@@ -53,6 +53,13 @@ def weights_digest(draft: Eagle3Draft) -> str:
     return digest.hexdigest()
 
 
+def _check_writer(logger: Any) -> None:
+    """Raise RuntimeError if the thread of tensorboardX has ended, of which nothing else tells."""
+    with contextlib.suppress(AttributeError):  # another logger
+        if not logger.experiment.file_writer.event_writer._worker.is_alive():
+            raise RuntimeError("TensorBoard's writer has ended, as on a full disk")
+
+
 class Learner:
     """See the file's docstring."""
 
@@ -265,11 +272,14 @@ class Learner:
         if not self._is_logged:
             return
         try:
+            for logger in self.fabric.loggers:
+                _check_writer(logger)
             self.fabric.log_dict(values, step=self.steps)
-        except (OSError, RuntimeError) as error:  # a full disk
+        except (OSError, RuntimeError, ValueError) as error:  # a full disk; ValueError: Lightning's, for TensorBoard's
             # For good: TensorBoard's writer has ended then, and its queue would fill up and block.
             self._is_logged = False
-            self._logging_error = f"metrics are not logged any more until the learner is restarted: {error}"
+            cause = error.__cause__ or error
+            self._logging_error = f"metrics are not logged any more until the learner is restarted: {cause}"
             _log.warning("%s", self._logging_error)
 
     def take_logging_error(self) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import importlib.util
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 from lightning.fabric import Fabric
 from lightning.fabric.loggers import tensorboard
 from support.learner_harness import ServerStandIn
+from support.live_traces import make_controller, online_module
 from support.tiny_models import random_draft
 
 from aurora_lit.config import AuroraConfig, load_config
@@ -20,8 +22,10 @@ from aurora_lit.errors import AuroraError
 from aurora_lit.ipc.engine_status import STATUS_NAME, EngineStatusPage
 from aurora_lit.ipc.run_folder import RING_NAME
 from aurora_lit.kernels import native
+from aurora_lit.learn.data.target_head import TargetHead
 from aurora_lit.learn.online.budget import ServerLoad
 from aurora_lit.learn.online.build import _loggers, load_head_and_draft
+from aurora_lit.learn.online.learner import Learner
 from aurora_lit.learn.online.load_watch import LoadWatch
 from aurora_lit.learn.online.loop import OnlineLoop
 from aurora_lit.models import packed_target
@@ -193,6 +197,46 @@ def test_with_tensorboard_metrics_are_in_both(tmp_path: Path) -> None:
     assert csv_lines(tmp_path) == ["loss,step", "0.5,3"]
     (events,) = tmp_path.rglob("events.out.tfevents.*")
     assert b"loss" in events.read_bytes()
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+@pytest.mark.parametrize("writer", WRITERS)
+def test_when_the_disk_fills_up_in_tensorboards_writer_only_logging_ends(
+    writer: str, target: Target, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("tensorboardX")
+    monkeypatch.setattr(tensorboard, "_TENSORBOARD_AVAILABLE", False)
+    config = AuroraConfig()
+    loggers = _loggers(replace(config, learn=replace(config.learn, logs=str(tmp_path))))
+    learner = Learner(
+        online_module(target, random_draft(target)),
+        make_controller(),
+        tmp_path / "s",
+        target_head=TargetHead(target),
+        version="start",
+        fabric=Fabric(accelerator="cpu", devices=1, loggers=loggers),
+    )
+    values = {f"alpha_{place}": 0.5 for place in range(40)}
+    learner.log(values)
+    assert learner.take_logging_error() == ""
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    experiment = loggers[1].experiment
+    if writer == "tensorboard":  # raises where it is called
+        monkeypatch.setattr(experiment, "add_scalar", full)
+        told = "No space left on device"
+    else:  # ends a thread of its own, after which nothing empties its queue
+        events = experiment.file_writer.event_writer
+        monkeypatch.setattr(events._ev_writer, "write_event", full)
+        learner.log(values)
+        events._worker.join(10)
+        told = "TensorBoard's writer has ended"
+    learner.log(values)
+    assert told in learner.take_logging_error()
+    learner.log(values)
+    assert learner.take_logging_error() == ""
 
 
 def test_a_server_is_idle_if_it_has_no_request_and_has_served_none_since_the_last_look(tmp_path: Path) -> None:
