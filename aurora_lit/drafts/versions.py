@@ -22,6 +22,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
+import logging
 import os
 import re
 import shutil
@@ -41,6 +42,7 @@ CURRENT_NAME, HISTORY_NAME, RECORD_NAME, RETIRED_NAME = "CURRENT", "history.json
 _LOCK_NAME = ".lock"
 _NAME = re.compile(r"draft-(\d{6,})")
 _TEMPORARY = ".new."
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +81,7 @@ class DraftStore:
 
         with self._locked():
             name = version_name(1 + self._highest_number())
-            temporary = self.folder / f"{_TEMPORARY}{name}"
+            temporary = _unused(self.folder / f"{_TEMPORARY}{name}")
             with contextlib.suppress(CheckpointError):
                 record = {"before": self.current(), **record}
             try:
@@ -207,7 +209,9 @@ class DraftStore:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
             for leftover in self.folder.glob(f"{_TEMPORARY}*"):  # of a killed process: any other would hold the lock
-                shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+                # What is another user's, or in use over NFS, may have to stay.
+                with contextlib.suppress(OSError):
+                    shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
             yield
         finally:
             os.close(descriptor)
@@ -265,7 +269,20 @@ class DraftStore:
         for name in self._names()[: -self._keep]:
             if name not in spared:
                 # Renamed first, so that a half-deleted version does not look like a complete one.
-                deleted = self.folder / f"{_TEMPORARY}gone.{name}"
-                os.replace(self.folder / name, deleted)
-                shutil.rmtree(deleted)
-                self.log_event("pruned", version=name)
+                deleted = _unused(self.folder / f"{_TEMPORARY}gone.{name}")
+                try:
+                    os.replace(self.folder / name, deleted)
+                    self.log_event("pruned", version=name)
+                    shutil.rmtree(deleted)
+                except OSError as error:
+                    left = deleted if deleted.exists() else self.folder / name
+                    _log.warning("%s cannot be deleted (%s); delete it by hand", left, error.strerror)
+
+
+def _unused(path: Path) -> Path:
+    """`path`; if that is left from an earlier process and cannot be deleted, the same with a number."""
+    unused, number = path, 1
+    while unused.exists():
+        number += 1
+        unused = path.with_name(f"{path.name}.{number}")
+    return unused

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import shutil
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -196,6 +198,29 @@ def test_old_versions_are_pruned_except_the_current_one_and_the_one_to_roll_back
     DraftStore(store.folder, keep=2).prune()
     assert names(store) == ["draft-000003", "draft-000005", "draft-000006"], "5 is retired: 3 is to roll back to"
     assert ("pruned", "draft-000004") in events(store)
+
+
+def test_what_cannot_be_deleted_stays_and_hinders_nothing(
+    store: DraftStore, draft: Eagle3Draft, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Such as a version that `sudo aurora-lit learn` has published, or what it left when it was killed."""
+
+    def refuse(path: Path) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", "record.json")
+
+    monkeypatch.setattr(shutil, "rmtree", refuse)
+    (store.folder / ".new.draft-000002").mkdir(parents=True)
+    for _ in range(4):
+        store.publish(draft, record={})
+    assert store.current() == "draft-000004"
+    assert names(store) == ["draft-000002", "draft-000003", "draft-000004"]
+    assert events(store).count(("pruned", "draft-000001")) == 1
+    left = store.folder / ".new.gone.draft-000001"
+    assert left.is_dir()
+    assert caplog.messages == [f"{left} cannot be deleted (Permission denied); delete it by hand"]
+    assert store.roll_back(bad="draft-000004", reason="slow") == "draft-000003"
+    store.promote("draft-000002")
+    assert store.current() == "draft-000002"
 
 
 def test_the_version_to_roll_back_to_survives_retired_ones_between(store: DraftStore, draft: Eagle3Draft) -> None:

@@ -70,7 +70,8 @@ def build_loop(
         ring = stack.enter_context(contextlib.closing(RingReaders.open(rings, layout=LAYOUT_DIGEST)))
         target_head, starting = load_head_and_draft(config)
         store = DraftStore(versions_folder(config), keep=config.checkpoint.keep)
-        with contextlib.suppress(CheckpointError):  # a CURRENT that names no version; `newest_usable` tells it
+        # CheckpointError: a CURRENT that names no version, which `newest_usable` tells; OSError: learning can begin.
+        with contextlib.suppress(CheckpointError, OSError):
             store.prune()  # also deletes what a learner left that was killed while it published
         starting_digest = weights_digest(starting)
         if learn.from_scratch and not store.has_current:
