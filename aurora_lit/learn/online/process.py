@@ -56,14 +56,15 @@ def run_learner(config: AuroraConfig, run_folder: Path) -> None:
     threads = learn.threads * learn.devices
     _lower_priority(learn.threads, niceness(share=learn.compute_share, threads=threads, cpus=available_cores()))
     page, status = _open_pages(run_folder)
-    page.write(pid=os.getpid(), started_ns=time.monotonic_ns(), activity="loading", error="", busy_threads=threads)
-    page.beat()
-    try:
-        _learn(config, run_folder, page, status)
-    except BaseException as error:
-        page.write(error=f"{type(error).__name__}: {error}")
-        raise
-    page.write(pid=0, activity="left")
+    with _only_writer(run_folder / LEARNER_STATUS_NAME, page):
+        page.write(pid=os.getpid(), started_ns=time.monotonic_ns(), activity="loading", error="", busy_threads=threads)
+        page.beat()
+        try:
+            _learn(config, run_folder, page, status)
+        except BaseException as error:
+            page.write(error=f"{type(error).__name__}: {error}")
+            raise
+        page.write(pid=0, activity="left")
 
 
 def is_follower(config: AuroraConfig) -> bool:
@@ -159,10 +160,25 @@ def _open_pages(run_folder: Path) -> tuple[LearnerStatusPage, EngineStatusPage]:
         status = EngineStatusPage.open(run_folder / STATUS_NAME)
     except (OSError, ValueError) as error:
         raise AuroraError(f"{run_folder} is not the run folder of a server of this version: {error}") from error
-    other = page.read()
-    if other.state == "running":  # that learner writes the page
-        raise AuroraError(f"a learner is attached to this server already (pid {other.pid}); end it first")
+    if page.read().state == "running":
+        raise _is_attached(page)
     return page, status
+
+
+@contextlib.contextmanager
+def _only_writer(path: Path, page: LearnerStatusPage) -> Iterator[None]:
+    """Inside the context no other learner writes the server's page. Raises AuroraError if one may, stalled or not."""
+    descriptor = os.open(path, os.O_RDWR)  # closed in children
+    try:
+        if not _try_lock(descriptor):
+            raise _is_attached(page)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _is_attached(page: LearnerStatusPage) -> AuroraError:
+    return AuroraError(f"a learner is attached to this server already (pid {page.read().pid}); end it first")
 
 
 @contextlib.contextmanager

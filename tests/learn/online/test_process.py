@@ -21,9 +21,10 @@ from support.learner_harness import ServerStandIn
 from support.live_traces import asked_again
 from support.tiny_models import random_draft
 
+from aurora_lit.config import AuroraConfig
 from aurora_lit.errors import AuroraError
-from aurora_lit.ipc.engine_status import EngineStatusPage
-from aurora_lit.ipc.learner_status import LearnerStatusPage
+from aurora_lit.ipc.engine_status import STATUS_NAME, EngineStatusPage
+from aurora_lit.ipc.learner_status import LEARNER_STATUS_NAME, LearnerStatusPage
 from aurora_lit.learn.data.training_state import from_bytes
 from aurora_lit.learn.online import process
 from aurora_lit.learn.online.build import STATE_NAME
@@ -130,6 +131,32 @@ def test_what_a_killed_learner_has_started_does_not_keep_the_next_one_out(tmp_pa
     with process._only_learner(tmp_path, wait_s=5.0):
         pass
     child.communicate(b"\n")
+
+
+def test_a_stalled_learner_keeps_its_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may go on, and writes its process id only once."""
+    EngineStatusPage.create(tmp_path / STATUS_NAME)
+    page = LearnerStatusPage.create(tmp_path / LEARNER_STATUS_NAME)
+    begun, may_end = threading.Event(), threading.Event()
+
+    def learn(*_: object) -> None:
+        begun.set()
+        assert may_end.wait(10)
+
+    monkeypatch.setattr(process, "_lower_priority", lambda *_: None)
+    monkeypatch.setattr(process, "_learn", learn)
+    stalled = threading.Thread(target=process.run_learner, args=(AuroraConfig(), tmp_path))
+    stalled.start()
+    assert begun.wait(10)
+    page.write(heartbeat_ns=1)
+    before = page.read()
+    assert before.state == "stalled"
+    with pytest.raises(AuroraError, match=f"attached to this server already .pid {os.getpid()}."):
+        process.run_learner(AuroraConfig(), tmp_path)
+    assert page.read() == before
+    may_end.set()
+    stalled.join()
+    assert page.read().state == "absent"
 
 
 class StoppableLoop:
