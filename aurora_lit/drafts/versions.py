@@ -68,6 +68,21 @@ def version_name(number: int) -> str:
     return f"draft-{number:06d}"
 
 
+def lock(descriptor: int, folder: Path, *, wait: bool = True) -> None:
+    """Lock an open file of a folder of versions, until it is closed.
+
+    Raises BlockingIOError if another process holds the lock and `wait` is false, and CheckpointError if the folder's
+    file system has no locks, as NFS and Lustre may not.
+    """
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise
+    except OSError as error:
+        remedy = "set checkpoint.dir to a folder on a local disk"
+        raise CheckpointError(f"{folder}: its file system has no locks ({error.strerror}); {remedy}") from error
+
+
 class DraftStore:
     """The versions in one folder; safe for several processes and threads. The first change creates the folder."""
 
@@ -207,7 +222,7 @@ class DraftStore:
         self.folder.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(self.folder / _LOCK_NAME, os.O_RDWR | os.O_CREAT, 0o644)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock(descriptor, self.folder, wait=wait)
             for leftover in self.folder.glob(f"{_TEMPORARY}*"):  # of a killed process: any other would hold the lock
                 # What is another user's, or in use over NFS, may have to stay.
                 with contextlib.suppress(OSError):

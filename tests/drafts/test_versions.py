@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import shutil
 import threading
@@ -198,6 +199,16 @@ def test_old_versions_are_pruned_except_the_current_one_and_the_one_to_roll_back
     DraftStore(store.folder, keep=2).prune()
     assert names(store) == ["draft-000003", "draft-000005", "draft-000006"], "5 is retired: 3 is to roll back to"
     assert ("pruned", "draft-000004") in events(store)
+
+
+def test_a_folder_without_locks_is_told_with_a_remedy(store: DraftStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    for change in (store.prune, lambda: store.roll_back(bad="draft-000001", reason="slow", wait=False)):
+        with pytest.raises(CheckpointError, match=r"live: .* no locks .Function not implemented.; set checkpoint\.dir"):
+            change()
 
 
 def test_what_cannot_be_deleted_stays_and_hinders_nothing(

@@ -9,7 +9,6 @@ them. Leaves out the loop (learn/online/loop.py).
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import logging
 import math
 import os
@@ -24,6 +23,7 @@ import psutil
 
 from aurora_lit.config import AuroraConfig, versions_folder
 from aurora_lit.cores import available_cores
+from aurora_lit.drafts.versions import lock
 from aurora_lit.errors import AuroraError
 from aurora_lit.ipc.engine_status import STATUS_NAME, EngineStatus, EngineStatusPage
 from aurora_lit.ipc.learner_status import LEARNER_STATUS_NAME, LearnerStatusPage
@@ -105,7 +105,7 @@ def _only_learner(folder: Path, *, wait_s: float = _LOCK_WAIT_S) -> Iterator[Non
     descriptor = os.open(folder / LOCK_NAME, os.O_RDWR | os.O_CREAT, 0o644)  # closed in children
     try:
         gives_up_s, has_told = time.monotonic() + wait_s, False
-        while not _try_lock(descriptor):
+        while not _try_lock(descriptor, folder):
             if time.monotonic() >= gives_up_s:
                 raise AuroraError(
                     f"another learner learns into {folder}; end it, or set another checkpoint.dir or checkpoint.run"
@@ -119,9 +119,9 @@ def _only_learner(folder: Path, *, wait_s: float = _LOCK_WAIT_S) -> Iterator[Non
         os.close(descriptor)
 
 
-def _try_lock(descriptor: int) -> bool:
+def _try_lock(descriptor: int, folder: Path) -> bool:
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        lock(descriptor, folder, wait=False)
     except BlockingIOError:
         return False
     return True
@@ -170,7 +170,7 @@ def _only_writer(path: Path, page: LearnerStatusPage) -> Iterator[None]:
     """Inside the context no other learner writes the server's page. Raises AuroraError if one may, stalled or not."""
     descriptor = os.open(path, os.O_RDWR)  # closed in children
     try:
-        if not _try_lock(descriptor):
+        if not _try_lock(descriptor, path.parent):
             raise _is_attached(page)
         yield
     finally:

@@ -6,6 +6,7 @@ That it exits on SIGTERM is in test_loop_faults.
 from __future__ import annotations
 
 import errno
+import fcntl
 import itertools
 import os
 import subprocess
@@ -120,6 +121,15 @@ def test_a_folder_has_one_learner_and_the_next_one_waits_for_its_end(tmp_path: P
         assert not begun.wait(0.1)
     assert begun.wait(10)
     waiting.join()
+
+
+def test_a_folder_without_locks_is_told_with_a_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with pytest.raises(AuroraError, match=r"No locks available.; set checkpoint\.dir"), process._only_learner(tmp_path):
+        pass
 
 
 def test_what_a_killed_learner_has_started_does_not_keep_the_next_one_out(tmp_path: Path) -> None:
