@@ -44,7 +44,7 @@ def main(folder: Path, model: Path, processes: int) -> None:
 
     target = Target.load(model, precision="fp32")
     target_head = TargetHead(target)
-    fabric = launch_fabric(LearnSettings(devices=processes))
+    fabric = launch_fabric(LearnSettings(devices=processes), folder)
 
     def a_learner(seed: int, **more: Any) -> Learner:
         module = online_module(target, random_draft(target, seed=seed, draft_vocab_size=32))

@@ -85,7 +85,7 @@ def build_loop(
             return starting_draft(config, target_head) if untrained is None else untrained
 
         current, draft = newest_usable(store, served_draft)
-        fabric = launch_fabric(learn, loggers=_loggers(config))
+        fabric = launch_fabric(learn, run_folder, loggers=_loggers(config))
         target_head.to(fabric.device)
         # The learner's own: no other copy of the draft that serving starts with stays in memory.
         module = online_module(config, starting if draft is None else draft, target_head)
@@ -165,7 +165,7 @@ def make_held_out(config: AuroraConfig) -> HeldOut:
     return HeldOut(seed=config.learn.seed, limit_bytes=config.learn.reservoir_mb * _MIB // 4)
 
 
-def run_follower(config: AuroraConfig) -> None:
+def run_follower(config: AuroraConfig, run_folder: Path) -> None:
     """Take the steps of the leader, of which this process is a copy, until it is done. Raises AuroraError."""
     learn = config.learn
     torch.set_num_threads(learn.threads)
@@ -173,7 +173,7 @@ def run_follower(config: AuroraConfig) -> None:
     store = DraftStore(versions_folder(config), keep=config.checkpoint.keep)
     # Of the leader's shape, which its state must have.
     draft = newest_usable(store, lambda version: load_draft(store.folder / version, target_head))[1]
-    fabric = launch_fabric(learn)
+    fabric = launch_fabric(learn, run_folder)
     follower = Follower()
     module = online_module(config, starting if draft is None else draft, target_head)
     learner = Learner(

@@ -6,9 +6,10 @@ leader are evaluated, published and saved; followers make no batches and evaluat
 and JSON (learn/data/training_state.py). Leaves out how a batch is divided (modules/losses/batch.py) and the step, which
 sums the gradients (learn/online/learner.py).
 
-Beside a server Fabric starts the followers as copies of the leader's own command, and they follow until it is done:
+Beside a server Fabric starts the followers as copies of the leader's own command, and they follow until it is done.
+They meet in a file of the run folder, so no other process can join, and on the CPU talk over loopback only:
 
-    fabric = launch_fabric(config.learn)                    # returns in every process
+    fabric = launch_fabric(config.learn, run_folder)        # returns in every process
     with leader_process() as leader:                        # in the first process
         Learner(…, fabric=fabric, before_step=leader.broadcast_step)
     follower = Follower()                                   # in the others
@@ -28,6 +29,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -36,6 +38,7 @@ import torch.distributed as dist
 from lightning.fabric import Fabric
 from lightning.fabric.loggers.logger import Logger
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
+from lightning.fabric.strategies.ddp import DDPStrategy
 
 from aurora_lit.errors import AuroraError
 from aurora_lit.learn.data.training_state import from_bytes, to_bytes
@@ -46,6 +49,8 @@ from aurora_lit.settings import LearnSettings
 
 _IDLE_TIMEOUT = timedelta(days=365)
 """How long a follower waits for a step: without traffic there are no steps."""
+_MEETING_TIMEOUT = timedelta(minutes=30)
+"""How long processes wait for each other to load, and for each other in a step."""
 _EXIT_TIMEOUT_S = 5.0
 """How long the leader waits for the followers to exit."""
 _PIECE_BYTES = 64 << 20
@@ -65,18 +70,52 @@ class _Step:
     """The learner's whole state; None if the followers have it already."""
 
 
-def launch_fabric(learn: LearnSettings, *, loggers: Sequence[Logger] = ()) -> Fabric:
-    """Start the followers, if `learn.devices` asks for any: on GPUs if there are enough, else on the CPU."""
+class _LocalDDP(DDPStrategy):
+    """DDP between processes of one machine. By itself it would open a port to the network that asks nobody's name."""
+
+    def __init__(self, folder: Path) -> None:
+        """folder: in which the processes meet, in a file named after the leader."""
+        super().__init__()
+        leads = os.environ.get("LOCAL_RANK", "0") == "0"
+        self._path = folder / f"learners-{os.getpid() if leads else os.getppid()}"
+        if leads:
+            self._path.unlink(missing_ok=True)  # of a killed leader that had this number
+
+    def setup_environment(self) -> None:
+        """Form the group; Fabric uses one that is there."""
+        device = self.root_device
+        assert self.accelerator is not None
+        self.accelerator.setup_device(device)
+        store = dist.FileStore(str(self._path), self.num_processes)  # type: ignore[attr-defined]
+        store.set_timeout(_MEETING_TIMEOUT)
+        dist.init_process_group(
+            "nccl" if device.type == "cuda" else "gloo",
+            store=store,
+            rank=self.local_rank,
+            world_size=self.num_processes,
+            timeout=_MEETING_TIMEOUT,
+            device_id=device if device.type == "cuda" else None,
+        )
+        super().setup_environment()
+
+
+def launch_fabric(learn: LearnSettings, folder: Path, *, loggers: Sequence[Logger] = ()) -> Fabric:
+    """Start the followers, if `learn.devices` asks for any: on GPUs if there are enough, else on the CPU.
+
+    folder: private to the processes, which meet in a file in it.
+    """
     alone = learn.devices == 1
     if not alone:
         os.environ.setdefault("LT_PRECISION", training_precision())  # the followers inherit it
         if sys.flags.safe_path:
             os.environ["PYTHONSAFEPATH"] = "1"  # as module_command has it; Fabric leaves out the flag
+        if sys.platform == "linux":
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # loopback: not reachable from the network
     gpus = torch.cuda.is_available() and torch.cuda.device_count() >= learn.devices
     fabric = Fabric(
         accelerator="auto" if alone else "cuda" if gpus else "cpu",
         devices=learn.devices,
-        strategy="auto" if alone else "ddp",
+        strategy="auto" if alone else _LocalDDP(folder),
         precision=training_precision(),
         plugins=[LightningEnvironment()],  # a SLURM job's tasks are not these processes
         loggers=list(loggers),

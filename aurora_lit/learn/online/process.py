@@ -51,7 +51,7 @@ def run_learner(config: AuroraConfig, run_folder: Path) -> None:
     """Learn from the server that owns `run_folder` until it ends. Raises AuroraError if learning cannot start."""
     learn = config.learn
     if is_follower(config):
-        _follow(config)
+        _follow(config, run_folder)
         return
     threads = learn.threads * learn.devices
     _lower_priority(learn.threads, niceness(share=learn.compute_share, threads=threads, cpus=available_cores()))
@@ -72,13 +72,13 @@ def is_follower(config: AuroraConfig) -> bool:
     return config.learn.devices > 1 and os.environ.get("LOCAL_RANK", "0") != "0"
 
 
-def _follow(config: AuroraConfig) -> None:
+def _follow(config: AuroraConfig, run_folder: Path) -> None:
     """Take the leader's steps until it is done; the priority is inherited from the leader."""
     from aurora_lit.learn.online.build import run_follower
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)  # they are sent to the leader too, which ends this process
-    run_follower(config)
+    run_follower(config, run_folder)
 
 
 def _learn(config: AuroraConfig, run_folder: Path, page: LearnerStatusPage, status: EngineStatusPage) -> None:

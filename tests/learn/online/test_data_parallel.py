@@ -58,39 +58,40 @@ def test_two_processes_learn_what_one_learns_through_restarts_and_new_vocabulari
         assert first[name] == pytest.approx(alone[name], rel=0.1)
 
 
-def test_followers_are_started_in_a_slurm_job_too(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_followers_are_started_in_a_slurm_job_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The job has one task, in which the learner starts its own processes."""
     for name, value in {"JOB_NAME": "serve", "NTASKS": "1", "PROCID": "0", "LOCALID": "0", "NODEID": "0"}.items():
         monkeypatch.setenv(f"SLURM_{name}", value)
     monkeypatch.setenv("LT_PRECISION", "bf16-mixed")
     monkeypatch.setattr(Fabric, "launch", lambda fabric: None)
-    fabric = launch_fabric(LearnSettings(devices=2))
+    fabric = launch_fabric(LearnSettings(devices=2), tmp_path)
     assert fabric.world_size == 2
     assert isinstance(fabric.strategy, DDPStrategy)
     assert fabric.strategy.cluster_environment is not None
     assert not fabric.strategy.cluster_environment.creates_processes_externally
 
 
-def test_followers_compute_in_the_precision_of_the_leader(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_followers_compute_in_the_precision_of_the_leader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """They inherit its environment: a product that each of them times might say something else."""
     inherited: list[str | None] = []
     monkeypatch.setattr(Fabric, "launch", lambda fabric: inherited.append(os.environ.get("LT_PRECISION")))
     monkeypatch.setenv("LT_PRECISION", "set anew")
     monkeypatch.delenv("LT_PRECISION")
-    launch_fabric(LearnSettings(devices=2))
+    launch_fabric(LearnSettings(devices=2), tmp_path)
     assert inherited == [training_precision()]
 
 
 @pytest.mark.parametrize("safe", [True, False])
 def test_followers_import_from_the_working_directory_if_the_leader_does(
-    safe: bool, monkeypatch: pytest.MonkeyPatch
+    safe: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Their command, which Fabric makes, is without the leader's -P."""
     inherited: list[str] = []
     monkeypatch.setattr(Fabric, "launch", lambda fabric: inherited.append(os.environ["PYTHONSAFEPATH"]))
-    monkeypatch.setattr(data_parallel, "sys", SimpleNamespace(flags=SimpleNamespace(safe_path=safe)))
+    leader = SimpleNamespace(flags=SimpleNamespace(safe_path=safe), platform=sys.platform)
+    monkeypatch.setattr(data_parallel, "sys", leader)
     monkeypatch.setenv("PYTHONSAFEPATH", "")
-    launch_fabric(LearnSettings(devices=2))
+    launch_fabric(LearnSettings(devices=2), tmp_path)
     assert inherited == ["1" if safe else ""]
 
 
@@ -125,6 +126,11 @@ def start_learner(server: ServerStandIn) -> subprocess.Popen[str]:
     )
 
 
+def listens_on(process: psutil.Process) -> set[str]:
+    """The addresses at which it takes connections."""
+    return {each.laddr.ip for each in process.net_connections() if each.status == psutil.CONN_LISTEN}
+
+
 def has_exited(process: psutil.Process) -> bool:
     """True of a zombie too, which init has not reaped yet."""
     try:
@@ -141,6 +147,7 @@ def test_the_command_learns_with_its_follower_and_both_exit_on_sigterm(server: S
     server.wait(learner, lambda: server.page.read().steps >= 6)
     (follower,) = psutil.Process(learner.pid).children()
     assert os.getpriority(os.PRIO_PROCESS, follower.pid) == os.getpriority(os.PRIO_PROCESS, learner.pid)
+    assert listens_on(psutil.Process(learner.pid)) | listens_on(follower) <= {"127.0.0.1", "::1"}, "not on the network"
     os.killpg(learner.pid, signal.SIGTERM)  # as a service manager does
     output, _ = learner.communicate(timeout=60)
     assert learner.returncode == 0, output[-3000:]
