@@ -25,6 +25,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Generic, Protocol, Self, TypeVar
 
+from aurora_lit.errors import AuroraError
+
 _HEADER_WORDS = 2
 """Layout digest, and the sequence number (odd during a write)."""
 _HEARTBEAT = "heartbeat_ns"
@@ -82,7 +84,10 @@ class Page(Generic[Record]):
 
     @classmethod
     def create(cls, path: Path) -> Self:
-        """Make a zeroed page that only this user can read; its space is reserved at once, so no write raises SIGBUS."""
+        """Make a zeroed page that only this user can read; its space is reserved at once, so no write raises SIGBUS.
+
+        Raises AuroraError if there is no room for it.
+        """
         _, size_bytes, digest = _layout(cls.record_class)
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
         try:
@@ -91,6 +96,10 @@ class Page(Generic[Record]):
             else:
                 os.ftruncate(descriptor, size_bytes)
             page = cls(mmap.mmap(descriptor, size_bytes))
+        except OSError as error:  # names no file
+            path.unlink()
+            remedy = f"delete what is left in {path.parent.parent}, or make it larger (of a container: --shm-size)"
+            raise AuroraError(f"{path} cannot be made: {error.strerror}; {remedy}") from error
         finally:
             os.close(descriptor)
         page._integers[0] = digest

@@ -1,6 +1,7 @@
 """The status pages, and the metrics and JSON that show them."""
 
 import dataclasses
+import errno
 import json
 import os
 import stat
@@ -13,6 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from aurora_lit.errors import AuroraError
 from aurora_lit.ipc.engine_status import EngineStatusPage, WorkerState
 from aurora_lit.ipc.learner_status import LearnerStatus, LearnerStatusPage
 from aurora_lit.ipc.ring import RingWriter
@@ -52,6 +54,16 @@ def test_a_reader_sees_what_the_writer_wrote(path):
 def test_only_the_owner_may_read_it(path):
     EngineStatusPage.create(path)
     assert stat.S_IMODE(os.stat(path).st_mode) == 0o600
+
+
+def test_without_room_for_it_a_remedy_is_told(path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(AuroraError, match=f"{path} cannot be made: No space left on device; .*--shm-size"):
+        EngineStatusPage.create(path)
+    assert not path.exists()
 
 
 def test_another_file_is_refused(path):

@@ -10,6 +10,7 @@ finds them again, and clients' text is never written to a disk. Leaves out batch
 
 from __future__ import annotations
 
+import errno
 import heapq
 import logging
 import os
@@ -27,6 +28,9 @@ MAX_DOMAINS = 32
 _SUFFIX = ".trace"
 _PASSED_OVER = 64
 """Traces that are not kept after one for which dropping others has made no room."""
+_LEFT_SHARE, _LEFT_BYTES = 1 / 8, 64 << 20
+"""What is left free for others, such as vLLM, which would be killed where shared memory is full: a share of what the
+traces take and could take, at most so much."""
 _log = logging.getLogger(__name__)
 
 
@@ -126,6 +130,7 @@ class Reservoir:
         """False if there is no room for it."""
         temporary = self._folder / f"{entry.name}.tmp"
         try:
+            self._check_room(len(payload))
             with open(temporary, "wb", opener=lambda path, flags: os.open(path, flags, 0o600)) as file:
                 file.write(payload)
             os.replace(temporary, self._folder / entry.name)
@@ -136,6 +141,13 @@ class Reservoir:
                 _log.warning("no room for past traces beyond %d MiB: %s", self.num_bytes >> 20, error)
             return False
         return True
+
+    def _check_room(self, num_bytes: int) -> None:
+        """Raise OSError if this entry's file, of so many bytes, would leave others too little."""
+        room = os.statvfs(self._folder)
+        free = room.f_bavail * room.f_frsize - num_bytes
+        if room.f_blocks and free < min(_LEFT_BYTES, _LEFT_SHARE * (self.num_bytes + free)):  # 0: without a limit
+            raise OSError(errno.ENOSPC, "the rest is left to others")
 
     def rename_domain(self, removed: str, kept: str) -> None:
         """Traces of a domain that went into another one are of that from now on, until a restart."""
