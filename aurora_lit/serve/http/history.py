@@ -56,6 +56,11 @@ class History:
         self.report = report
         self._keep_first_lengths()
 
+    def shift(self, by_s: float) -> None:
+        """Correct all times: the clock was wrong by so much when they were taken."""
+        for each in (*self.points, *self._events):
+            each["time"] = round(each["time"] + by_s, 2)
+
     def events_after(self, number: int) -> list[Json]:
         """Those with a higher number that are still kept."""
         return [event for event in self._events if event["number"] > number]

@@ -8,7 +8,8 @@ opened later has a past to show. A viewer that reads slowly misses samples, and 
 sample holds (serve/http/history.py) and the page itself (static/).
 
 The stream begins with an event `history` (`points`, `events`, `report`, `first_lengths`); then comes an event `sample`
-(`point` in place of `points`) for each sample. Reports are those of GET /v1/aurora/status.
+(`point` in place of `points`) for each sample, or another `history` where the clock was set. Reports are those of
+GET /v1/aurora/status.
 """
 
 from __future__ import annotations
@@ -32,6 +33,8 @@ SAMPLE_S = 1.0
 IDLE_SAMPLE_S = 15.0
 """While nobody watches."""
 MAX_VIEWERS = 32
+_CLOCK_SET_S = 5.0
+"""By so much the clock must have been set for the history to follow."""
 _STATIC = Path(__file__).with_name("static")
 FILES = {
     "/": ("page.html", "text/html; charset=utf-8"),
@@ -63,7 +66,8 @@ class LivePage:
         self.history = History()
         self.num_viewers = 0
         self._closed = False
-        self._epoch_s = time.time() - time.monotonic()  # so that the history stays in order when the clock is set
+        self._epoch_s = time.time() - _since_boot_s()
+        """When the machine started, as the clock says; the history stays in order when the clock is set."""
         self._sampled, self._watched = asyncio.Event(), asyncio.Event()
 
     def add_routes(self, app: FastAPI, *, authorize: Callable[..., None]) -> None:
@@ -110,20 +114,24 @@ class LivePage:
         try:
             if self.num_viewers == 1:  # the last sample is an old one
                 self._sample()
-            history = self.history
-            message = self._message("history", points=history.points, events=history.events_after(0))
+            history, message = self.history, self._whole_history()
             while True:
-                last_event, sampled = history.num_events, self._sampled
+                last_event, epoch_s, sampled = history.num_events, self._epoch_s, self._sampled
                 yield message
                 await sampled.wait()  # no wait if there was a sample while the message was sent
                 if self._closed:
                     return
                 events = history.events_after(last_event)
                 message = self._message("sample", point=history.points[-1], events=events)
+                if self._epoch_s != epoch_s:
+                    message = self._whole_history()
         finally:
             self.num_viewers -= 1
             if self.num_viewers == 0:
                 self._watched.clear()
+
+    def _whole_history(self) -> str:
+        return self._message("history", points=self.history.points, events=self.history.events_after(0))
 
     def _message(self, event: str, **content: Any) -> str:
         content |= {"report": self.history.report, "first_lengths": self.history.first_lengths}
@@ -140,10 +148,20 @@ class LivePage:
                     await asyncio.sleep(SAMPLE_S)  # the viewer has taken a sample itself
 
     def _sample(self) -> None:
-        self.history.add(self._report(), latencies=self._latencies(), now_s=self._epoch_s + time.monotonic())
+        since_boot_s = _since_boot_s()
+        set_by_s = time.time() - since_boot_s - self._epoch_s
+        if abs(set_by_s) > _CLOCK_SET_S:
+            self._epoch_s += set_by_s
+            self.history.shift(set_by_s)
+        self.history.add(self._report(), latencies=self._latencies(), now_s=self._epoch_s + since_boot_s)
         # Whoever waits now is woken; who comes back waits for the next sample.
         sampled, self._sampled = self._sampled, asyncio.Event()
         sampled.set()
+
+
+def _since_boot_s() -> float:
+    """Of a clock that is never set, and goes on while the machine sleeps, as Linux' time.monotonic() does not."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME) if hasattr(time, "CLOCK_BOOTTIME") else time.monotonic()
 
 
 def _always(response: Response) -> Callable[[], Any]:

@@ -103,6 +103,57 @@ def test_one_sampler_serves_all_viewers(reports, monkeypatch) -> None:
     asyncio.run(watch())
 
 
+class FakeClock:
+    """Stands in for the module `time`."""
+
+    CLOCK_BOOTTIME = 7
+
+    def __init__(self) -> None:
+        self.boot_s, self.now_s, self.awake_s = 100.0, 1000.0, 100.0
+
+    def time(self) -> float:
+        return self.now_s
+
+    def monotonic(self) -> float:
+        return self.awake_s
+
+    def clock_gettime(self, clock: int) -> float:
+        assert clock == self.CLOCK_BOOTTIME
+        return self.boot_s
+
+    def pass_s(self, seconds: float, *, asleep: bool = False) -> None:
+        self.boot_s, self.now_s = self.boot_s + seconds, self.now_s + seconds
+        self.awake_s += 0 if asleep else seconds
+
+
+def test_times_are_right_after_the_machine_has_slept_and_once_the_clock_is_set(reports, monkeypatch) -> None:
+    clock = FakeClock()
+    monkeypatch.setattr(live_page, "time", clock)
+    page = LivePage(reports, dict)
+
+    async def watch() -> None:
+        stream = page.messages()
+        ((name, history),) = await after(stream, 1)
+        clock.pass_s(28_800, asleep=True)
+        page._sample()
+        ((name, sample),) = await after(stream, 1)
+        assert (name, sample["point"]["time"]) == ("sample", 29_800)
+        clock.pass_s(10)
+        clock.now_s -= 20_000
+        page._sample()
+        ((name, history),) = await after(stream, 1)
+        assert name == "history", "a viewer's older times are corrected too"
+        assert [point["time"] for point in history["points"]] == [-19_000, 9_800, 9_810]
+        assert [event["time"] for event in history["events"]] == [9_800, 9_810]
+        clock.pass_s(1)
+        page._sample()
+        ((name, sample),) = await after(stream, 1)
+        assert (name, sample["point"]["time"]) == ("sample", 9_811)
+        await stream.aclose()
+
+    asyncio.run(watch())
+
+
 def test_a_slow_viewer_misses_samples_and_no_event(reports, monkeypatch) -> None:
     monkeypatch.setattr(live_page, "SAMPLE_S", 0.01)
     page = LivePage(reports, dict)
