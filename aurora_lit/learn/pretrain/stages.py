@@ -178,8 +178,8 @@ def _record_text(target: Target, tokenizer: PreTrainedTokenizerBase, options: Pr
     if not options.text or sum(shard.num_positions for shard in stored) >= options.text_positions:
         return
     writer = TraceLogWriter(traces, kind="text")
-    done = sum(shard.num_sequences for shard in stored)
-    pieces = itertools.islice(_text_in_turn(tokenizer, options.text), done, None)
+    recorded = {tuple(trace.token_ids_T.tolist()) for shard in stored for trace in read_shard(traces / shard.name)}
+    pieces = (piece for piece in _text_in_turn(tokenizer, options.text) if tuple(piece) not in recorded)
     with Progress() as bar, sigterm_as_exit(), closing(writer):
         task = bar.add_task("recording text", total=options.text_positions, completed=writer.num_positions)
         while writer.num_positions < options.text_positions:

@@ -6,6 +6,7 @@ Leaves out the loss (modules/losses/draft_module.py), the data (learn/data/log_b
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -66,7 +67,9 @@ class DraftTrainer:
         # By positions, not steps: the number of trained positions of a batch is not known in advance.
         self.schedules = [LambdaLR(each, lambda _: module.lr_factor(self._progress())) for each in optimizers]
         self.module, *self.optimizers = self.fabric.setup(module, *optimizers)
-        self.epoch = 0
+        self.epoch = self.batches_taken = 0
+        self._epoch_of: list[Any] = []
+        """What the order of the epoch's batches follows from; after as many of them as `batches_taken` it goes on."""
         if self.state_path.exists():
             self._resume()
 
@@ -79,19 +82,32 @@ class DraftTrainer:
         with _progress() as bar:
             task = bar.add_task("learning", total=until_positions, completed=self.positions_seen, note="")
             while self.positions_seen < until_positions:
-                before = self.positions_seen
-                for batch in self._batches(traces, shards):
+                before, skipped = self.positions_seen, self._begin_epoch(shards)
+                for batch in itertools.islice(self._batches(traces, shards), skipped, None):
                     report = self._step(batch)
+                    self.batches_taken += 1
                     bar.update(task, completed=self.positions_seen, note=_note(report))
                     if time.monotonic() - last_save > SAVE_EVERY_S:
                         self.save()
                         last_save = time.monotonic()
                     if self.positions_seen >= until_positions:
                         break
-                self.epoch += 1
-                if self.positions_seen == before:
+                self.epoch, self.batches_taken = self.epoch + 1, 0
+                if self.positions_seen == before and not skipped:
                     raise AuroraError(f"{traces} holds no sequence to learn from; record text or answers first")
         self.save()
+
+    def _begin_epoch(self, shards: Sequence[ShardInfo]) -> int:
+        """Begin an epoch, or go on with one that was broken off; returns how many of its batches were taken before.
+
+        One of other shards or options is not gone on with: its batches would come in another order.
+        """
+        options = self.options
+        order = [options.seed, options.batch_positions, options.max_length, *(shard.name for shard in shards)]
+        if self.batches_taken and order != self._epoch_of:
+            self.epoch, self.batches_taken = self.epoch + 1, 0
+        self._epoch_of = order
+        return self.batches_taken
 
     @torch.no_grad()
     def validate(
@@ -142,6 +158,8 @@ class DraftTrainer:
                 "schedules": [schedule.state_dict() for schedule in self.schedules],
                 "positions_seen": self.positions_seen,
                 "epoch": self.epoch,
+                "batches_taken": self.batches_taken,
+                "epoch_of": self._epoch_of,
             },
         )
 
@@ -159,6 +177,7 @@ class DraftTrainer:
         for schedule, of_schedule in zip(self.schedules, state["schedules"], strict=True):
             schedule.load_state_dict({**of_schedule, "base_lrs": schedule.base_lrs})
         self.positions_seen, self.epoch = state["positions_seen"], state["epoch"]
+        self.batches_taken, self._epoch_of = state["batches_taken"], state["epoch_of"]
         for schedule in self.schedules:  # with this object's learning rate, not the saved one
             for group, base_lr in zip(schedule.optimizer.param_groups, schedule.base_lrs, strict=True):
                 group["lr"] = base_lr * self.module.lr_factor(self._progress())
@@ -193,7 +212,10 @@ class DraftTrainer:
 
 
 def positions_trained(folder: Path) -> int:
-    """On how many positions the training in a folder has trained so far. Raises AuroraError if its state is damaged."""
+    """On how many positions the training in a folder has trained so far.
+
+    Raises AuroraError if its state is damaged or of an older version.
+    """
     path = folder / STATE_NAME
     return int(_saved_state(path)["positions_seen"]) if path.exists() else 0
 
@@ -202,6 +224,11 @@ def _saved_state(path: Path) -> dict[str, Any]:
     state = read_state(path)
     if state is None:
         raise AuroraError(f"{path} is damaged; delete it to train from the beginning")
+    if "batches_taken" not in state:
+        raise AuroraError(
+            f"{path} is of an older version, whose training cannot be continued; delete it to train from the beginning "
+            "on the same traces"
+        )
     return state
 
 

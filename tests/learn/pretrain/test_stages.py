@@ -21,9 +21,10 @@ from aurora_lit.drafts.checkpoint import load_draft, save_draft
 from aurora_lit.errors import CheckpointError, ConfigError
 from aurora_lit.learn.pretrain import stages
 from aurora_lit.learn.pretrain.generate_answers import generate_answers
+from aurora_lit.learn.pretrain.record_text import text_pieces
 from aurora_lit.learn.pretrain.stages import PretrainOptions, pretrain
 from aurora_lit.models.target import Target
-from aurora_lit.traces.log import read_index
+from aurora_lit.traces.log import read_index, read_shard
 from aurora_lit.traces.record import Trace
 
 
@@ -226,6 +227,26 @@ def test_text_before_an_interruption_is_kept(
     with pytest.raises(Stopped):
         pretrain(config, dataclasses.replace(options, text=(text,)))
     assert [shard.num_sequences for shard in read_index(options.out.with_name("first.traces"))] == batches
+
+
+def test_text_of_a_file_that_is_added_is_recorded_from_its_beginning(
+    config: AuroraConfig, options: PretrainOptions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stages, "_PIECE_TOKENS", 16)
+    monkeypatch.setattr(stages, "_PIECES_AT_ONCE", 2)
+    monkeypatch.setattr(stages, "generate_answers", stop)
+    texts = tmp_path / "one.txt", tmp_path / "two.txt"
+    for number, text in enumerate(texts):
+        text.write_text(" ".join(f"{number}{n}" for n in range(100, 160)))
+    tokenizer = tiny_tokenizer()
+    pieces = [piece for text in texts for piece in text_pieces(text, tokenizer, piece_tokens=16)]
+    assert len(pieces) > 8
+    for files, positions in ((texts[:1], 1), (texts, 100_000)):
+        with pytest.raises(Stopped):
+            pretrain(config, dataclasses.replace(options, text=files, text_positions=positions))
+    traces = options.out.with_name("first.traces")
+    recorded = [t.token_ids_T.tolist() for shard in read_index(traces) for t in read_shard(traces / shard.name)]
+    assert sorted(recorded) == sorted(pieces)
 
 
 def test_prompts_that_leave_no_room_are_counted(

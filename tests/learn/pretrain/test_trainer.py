@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,11 +16,14 @@ from support.tiny_models import (
 )
 
 from aurora_lit.errors import AuroraError
+from aurora_lit.learn.data.training_state import read_state, write_state
+from aurora_lit.learn.pretrain import trainer as trainer_module
 from aurora_lit.learn.pretrain.generate_answers import PromptToAnswer, generate_answers
 from aurora_lit.learn.pretrain.trainer import DraftTrainer, TrainerOptions
 from aurora_lit.models.target import Target
-from aurora_lit.modules.losses.objective import OnlineWeights
-from aurora_lit.traces.log import TraceLogWriter, read_index
+from aurora_lit.modules.losses.batch import OnlineBatch
+from aurora_lit.modules.losses.objective import OnlineWeights, StepReport
+from aurora_lit.traces.log import TraceLogWriter, read_index, read_shard
 
 
 @pytest.fixture
@@ -83,6 +89,72 @@ def test_a_few_steps_learn_and_a_rebuilt_trainer_continues_where_the_last_one_st
         torch.testing.assert_close(tensor, again.module.state_dict()[name])
     again.fit(log, shards, until_positions=8_000)
     assert again.positions_seen == first.positions_seen, "nothing is left to do"
+
+
+def test_an_epoch_that_was_broken_off_goes_on_where_it_was(
+    target: Target, log: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A crash comes in the middle of an epoch, after a save."""
+    monkeypatch.setattr(trainer_module, "SAVE_EVERY_S", 0.0)
+    shards = read_index(log)
+
+    def taken(folder: Path, *, crashes_after: int | None = None) -> list[list[list[int]]]:
+        found: list[list[list[int]]] = []
+        learning = trainer(target, folder)
+        step = learning._step
+
+        def crash_or_step(batch: OnlineBatch) -> StepReport:
+            if len(found) == crashes_after:
+                raise KeyboardInterrupt
+            found.append(batch.traces.token_ids_BT.tolist())
+            return step(batch)
+
+        monkeypatch.setattr(learning, "_step", crash_or_step)
+        with nullcontext() if crashes_after is None else pytest.raises(KeyboardInterrupt):
+            learning.fit(log, shards, until_positions=1_800)
+        return found
+
+    unbroken = taken(tmp_path / "unbroken")
+    first = taken(tmp_path / "broken", crashes_after=2)
+    assert first == unbroken[:2]
+    assert taken(tmp_path / "broken") == unbroken[2:]
+
+
+def test_an_epoch_of_other_shards_is_not_gone_on_with(
+    target: Target, log: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trainer_module, "SAVE_EVERY_S", 0.0)
+    shards = read_index(log)
+    learning = trainer(target, tmp_path / "fit")
+    monkeypatch.setattr(learning, "save", partial(save_and_stop, learning.save))
+    with pytest.raises(KeyboardInterrupt):
+        learning.fit(log, shards, until_positions=2_000)
+    writer = TraceLogWriter(log, kind="answer")
+    for trace in list(read_shard(log / shards[0].name))[:20]:
+        writer.append(trace)
+    writer.close()
+    again = trainer(target, tmp_path / "fit")
+    assert (again.epoch, again.batches_taken) == (0, 1)
+    again.fit(log, read_index(log), until_positions=again.positions_seen + 1)
+    assert again.epoch == 2, "the one that was broken off, and a new one"
+
+
+def save_and_stop(save: Callable[[], None]) -> None:
+    save()
+    raise KeyboardInterrupt
+
+
+def test_a_state_of_an_older_version_is_refused(target: Target, log: Path, tmp_path: Path) -> None:
+    """It does not say where in its epoch it was."""
+    learning = trainer(target, tmp_path / "fit")
+    learning.fit(log, read_index(log), until_positions=1_000)
+    state = read_state(learning.state_path)
+    assert state is not None
+    for name in ("batches_taken", "epoch_of"):
+        del state[name]
+    write_state(learning.state_path, state)
+    with pytest.raises(AuroraError, match="an older version, whose training cannot be continued; delete it to train"):
+        trainer(target, tmp_path / "fit")
 
 
 def test_a_rebuilt_trainer_has_its_own_learning_rate(target: Target, log: Path, tmp_path: Path) -> None:
