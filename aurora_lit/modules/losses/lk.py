@@ -71,11 +71,6 @@ def acceptance_given_token(p_D: Tensor, q_D: Tensor, token: Tensor) -> Tensor:
     return torch.where(q_1[..., 0] > 0, 1 / inverse, 0.0)
 
 
-def expected_accepted_length(alpha_K: Tensor) -> Tensor:
-    """1 + Σ_t Π_{i≤t} α_i over the last dim: the expected tokens of a round, the target's own token included."""
-    return 1 + alpha_K.cumprod(-1).sum(-1)
-
-
 def lk_loss(p_D: Tensor, q_D: Tensor) -> Tensor:
     """λ·KL(p‖q) + (1 − λ)(1 − α) for each row, with λ = exp(−3·stopgrad α); no reduction and no mask.
 

@@ -16,6 +16,7 @@ from support.tiny_models import (
 )
 
 from aurora_lit.errors import AuroraError
+from aurora_lit.learn.data.log_batches import held_out_batches
 from aurora_lit.learn.data.training_state import read_state, write_state
 from aurora_lit.learn.pretrain import trainer as trainer_module
 from aurora_lit.learn.pretrain.generate_answers import PromptToAnswer, generate_answers
@@ -142,6 +143,25 @@ def test_an_epoch_of_other_shards_is_not_gone_on_with(
 def save_and_stop(save: Callable[[], None]) -> None:
     save()
     raise KeyboardInterrupt
+
+
+def test_the_expected_length_is_the_mean_along_chains(target: Target, log: Path, tmp_path: Path) -> None:
+    """Not a product of mean acceptances: positions that are easy to propose for come together."""
+    shards, learning = read_index(log), trainer(target, tmp_path / "fit")
+    learning.fit(log, shards, until_positions=3_000)
+    report = learning.validate(log, shards, logsumexp=target.logsumexp)
+    lengths = []
+    for batch in held_out_batches(log, shards, batch_positions=512, max_length=64, logsumexp=target.logsumexp):
+        with torch.no_grad(), learning.fabric.autocast():
+            step = learning.module.training_step(batch)
+        alpha_KBT = step.stats.alpha_N.view_as(step.mask_KBT)
+        for row, root in step.mask_KBT[0].nonzero().tolist():
+            end, length, reached = int((batch.weight_BT[row] > 0).nonzero().max()), 1.0, 1.0
+            for number in range(min(2, end + 1 - root)):
+                reached *= float(alpha_KBT[number, row, root + number])
+                length += reached
+            lengths.append(length)
+    assert accepted_length(report) == pytest.approx(sum(lengths) / len(lengths), abs=6e-4)
 
 
 def test_a_state_of_an_older_version_is_refused(target: Target, log: Path, tmp_path: Path) -> None:

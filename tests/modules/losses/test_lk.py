@@ -6,7 +6,7 @@ import torch
 from aurora_lit.kernels import lk_loss as lk_loss_kernel
 from aurora_lit.kernels import native
 from aurora_lit.modules.losses.fused_lk import fused_lk_loss
-from aurora_lit.modules.losses.lk import acceptance_given_token, expected_accepted_length, lk_loss, overlap
+from aurora_lit.modules.losses.lk import acceptance_given_token, lk_loss, overlap
 from aurora_lit.modules.sampling.noise import gumbel
 
 N, H, G, D, V, K = 13, 5, 7, 11, 16, 3
@@ -218,13 +218,6 @@ def test_a_token_that_the_draft_does_not_propose_is_not_accepted() -> None:
     p_D, q_D = torch.tensor([0.5, 0.3]), torch.tensor([1.0, 0.0])
     given = acceptance_given_token(p_D.expand(2, 2), q_D.expand(2, 2), torch.tensor([0, 1]))
     torch.testing.assert_close(given, torch.tensor([1.0, 0.0]))
-
-
-def test_expected_length_counts_every_prefix_once() -> None:
-    alpha = torch.tensor([0.9, 0.5, 0.2], dtype=torch.float64)
-    # Probability of stopping there × tokens emitted.
-    stops = [0.1 * 1, 0.9 * 0.5 * 2, 0.9 * 0.5 * 0.8 * 3, 0.9 * 0.5 * 0.2 * 4]
-    assert expected_accepted_length(alpha).item() == pytest.approx(sum(stops))
 
 
 @pytest.mark.skipif(native.library() is None, reason="no C++ compiler, or AURORA_LIT_NATIVE=0")
