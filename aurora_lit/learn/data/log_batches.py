@@ -6,8 +6,10 @@ Leaves out the log itself (traces/log.py) and the loss (modules/losses/draft_mod
 from __future__ import annotations
 
 import random
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from itertools import compress
 from pathlib import Path
 
 from torch import Tensor
@@ -18,7 +20,7 @@ from aurora_lit.traces.log import ShardInfo, read_shard
 from aurora_lit.traces.record import Trace
 
 HELD_OUT_EVERY = 40
-"""Every 40th sequence of a shard is kept for validation."""
+"""One in so many prompts, or pieces of text, is kept for validation with all of its sequences."""
 _SHORTEST_PIECE = 8
 """Shorter remainders of a cut sequence are dropped, in positions."""
 
@@ -42,7 +44,7 @@ def training_batches(
     order = list(shards)
     rng.shuffle(order)
     for shard in order:
-        traces = [t for i, t in enumerate(read_shard(folder / shard.name)) if i % HELD_OUT_EVERY]
+        traces, _ = _split(list(read_shard(folder / shard.name)))
         batches = _batches(_cut(traces, max_length), batch_positions)
         rng.shuffle(batches)
         for batch in batches:
@@ -63,13 +65,27 @@ def held_out_batches(
     """
     by_domain: dict[str, list[Trace]] = {}
     for shard in shards:
-        for i, trace in enumerate(read_shard(folder / shard.name)):
-            if i % HELD_OUT_EVERY == 0:
-                labelled = replace(trace, lse_T=logsumexp(trace.last_TH))
-                by_domain.setdefault(trace.domain, []).append(labelled)
+        _, held_out = _split(list(read_shard(folder / shard.name)))
+        for trace in held_out:
+            by_domain.setdefault(trace.domain, []).append(replace(trace, lse_T=logsumexp(trace.last_TH)))
     for _, traces in sorted(by_domain.items()):
         for batch in _batches(_cut(traces, max_length), batch_positions):
             yield collate(batch, with_prompt=[False] * len(batch))
+
+
+def _split(traces: Sequence[Trace]) -> tuple[list[Trace], list[Trace]]:
+    """The traces of a shard to train on, and those that are held out.
+
+    A hash of the prompt decides (of text: of all tokens). So the same prompts are held out whatever the order, in every
+    stage of a training, and the answers to a prompt that comes several times are on the same side. A shard without such
+    a prompt holds out the one with the smallest hash.
+    """
+    hashes = [zlib.crc32(trace.token_ids_T[: trace.answer_start].int().numpy().tobytes()) for trace in traces]
+    chosen = {number for number in hashes if number % HELD_OUT_EVERY == 0} or {min(hashes)}
+    return (
+        list(compress(traces, (number not in chosen for number in hashes))),
+        list(compress(traces, (number in chosen for number in hashes))),
+    )
 
 
 def _batches(traces: Sequence[Trace], batch_positions: int) -> list[list[Trace]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from support.trace_examples import numbered_trace, write_log
 
 from aurora_lit.learn.data.collate import collate
 from aurora_lit.learn.data.log_batches import HELD_OUT_EVERY, held_out_batches, training_batches
+from aurora_lit.modules.losses.batch import TraceBatch
 from aurora_lit.traces.log import read_index
 
 
@@ -43,8 +45,7 @@ def test_weights_of_text_answers_and_padding() -> None:
 def test_a_long_sequence_is_cut_and_its_prompt_stays_a_prompt(
     answer_start: int, weights: list[list[int]], tmp_path: Path
 ) -> None:
-    filler = numbered_trace(8, domain="other")
-    write_log(tmp_path, [numbered_trace(24, answer_start=answer_start), *[filler] * 3])
+    write_log(tmp_path, [numbered_trace(24, answer_start=answer_start)])
     pieces = [
         (ids.tolist(), weight.tolist())
         for batch in held_out_batches(
@@ -83,8 +84,33 @@ def test_each_sequence_is_either_held_out_or_in_every_epoch_once(tmp_path: Path)
         assert torch.equal(batch.lse_BT, first_state(batch.last_BTH))
 
 
+def test_answers_to_a_held_out_prompt_are_never_trained_on(tmp_path: Path) -> None:
+    """Prompts of logs come again and again, in other shards and in later stages, and sampled answers differ."""
+    prompts = range(3 * HELD_OUT_EVERY)
+    answers = [numbered_trace(20, first=20 * i, answer_start=10) for i in [*prompts, *prompts[::-1], *prompts[5:]]]
+    for number, answer in enumerate(answers):
+        answer.token_ids_T[10:] = number
+    write_log(tmp_path / "first", answers, shard_positions=4_000)
+    write_log(tmp_path / "later", answers[len(prompts) : 2 * len(prompts)])
+
+    def asked(batches: Iterator[TraceBatch]) -> set[int]:
+        return {int(ids[0]) // 20 for batch in batches for ids in batch.token_ids_BT}
+
+    def split(folder: Path) -> tuple[set[int], set[int]]:
+        options = {"batch_positions": 60, "max_length": 100}
+        shards = read_index(folder)
+        trained = asked(training_batches(folder, shards, prompt_share=0.0, seed=0, **options))
+        return trained, asked(held_out_batches(folder, shards, logsumexp=first_state, **options))
+
+    trained, held_out = split(tmp_path / "first")
+    assert trained | held_out == set(prompts)
+    assert not trained & held_out
+    assert 0 < len(held_out) < len(trained) / 10
+    assert split(tmp_path / "later") == (trained, held_out)
+
+
 def test_batches_hold_about_the_positions_asked_for_padding_included(tmp_path: Path) -> None:
-    write_log(tmp_path, [numbered_trace(8 + 3 * (i % 20)) for i in range(100)])
+    write_log(tmp_path, [numbered_trace(8 + 3 * (i % 20), first=i) for i in range(100)])
     batches = list(
         training_batches(tmp_path, read_index(tmp_path), batch_positions=130, max_length=70, prompt_share=1.0, seed=0)
     )
@@ -95,7 +121,7 @@ def test_batches_hold_about_the_positions_asked_for_padding_included(tmp_path: P
 
 
 def test_a_share_of_the_prompts_is_learnt_from(tmp_path: Path) -> None:
-    write_log(tmp_path, [numbered_trace(20, answer_start=10) for _ in range(300)])
+    write_log(tmp_path, [numbered_trace(20, first=20 * i, answer_start=10) for i in range(300)])
     batches = training_batches(
         tmp_path, read_index(tmp_path), batch_positions=200, max_length=64, prompt_share=0.3, seed=0
     )
