@@ -132,15 +132,28 @@ def read_stream_info(folder: Path) -> dict[str, Any]:
 def _start_or_resume(out: Path, stream: Stream, config: AuroraConfig) -> None:
     """Create `out`, or check that it belongs to the same stream and target."""
     out.mkdir(parents=True, exist_ok=True)
-    path, target = out / INFO_NAME, {name: getattr(config.target, name) for name in ("source", "precision")}
+    path = out / INFO_NAME
     if path.exists():
         info = json.loads(path.read_text(encoding="utf-8"))
         if info["stream"] != asdict(stream):
             raise ConfigError(f"--out {out}: holds another stream; name another folder")
-        if (before := info.get("target", target)) != target:
-            raise ConfigError(f"--out {out}: holds answers of {before}, not of {target}; name another folder")
+        check_target(info, config, folder=f"--out {out}")
         return
-    _write(path, {"complete": False, "stream": asdict(stream), "target": target, "runs": {}})
+    _write(path, {"complete": False, "stream": asdict(stream), "target": _target(config), "runs": {}})
+
+
+def check_target(info: dict[str, Any], config: AuroraConfig, *, folder: str) -> None:
+    """Raise ConfigError if the stream that `info` describes holds answers of another target than the settings name.
+
+    folder: option and name of the stream's folder, for the message.
+    """
+    target = _target(config)
+    if (before := info.get("target", target)) != target:
+        raise ConfigError(f"{folder}: holds answers of {before}, not of {target}; name another folder")
+
+
+def _target(config: AuroraConfig) -> dict[str, Any]:
+    return {name: getattr(config.target, name) for name in ("source", "precision")}
 
 
 def _add_totals(out: Path, name: str, totals: AnswerTotals) -> None:

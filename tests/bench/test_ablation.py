@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -212,6 +213,36 @@ def test_only_missing_results_are_computed(folder: Path, out: Path) -> None:
         run(folder, out, "static,best")
     with pytest.raises(AuroraError, match="has no complete stream"):
         ablation.run(a_config(folder), traces=out, arms=["static"], seeds=(0,), out=out)
+
+
+@pytest.mark.parametrize("change", ["draft", "recording"])
+def test_results_of_another_draft_or_recording_are_not_taken_for_these(
+    change: str, folder: Path, out: Path, tmp_path: Path
+) -> None:
+    """They are in the folders of the same names."""
+    shutil.copytree(folder, tmp_path / "own")
+    options = {"every": 6, "steps_per_request": 0.2}
+    run(tmp_path / "own", out, "static", **options)
+    if change == "draft":
+        target = Target.load(tmp_path / "own" / "target", precision="fp32")
+        save_draft(random_draft(target, seed=7), tmp_path / "own" / "start", dtype=torch.float32)
+    else:
+        again = TraceLogWriter(tmp_path / "own" / "traces" / "measure", kind="measure")
+        for trace in list(read_traces(tmp_path / "own" / "traces" / "measure"))[:3]:
+            again.append(trace)
+        again.close()
+    with pytest.raises(ConfigError, match="another draft or another stream; name another folder"):
+        run(tmp_path / "own", out, "static", **options)
+
+
+def test_a_stream_of_another_target_is_refused(folder: Path, out: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder / "traces", tmp_path / "traces")
+    path = tmp_path / "traces" / "stream.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "target": {"source": "other", "precision": "bf16"}}))
+    with pytest.raises(
+        ConfigError, match="--traces .*traces: holds answers of {'source': 'other', 'precision': 'bf16'}"
+    ):
+        ablation.run(a_config(folder), traces=tmp_path / "traces", arms=["static"], seeds=(0,), out=out)
 
 
 def test_each_arm_changes_what_its_name_says(folder: Path) -> None:

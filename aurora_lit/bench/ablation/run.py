@@ -23,6 +23,7 @@ Leaves out the arms (bench/ablation/arms.py), what a seed takes of the stream (b
 
 from __future__ import annotations
 
+import hashlib
 import json
 import tempfile
 import time
@@ -42,9 +43,9 @@ from aurora_lit.bench.ablation.report import save_report
 from aurora_lit.bench.ablation.result import Result, result_path, store
 from aurora_lit.bench.ablation.statistics import round_counts
 from aurora_lit.bench.reporting import progress_bar
-from aurora_lit.bench.stream import MEASURED, TRAFFIC, read_stream_info
+from aurora_lit.bench.stream import MEASURED, TRAFFIC, check_target, read_stream_info
 from aurora_lit.bench.stream_plan import phase_of
-from aurora_lit.config import AuroraConfig, copied_tokens, max_proposal_length, resolved_memory_scope
+from aurora_lit.config import AuroraConfig, copied_tokens, draft_folder, max_proposal_length, resolved_memory_scope
 from aurora_lit.cores import use_threads
 from aurora_lit.durable import is_as_begun
 from aurora_lit.errors import ConfigError
@@ -54,12 +55,14 @@ from aurora_lit.learn.offline.on_policy import RoundSimulator
 from aurora_lit.learn.offline.replay import Replay, blocks, read_traces
 from aurora_lit.learn.online.build import load_head_and_draft
 from aurora_lit.learn.training_precision import one_process_fabric
+from aurora_lit.models.packed_target import weights_digest
 from aurora_lit.modules.draft.eagle3 import Eagle3Draft
 from aurora_lit.serve.speculation.calibration import calibration_steps
 from aurora_lit.serve.speculation.costs import Costs
 from aurora_lit.serve.speculation.drafter import Drafter
 from aurora_lit.serve.speculation.planner import SpeculationLimits
 from aurora_lit.serve.worker.build import load_target, starting_draft
+from aurora_lit.traces.log import INDEX_NAME as LOG_INDEX_NAME
 from aurora_lit.traces.record import Trace
 
 INFO_NAME, COSTS_NAME = "ablation.json", "costs.json"
@@ -92,16 +95,27 @@ def run(
     block: int = 32,
     shuffle_phases: bool = False,
 ) -> dict[str, Any]:
-    """Run the arms that are not done yet on the stream in `traces`; returns the report of all results in `out`."""
-    if config.draft.checkpoint is None:
+    """Run the arms that are not done yet on the stream in `traces`; returns the report of all results in `out`.
+
+    Raises ConfigError if the stream is of another target, or `out` holds arms of other settings, another draft or
+    another stream; AuroraError if the stream is not complete.
+    """
+    folder = draft_folder(config)
+    if folder is None:
         raise ConfigError("draft.checkpoint=null: there is no draft to learn from; name a checkpoint folder")
     wanted, stream = arms_named(arms), read_stream_info(traces)
     options = RunOptions(steps_per_request=steps_per_request, every=every, block=block, shuffle_phases=shuffle_phases)
+    check_target(stream, config, folder=f"--traces {traces}")
     for arm in wanted:
         _check_memory(arm, config)
     phases = stream["stream"]["phases"]
     short = short_phases(config, phases, steps_per_request=steps_per_request, every=every)
-    _start_or_resume(out, config, options, stream)
+    begun_with = {
+        "stream": stream["stream"],
+        "recording": [_digest(traces / part / LOG_INDEX_NAME) for part in (TRAFFIC, MEASURED)],
+        "weights": weights_digest(folder),
+    }
+    _start_or_resume(out, config, options, begun_with)
     use_threads(config.engine.threads)
     costs = measure_costs(config, out / COSTS_NAME)
     todo = [(arm, seed) for seed in seeds for arm in wanted if not result_path(out, arm.name, seed).exists()]
@@ -291,13 +305,19 @@ def measure_costs(config: AuroraConfig, path: Path) -> dict[str, Any]:
     return measured
 
 
-def _start_or_resume(out: Path, config: AuroraConfig, options: RunOptions, stream: dict[str, Any]) -> None:
-    """Create `out`, or check that its results have the same settings and stream, since only these are comparable."""
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _start_or_resume(out: Path, config: AuroraConfig, options: RunOptions, begun_with: dict[str, Any]) -> None:
+    """Create `out`, or check that its results have the same settings, draft and stream: only these are comparable."""
     out.mkdir(parents=True, exist_ok=True)
     names = ("target", "draft", "engine", "memory", "learn", "domain", "schedule")
     sections = {name: asdict(getattr(config, name)) for name in names}
     sections["engine"].pop("threads")
     sections["memory"]["scope"] = resolved_memory_scope(config)
-    how = {"options": asdict(options), "settings": sections, "stream": stream["stream"]}
+    how = {"options": asdict(options), "settings": sections, **begun_with}
     if not is_as_begun(out / INFO_NAME, how):
-        raise ConfigError(f"--out {out}: holds arms of other settings or another stream; name another folder")
+        raise ConfigError(
+            f"--out {out}: holds arms of other settings, another draft or another stream; name another folder"
+        )
