@@ -4,11 +4,11 @@
         learn.learning_rate=1e-3
 
 Each file is one domain, greedily answered by the configured engine in a process of its own, which records the traces;
-`--traces` keeps them for the next call. The learner gets the domains one after the other, `--seconds` of optimiser
-steps each (choosing batches included), about as many requests as a server at the default share would send it meanwhile:
-`--rate` in a second of which it computes `--share`. A sixth of each domain's requests is held out; the table has their
-accepted length, with chains of learn.unroll_steps, at the start and after each domain. Answers are learned from again,
-under new names, when a domain's are used up.
+`--traces` keeps them for the next call with the same prompts, options of the answers and target. The learner gets the
+domains one after the other, `--seconds` of optimiser steps each (choosing batches included), about as many requests as
+a server at the default share would send it meanwhile: `--rate` in a second of which it computes `--share`. A sixth of
+each domain's requests is held out; the table has their accepted length, with chains of learn.unroll_steps, at the start
+and after each domain. Answers are learned from again, under new names, when a domain's are used up.
 
 No trials are held: this is what a step teaches, good or bad. Leaves out what learning costs
 (benchmarks/learner_step.py) and what is served (`aurora-lit bench online --phases`, `bench ablation`).
@@ -103,16 +103,15 @@ def main() -> int:
     args = parser.parse_args()
     config = load_config(None, args.overrides)
     for path in args.prompts:
-        if not (args.traces / path.stem).is_dir():
-            record(
-                config,
-                args.traces / path.stem,
-                [path],
-                limit=args.limit,
-                max_tokens=args.max_tokens,
-                temperatures=[0.0],
-                continued=path.name in args.continued,
-            )
+        record(
+            config,
+            args.traces / path.stem,
+            [path],
+            limit=args.limit,
+            max_tokens=args.max_tokens,
+            temperatures=[0.0],
+            continued=path.name in args.continued,
+        )
     torch.manual_seed(config.learn.seed)
     domains = [Domain(path.stem, list(read_traces(args.traces / path.stem)), config) for path in args.prompts]
     table = Table(title="accepted length on held-out requests")

@@ -3,7 +3,8 @@
     python benchmarks/learner_step.py --prompts sql.jsonl --limit 64
 
 Prompts are answered by the configured engine in a process of its own, which records their traces; with `--traces` they
-are kept in that folder, and taken from there if it holds some. The learner is the one that the settings describe.
+are kept in that folder, and taken from there if it has those of the same answers, or if no prompts are named. The
+learner is the one that the settings describe.
 
 First table: steps on batches of these traces, the parts timed exclusively, and one trial. Second table: the learner's
 loop beside `--rate` such requests a second for `--live` seconds of a clock that advances by what the loop computes and
@@ -20,6 +21,7 @@ import dataclasses
 import functools
 import multiprocessing
 import os
+import shutil
 import sys
 import tempfile
 import time
@@ -36,6 +38,8 @@ from rich.table import Table
 from aurora_lit.bench.prompts import BenchPrompt, answer_prompts, load_prompts, params_for
 from aurora_lit.config import AuroraConfig, load_config
 from aurora_lit.drafts.versions import DraftStore
+from aurora_lit.durable import is_as_begun
+from aurora_lit.errors import AuroraError, ConfigError
 from aurora_lit.ipc.learner_status import LearnerStatusPage
 from aurora_lit.learn.data import labelled_trace, online_batcher
 from aurora_lit.learn.data.online_batcher import OnlineBatcher
@@ -57,6 +61,7 @@ from aurora_lit.learn.online.intake import TraceIntake
 from aurora_lit.learn.online.learner import STARTING_VERSION, Learner
 from aurora_lit.learn.online.loop import OnlineLoop
 from aurora_lit.learn.pretrain.prompts import read_prompts
+from aurora_lit.models.package_index import file_sha256
 from aurora_lit.modules.draft.eagle3 import Eagle3Draft
 from aurora_lit.modules.losses import chain_losses, draft_module
 from aurora_lit.serve.worker.build import build_engine
@@ -64,6 +69,7 @@ from aurora_lit.traces.log import TraceLogWriter
 from aurora_lit.traces.record import Trace, to_bytes
 
 _MIB = 1 << 20
+_BEGUN_NAME = "begun.json"
 _WARM_UP_STEPS = 2
 _CONTINUED_TOKENS = 96
 """Beginning of a prompt that is continued without a chat template."""
@@ -107,10 +113,30 @@ class Parts:
 
 
 def record(config: AuroraConfig, folder: Path, prompts: list[Path], **how: Any) -> None:
-    """`_record` in a process of its own, so that the memory of this one is the learner's."""
-    recorder = multiprocessing.get_context("spawn").Process(target=_record, args=(config, folder, prompts), kwargs=how)
+    """`_record` in a process of its own, so that the memory of this one is the learner's.
+
+    The folder gets its name once it is whole; one that has the traces of these answers is kept. Which draft proposed
+    makes no difference to answers, so traces may be of another draft's rounds. Raises ConfigError if the folder holds
+    traces of other answers, AuroraError if recording fails.
+    """
+    texts = {path.name: file_sha256(path) for path in prompts}
+    answers = {"target": [config.target.source, config.target.precision], "prompts": texts, **how}
+    if folder.exists():
+        if not (folder / _BEGUN_NAME).exists() or not is_as_begun(folder / _BEGUN_NAME, answers):
+            raise ConfigError(
+                f"--traces {folder}: holds traces of other prompts, options or target; name another folder"
+            )
+        return
+    unfinished = folder.with_name(f"{folder.name}.unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    args = (config, unfinished, prompts)
+    recorder = multiprocessing.get_context("spawn").Process(target=_record, args=args, kwargs=how)
     recorder.start()
     recorder.join()
+    if recorder.exitcode:
+        raise AuroraError(f"--traces {folder}: answering the prompts failed, as printed above")
+    is_as_begun(unfinished / _BEGUN_NAME, answers)
+    unfinished.rename(folder)
 
 
 def _record(
@@ -413,7 +439,7 @@ def main() -> int:
     config = load_config(None, args.overrides)
     with tempfile.TemporaryDirectory() as scratch:
         folder = args.traces or Path(scratch) / "traces"
-        if not folder.is_dir():
+        if args.prompts or not folder.is_dir():
             record(
                 config,
                 folder,

@@ -1,7 +1,7 @@
 """Makes the answers that are replayed: the target answers prompt files by plain decoding, in batches.
 
 One file for each prompt file and temperature, with the requests in the prompt file's order. A file that exists is kept,
-so that a run that was stopped goes on.
+so that a run that was stopped goes on; a folder has answers of one target and length alone.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from rich.progress import Progress
 
 from aurora_lit.bench.prompts import load_prompts
 from aurora_lit.config import AuroraConfig
-from aurora_lit.errors import AuroraError
+from aurora_lit.durable import is_as_begun
+from aurora_lit.errors import AuroraError, ConfigError
 from aurora_lit.request import Request, SamplingParams
 from aurora_lit.serve.worker.build import build_engine
 
@@ -37,7 +38,22 @@ def make_answers(
     """Answer the first `requests` prompts of each file, and write them to `out`; returns the paths.
 
     Prompts that leave no room for `max_tokens` within engine.max_seq_len are left out. Sampled requests have seeds.
+    Raises ConfigError if `out` holds answers of another target, or of other options.
     """
+    how = {
+        "target": [config.target.source, config.target.precision],
+        "max_seq_len": config.engine.max_seq_len,
+        "requests": requests,
+        "max_tokens": max_tokens,
+        "seed": seed,
+    }
+    begun = out / "begun.json"
+    out.mkdir(parents=True, exist_ok=True)
+    if (any(out.glob("*.jsonl")) and not begun.exists()) or not is_as_begun(begun, how):
+        raise ConfigError(
+            f"--out {out}: holds answers of another target, or of other --requests, --max-tokens, --seed or "
+            "engine.max_seq_len; name another folder"
+        )
     engine, tokenizer = build_engine(config)
     paths = []
     for path in prompts:

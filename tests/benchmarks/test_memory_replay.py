@@ -7,10 +7,16 @@ import random
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import pytest
+from rich.progress import Progress
 
+from aurora_lit.config import AuroraConfig, load_config
+from aurora_lit.errors import ConfigError
 from aurora_lit.kernels import native
+from benchmarks.memory_replay import answers as answers_module
+from benchmarks.memory_replay.answers import make_answers
 from benchmarks.memory_replay.proposers import MAX_NODES, Copying
 from benchmarks.memory_replay.replay import (
     Proposer,
@@ -185,6 +191,29 @@ def test_answers_and_replays_survive_their_files(tmp_path: Path) -> None:
     assert read_answers(tmp_path / "new" / "d-0.jsonl") == answers
     replayed = replay("none", Oracle([], 0), answers, shared=True)
     assert Replayed.from_json(json.loads(json.dumps(asdict(replayed)))) == replayed
+
+
+def test_answers_of_another_target_or_length_are_not_kept_beside_these(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(answers_module, "build_engine", lambda config: (None, None))
+    prompts, out = [tmp_path / "d.jsonl"], tmp_path / "out"
+    config, other = (load_config(None, [f"target.precision={precision}"]) for precision in ("fp32", "bf16"))
+    fields: dict[str, Any] = {"requests": 9, "max_tokens": 8, "seed": 0, "progress": Progress()}
+
+    def make(config: AuroraConfig, *, temperature: float = 0.0, folder: Path = out, **changes: Any) -> list[Path]:
+        write_answers(folder / f"d-{temperature:g}.jsonl", [recorded([1], [2])])
+        return make_answers(config, prompts, folder, temperature=temperature, **{**fields, **changes})
+
+    with pytest.raises(ConfigError, match="holds answers of another target"):  # nobody knows of which
+        make(config)
+    (out / "d-0.jsonl").unlink()
+    assert make_answers(config, [], out, temperature=0.0, **fields) == []
+    assert make(config) == [out / "d-0.jsonl"]
+    assert make(config, temperature=1.0) == [out / "d-1.jsonl"]
+    for each, changes in ((other, {}), (config, {"max_tokens": 16}), (config, {"requests": 10})):
+        with pytest.raises(ConfigError, match="--out .*out: holds answers of another target, or of other --requests"):
+            make(each, **changes)
 
 
 def test_a_learning_curve_keeps_the_order_of_the_requests() -> None:
