@@ -7,7 +7,8 @@ it never helps itself. In two things this differs from a server:
 
 - How probable copies of a kind are is learned from the rounds of a server that proposes copies alone, a segment at a
   time. So trees depend neither on the draft nor on the number of processes, and all arms of a replay share them.
-- All nodes with at least `least` survival are proposed, whatever they cost.
+- All nodes with at least `least` survival are proposed, whatever they cost. A server looks down to a fifth of that
+  (serve/speculation/copy_planner.py), and proposes what repays its cost.
 
 Traces hold neither a request's last token nor its `cache_salt`: the former is not remembered, and requests that differ
 in the latter share a memory here. A segment with fewer new tokens than trace.segment_tokens is taken as a request's
@@ -203,7 +204,7 @@ class CopyPaths:
             self._memory.insert_answer(request.tokens, answer=answer, part=request.part)
 
 
-def copy_paths_of(config: AuroraConfig, *, least: float = LEAST_SURVIVAL) -> CopyPaths | None:
+def copy_paths_of(config: AuroraConfig) -> CopyPaths | None:
     """Copies as a server with these settings may propose; None if it proposes none, or without kernels."""
     most, scope = copied_tokens(config), resolved_memory_scope(config)
     if not most or native.library() is None:
@@ -211,7 +212,6 @@ def copy_paths_of(config: AuroraConfig, *, least: float = LEAST_SURVIVAL) -> Cop
     return CopyPaths(
         most=most,
         segment_tokens=config.trace.segment_tokens,
-        least=least,
         own=config.engine.lookup,
         memory=None if scope == "off" else SuffixMemory(config.memory.capacity_mb << 20),
         by_client=scope == "client",

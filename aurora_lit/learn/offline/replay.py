@@ -38,7 +38,7 @@ from aurora_lit.drafts.versions import DraftStore, version_name, version_number
 from aurora_lit.errors import AuroraError, TraceError
 from aurora_lit.learn.data.labelled_trace import is_compatible
 from aurora_lit.learn.data.target_head import TargetHead
-from aurora_lit.learn.offline.copies import LEAST_SURVIVAL, copy_paths_of
+from aurora_lit.learn.offline.copies import copy_paths_of
 from aurora_lit.learn.offline.on_policy import RoundSimulator
 from aurora_lit.learn.offline.scoring import RoundScorer, RoundTotals, RoundWalk
 from aurora_lit.learn.online.build import STATE_NAME, controller_for, make_batcher, make_held_out, online_module
@@ -99,15 +99,13 @@ class Replay:
         fabric: Fabric | None = None,
         gated: bool = True,
         keep_versions: bool = True,
-        least_survival: float = LEAST_SURVIVAL,
     ) -> None:
         """Start with the `starting` draft as the served one.
 
         folder: for published versions. scratch: for remembered traces, of which only the first process has any.
         fabric: for several processes that replay together; all create a Replay. gated: false serves the learner's draft
         without a trial after each learn.publish_every_steps steps. keep_versions: false writes no version to disk.
-        least_survival: copied nodes that are less likely to be accepted are not proposed. Raises ConfigError when
-        engine.max_draft_tokens is 0.
+        Raises ConfigError when engine.max_draft_tokens is 0.
         """
         learn = config.learn
         module = online_module(config, copy.deepcopy(starting), target_head)
@@ -129,7 +127,7 @@ class Replay:
         self._target_head = target_head.to(device)
         self.served = copy.deepcopy(starting).to(device)
         self._champion = online_module(config, self.served, target_head).to(device)
-        self.copies = copy_paths_of(config, least=least_survival)
+        self.copies = copy_paths_of(config)
         """What is copied; None: nothing, and arms with copies score as those without."""
         proposed = config.engine.max_draft_tokens
         reach = proposed if self.copies is None else max(proposed, self.copies.most)
