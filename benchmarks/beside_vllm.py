@@ -35,6 +35,7 @@ from scipy.stats import t as student_t
 
 from aurora_lit.drafts.checkpoint import load_draft, read_config
 from aurora_lit.drafts.versions import DraftStore
+from aurora_lit.errors import AuroraError
 from aurora_lit.learn.pretrain.prompts import read_prompts
 
 MAX_TOKENS = 96
@@ -144,7 +145,10 @@ def texts(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def block(url: str, messages: list[str], clients: int) -> tuple[float, list[tuple[float, float]]]:
-    """Tokens a second of these prompts; when chunks of a stream came, and after how long a gap, in seconds."""
+    """Tokens a second of these prompts; when chunks of a stream came, and after how long a gap, in seconds.
+
+    Raises httpx.HTTPStatusError or AuroraError if the server fails on one: a failed request would be a fast one.
+    """
     gaps: list[tuple[float, float]] = []
 
     def stream(message: str) -> int:
@@ -154,16 +158,25 @@ def block(url: str, messages: list[str], clients: int) -> tuple[float, list[tupl
             "max_tokens": MAX_TOKENS,
             "ignore_eos": True,
             "stream": True,
+            "stream_options": {"include_usage": True},
         }
-        last = None
+        last, tokens = None, None
         with httpx.stream("POST", f"{url}/v1/chat/completions", json=body, timeout=300) as response:
+            response.raise_for_status()
             for line in response.iter_lines():
-                if line.startswith("data: {"):
-                    now = time.perf_counter()
-                    if last is not None:
-                        gaps.append((now, now - last))
-                    last = now
-        return MAX_TOKENS
+                if not line.startswith("data: {"):
+                    continue
+                now, event = time.perf_counter(), json.loads(line.removeprefix("data: "))
+                if event.get("usage"):
+                    tokens = int(event["usage"]["completion_tokens"])
+                if not event.get("choices"):  # the usage, which is no chunk of text, or an error
+                    continue
+                if last is not None:
+                    gaps.append((now, now - last))
+                last = now
+        if tokens is None:
+            raise AuroraError(f"{url}: a stream ended without its usage, so the request failed; see the server's log")
+        return tokens
 
     began = time.perf_counter()
     with concurrent.futures.ThreadPoolExecutor(clients) as pool:
