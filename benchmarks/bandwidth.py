@@ -51,7 +51,7 @@ def main() -> None:
         step = one_token(target)
         pairs = [(seconds(buffer.sum), seconds(step)) for _ in range(arguments.repeats)]
         read_s, pass_s = (statistics.median(side) for side in zip(*pairs, strict=True))
-        low, middle, high = statistics.quantiles([read_s / taken for _, taken in pairs], n=4)
+        low, middle, high = statistics.quantiles([read_s / taken for _, taken in pairs], n=4, method="inclusive")
         table.add_row(
             precision,
             f"{weights / 1e6:.0f}",

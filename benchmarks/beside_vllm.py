@@ -22,21 +22,22 @@ import argparse
 import concurrent.futures
 import itertools
 import json
-import math
 import re
 import statistics
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import httpx
-from scipy.stats import t as student_t
+import numpy as np
 
 from aurora_lit.drafts.checkpoint import load_draft, read_config
 from aurora_lit.drafts.versions import DraftStore
 from aurora_lit.errors import AuroraError
 from aurora_lit.learn.pretrain.prompts import read_prompts
+from benchmarks.paired import interval
 
 MAX_TOKENS = 96
 
@@ -184,6 +185,11 @@ def block(url: str, messages: list[str], clients: int) -> tuple[float, list[tupl
     return tokens / (time.perf_counter() - began), gaps
 
 
+def percentile_ms(gaps_s: Sequence[float], percent: float) -> float | None:
+    """A percentile of gaps in seconds, in milliseconds, between two of them at most; None if there are none."""
+    return 1e3 * float(np.percentile(gaps_s, percent)) if gaps_s else None
+
+
 def overhead(arguments: argparse.Namespace) -> dict[str, Any]:
     """Two servers in turn."""
     messages = iter([prompt.messages[0] for prompt in read_prompts(arguments.prompts)])
@@ -200,14 +206,13 @@ def overhead(arguments: argparse.Namespace) -> dict[str, Any]:
                 speed, found = block(urls[name], same, clients)
                 speeds[name].append(speed)
                 gaps[name] += [gap for _, gap in found]
-        logs = [math.log(on / off) for on, off in zip(speeds["on"], speeds["off"], strict=True)]
-        half = student_t.ppf(0.975, len(logs) - 1) * statistics.stdev(logs) / math.sqrt(len(logs))
+        mean, low, high = interval([on / off for on, off in zip(speeds["on"], speeds["off"], strict=True)])
         report[f"{clients} clients"] = {
             "tokens_per_s": {name: statistics.median(found) for name, found in speeds.items()},
-            "ratio": math.exp(statistics.mean(logs)),
-            "interval": [math.exp(statistics.mean(logs) + sign * half) for sign in (-1, 1)],
-            "gap_p50_ms": {name: 1e3 * statistics.median(found) for name, found in gaps.items()},
-            "gap_p99_ms": {name: 1e3 * statistics.quantiles(found, n=100)[98] for name, found in gaps.items()},
+            "ratio": mean,
+            "interval": [low, high],
+            "gap_p50_ms": {name: percentile_ms(found, 50) for name, found in gaps.items()},
+            "gap_p99_ms": {name: percentile_ms(found, 99) for name, found in gaps.items()},
         }
         print(json.dumps(report[f"{clients} clients"]), flush=True)
     return report
@@ -238,11 +243,11 @@ def swaps(arguments: argparse.Namespace) -> dict[str, Any]:
     swapping = [gap for at, gap in gaps if any(at - gap - 0.25 < moment < at for moment in served)]
     return {
         "swaps": len(served),
-        "gap_p50_ms": 1e3 * statistics.median(gap for _, gap in gaps),
-        "gap_p99_ms": 1e3 * statistics.quantiles([gap for _, gap in gaps], n=100)[98],
+        "gap_p50_ms": percentile_ms([gap for _, gap in gaps], 50),
+        "gap_p99_ms": percentile_ms([gap for _, gap in gaps], 99),
         "near_swaps": len(swapping),
-        "near_swaps_gap_p50_ms": 1e3 * statistics.median(swapping),
-        "near_swaps_gap_p99_ms": 1e3 * statistics.quantiles(swapping, n=100)[98],
+        "near_swaps_gap_p50_ms": percentile_ms(swapping, 50),
+        "near_swaps_gap_p99_ms": percentile_ms(swapping, 99),
     }
 
 

@@ -46,6 +46,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import psutil
 from rich.table import Table
 from scipy.stats import t as student_t
@@ -200,9 +201,11 @@ def run(port: int, chats: Sequence[Chat], arm: Arm, *, max_tokens: int, seed: in
 
 
 def interval(ratios: Sequence[float]) -> tuple[float, float, float]:
-    """Geometric mean and its 95 % interval."""
+    """Geometric mean and its 95 % interval; one ratio has no interval, so its bounds are NaN."""
     logs = [math.log(ratio) for ratio in ratios]
     mean = statistics.mean(logs)
+    if len(logs) < 2:
+        return math.exp(mean), math.nan, math.nan
     half = float(student_t.ppf(0.975, len(logs) - 1)) * statistics.stdev(logs) / math.sqrt(len(logs))
     return math.exp(mean), math.exp(mean - half), math.exp(mean + half)
 
@@ -248,7 +251,7 @@ def measure(
 
 
 def _p99_ms(pauses_s: Sequence[float]) -> float | None:
-    return 1000 * statistics.quantiles(pauses_s, n=100)[98] if len(pauses_s) > 1 else None
+    return 1000 * float(np.percentile(pauses_s, 99)) if pauses_s else None
 
 
 def main() -> int:
@@ -333,7 +336,7 @@ def main() -> int:
             cells += [f"{one:.0f} / {other:.0f}", "{:.2f} / {:.2f}".format(*found["tokens_a_round"])]
             cells += [f"{found['speculating']:.0%}", found["unequal_pairs"], found["pairs"]]
             if options.stream:
-                cells.append("{:.0f} / {:.0f}".format(*found["pause_p99_ms"]))
+                cells.append(" / ".join("none" if ms is None else f"{ms:.0f}" for ms in found["pause_p99_ms"]))
             table.add_row(*map(str, cells))
             print(*cells, sep="  ", flush=True)
     report_console().print(table)

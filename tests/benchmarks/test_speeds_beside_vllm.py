@@ -12,7 +12,7 @@ import pytest
 
 from aurora_lit.errors import AuroraError
 from benchmarks import beside_vllm
-from benchmarks.beside_vllm import block
+from benchmarks.beside_vllm import block, percentile_ms
 
 CHUNK = {"choices": [{"delta": {"content": "a"}}]}
 ERROR = {"error": {"message": "the engine died", "code": 500}}
@@ -43,6 +43,12 @@ def test_tokens_are_those_that_came_and_gaps_are_between_chunks_of_text(
     speed, gaps = block("http://server", ["one", "two"], 1)
     assert [gap for _, gap in gaps] == [1.0] * 4
     assert speed == pytest.approx(14 / 9)  # eight events, and the end
+
+
+def test_a_percentile_is_not_beyond_the_largest_gap() -> None:
+    assert percentile_ms([0.01] * 11 + [0.1], 99) == pytest.approx(90.1)
+    assert percentile_ms([0.02], 99) == 20
+    assert percentile_ms([], 99) is None
 
 
 def test_a_request_that_failed_ends_the_measurement(answering: Callable[..., None]) -> None:
