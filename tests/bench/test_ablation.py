@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from dataclasses import replace
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,10 @@ from support.tiny_models import random_draft, save_model
 
 from aurora_lit.bench.ablation import run as ablation
 from aurora_lit.bench.ablation.arms import ARMS, arms_named
-from aurora_lit.bench.ablation.phases import order_of_phases
+from aurora_lit.bench.ablation.phases import order_of_phases, takes
 from aurora_lit.bench.ablation.report import summary
 from aurora_lit.bench.ablation.result import stored
+from aurora_lit.bench.stream_plan import phase_of
 from aurora_lit.config import AuroraConfig, load_config
 from aurora_lit.drafts.checkpoint import save_draft
 from aurora_lit.errors import AuroraError, ConfigError
@@ -25,7 +27,10 @@ from aurora_lit.kernels import native
 from aurora_lit.learn.offline import copies
 from aurora_lit.learn.offline.replay import read_traces
 from aurora_lit.models.target import Target
+from aurora_lit.modules.domains.controller import DomainController
+from aurora_lit.modules.domains.detector import acceptance_rate
 from aurora_lit.traces.log import TraceLogWriter
+from aurora_lit.traces.record import SOURCE_DRAFT, Trace
 
 K = 3
 LOOKUP_TOKENS = 5
@@ -243,6 +248,33 @@ def test_a_stream_of_another_target_is_refused(folder: Path, out: Path, tmp_path
         ConfigError, match="--traces .*traces: holds answers of {'source': 'other', 'precision': 'bf16'}"
     ):
         ablation.run(a_config(folder), traces=tmp_path / "traces", arms=["static"], seeds=(0,), out=out)
+
+
+def test_the_detector_sees_no_rounds_of_the_draft_that_was_recorded(
+    folder: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only greedy requests that the seed takes have rounds of the arm's own draft."""
+    seen: list[Trace] = []
+    assign_domain = DomainController.assign_domain
+
+    def noted(self: DomainController, trace: Trace) -> Trace:
+        seen.append(trace)
+        return assign_domain(self, trace)
+
+    monkeypatch.setattr(DomainController, "assign_domain", noted)
+    traces = []
+    for trace in read_traces(folder / "traces" / "traffic"):
+        ones_R = torch.ones_like(trace.num_proposed_R)
+        rounds = {"source_R": torch.full_like(trace.source_R, SOURCE_DRAFT), "num_proposed_R": ones_R}
+        traces.append(replace(trace, num_accepted_R=ones_R, **rounds))
+    assert all(acceptance_rate(trace) == 1.0 for trace in traces)
+    monkeypatch.setattr(ablation, "phases_in_order", lambda *_: groupby(traces, key=lambda t: phase_of(t.request_id)))
+    run(folder, out, "static,lk", a_config(folder, max_repeated_share=1.0), every=4, steps_per_request=0.0)
+    unknown = {trace.request_id for trace in traces if not takes(trace.request_id, seed=0, every=4)}
+    unknown |= {trace.request_id for trace in traces if trace.verify == "sampled"}
+    assert 36 < len(unknown) < len(traces)
+    assert all(acceptance_rate(trace) is None for trace in seen if trace.request_id in unknown)
+    assert any(acceptance_rate(trace) is not None for trace in seen if trace.request_id not in unknown)
 
 
 def test_each_arm_changes_what_its_name_says(folder: Path) -> None:
