@@ -118,7 +118,8 @@ class RunningSequence:
     """What the output is restricted to; None: nothing."""
     temperature: float = field(init=False)
     """The request's sampling temperature; 0: greedy."""
-    _always_needs_logits: bool = field(init=False)
+    always_needs_logits: bool = field(init=False)
+    """True if it `needs_logits` until its end."""
     noise_key: int = field(init=False)
     """Decides which tokens are drawn (modules/sampling/noise.py): the request's seed, or its secret."""
 
@@ -126,7 +127,7 @@ class RunningSequence:
         params = self.request.params
         self.temperature = 0.0 if is_greedy(params) else params.temperature
         self.noise_key = _as_int64(self.request.noise_key if params.seed is None else params.seed)
-        self._always_needs_logits = params.logprobs is not None or not uses_temperature_only(params)
+        self.always_needs_logits = params.logprobs is not None or not uses_temperature_only(params)
 
     @property
     def num_cached_tokens(self) -> int:
@@ -140,7 +141,7 @@ class RunningSequence:
         That is with penalties, a bias, top-k, top-p or min-p, a grammar, with log-probabilities, and while it may not
         end yet.
         """
-        return self._always_needs_logits or self.length - self.prompt_length < self.params.min_tokens
+        return self.always_needs_logits or self.length - self.prompt_length < self.params.min_tokens
 
     @property
     def speculates(self) -> bool:

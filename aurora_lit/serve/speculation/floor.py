@@ -1,13 +1,13 @@
 """Never slower than plain decoding: speculation is judged by what it took, and turned off where it lost.
 
-The planner predicts; this file keeps accounts. For each kind of round (number of sequences; greedy or sampled) it
-knows what a plain round takes, because one is run now and then. Each speculating round adds to a balance what its
-tokens would have taken in plain rounds, less what it took. The balance is in plain rounds and keeps at most
-MOST_CREDIT; where it has fallen to a debt of `most_debt`, speculation rests for a while. Each further debt doubles that
-while, and full credit restores the first one. What a wrong prediction can cost is therefore credit and debt together,
-again and again, but ever more rarely. What speculation gains is kept: with one sequence a round's tokens vary by half a
-round, so the sum of a few dozen rounds is negative by chance every now and then, but seldom by as much as credit and
-debt together (E. S. Page's cumulative sum, Biometrika 41, 1954).
+The planner predicts; this file keeps accounts. For each kind of round (number of sequences; greedy or sampled; with the
+target's logits or without) it knows what a plain round takes, because one is run now and then. Each speculating round
+adds to a balance what its tokens would have taken in plain rounds, less what it took. The balance is in plain rounds
+and keeps at most MOST_CREDIT; where it has fallen to a debt of `most_debt`, speculation rests for a while. Each further
+debt doubles that while, and full credit restores the first one. What a wrong prediction can cost is therefore credit
+and debt together, again and again, but ever more rarely. What speculation gains is kept: with one sequence a round's
+tokens vary by half a round, so the sum of a few dozen rounds is negative by chance every now and then, but seldom by as
+much as credit and debt together (E. S. Page's cumulative sum, Biometrika 41, 1954).
 
 Kinds with about as many sequences (1, 2, 3 to 4, 5 to 8, …) share a balance, since few rounds are of exactly the same
 kind while requests come and go. Rounds with fewer threads, since other processes use the rest, have balances of their
@@ -66,16 +66,20 @@ class RoundKind(NamedTuple):
     """True if any sequence is."""
     threads: int = 0
     """That the round computes with; others may have been left to other processes."""
+    needs_logits: bool = False
+    """True if any sequence does until its end: then choosing tokens takes several times as long."""
 
     @classmethod
     def of(cls, sequences: Sequence[RunningSequence], *, threads: int) -> RoundKind:
         """That of a round in which these sequences decode."""
-        return cls(len(sequences), any(sequence.temperature > 0 for sequence in sequences), threads)
+        sampled = any(sequence.temperature > 0 for sequence in sequences)
+        needs_logits = any(sequence.always_needs_logits for sequence in sequences)
+        return cls(len(sequences), sampled, threads, needs_logits)
 
     @property
-    def group(self) -> tuple[int, bool, int]:
+    def group(self) -> tuple[int, bool, int, bool]:
         """The same for kinds with about as many sequences."""
-        return (self.batch_size - 1).bit_length(), self.sampled, self.threads
+        return (self.batch_size - 1).bit_length(), self.sampled, self.threads, self.needs_logits
 
 
 @dataclass(kw_only=True)
@@ -84,18 +88,31 @@ class _PlainRounds:
 
     seconds: float = 0.0
     """What one takes; 0: none was timed yet."""
+    last_s: float = 0.0
+    """What the last one took."""
     count: int = 0
     since: int = 0
     """Speculating rounds since one was timed."""
+    since_s: float = 0.0
+    """What those took that count …"""
+    since_tokens: float = 0.0
+    """… and what they gave each sequence."""
 
-    def add(self, seconds: float) -> None:
-        """Time one more."""
+    def add(self, seconds: float) -> tuple[float, float]:
+        """Time one more. Returns what the speculating rounds since the last one took, and plain ones would have taken.
+
+        A plain one would have taken the mean of the last and of this one. By the last alone speculation looks better
+        than it is: where that one was slow, speculation seems to win, and none is timed for long.
+        """
+        last_s, self.last_s = self.last_s, min(seconds, 2 * self.seconds or seconds)
         self.count += 1
-        self.since = 0
         if self.count <= _FIRST_TIMED:
             self.seconds = min(self.seconds or seconds, seconds)
         else:
-            self.seconds += (1 - _DECAY) * (min(seconds, 2 * self.seconds) - self.seconds)
+            self.seconds += (1 - _DECAY) * (self.last_s - self.seconds)
+        compared = self.since_s, self.since_tokens * (last_s + self.last_s) / 2
+        self.since, self.since_s, self.since_tokens = 0, 0.0, 0.0
+        return compared
 
 
 @dataclass(kw_only=True)
@@ -166,13 +183,14 @@ class SpeculationFloor:
 
     def __init__(self) -> None:
         self._plain: defaultdict[RoundKind, _PlainRounds] = defaultdict(_PlainRounds)
-        self._accounts: dict[tuple[int, bool, int], _Accounts] = {}
+        self._accounts: dict[tuple[int, bool, int, bool], _Accounts] = {}
         """By group."""
         self.num_rests = 0
         """How often speculation was turned off."""
         self.compared_s = self.compared_plain_s = 0.0
         """What all rounds took of kinds whose plain rounds have been timed; and what their tokens would have taken in
-        plain rounds. As in the balance, no round counts as more than _MOST_ROUND plain ones."""
+        plain rounds. As in the balance, no round counts as more than _MOST_ROUND plain ones. Speculating rounds are
+        added when the next plain one is timed."""
 
     def allows(self, kind: RoundKind) -> Allowed:
         """Whether this round may copy, and whether it may draft: not where that lost lately, nor where a plain round is
@@ -207,9 +225,9 @@ class SpeculationFloor:
             losses = zip(accounts, (looking_s, proposing_s - looking_s), strict=True)
             vain_s = [(account, lost_s) for account, lost_s in losses if not account.rest]
             _pass_rests(accounts)
-            plain.add(seconds - proposing_s)
+            self._compare(*plain.add(seconds - proposing_s))
             took_s = min(seconds, _MOST_ROUND * plain.seconds)
-            self._compare(took_s, plain_s=max(0.0, took_s - proposing_s))
+            self._compare(took_s, max(0.0, took_s - proposing_s))
             for account, lost_s in vain_s:
                 self.num_rests += account.add(-min(lost_s / plain.seconds, 1.0))
             return
@@ -220,12 +238,13 @@ class SpeculationFloor:
         if not plain.seconds:
             return
         gave, took = tokens / kind.batch_size, min((seconds - catch_up_s) / plain.seconds, _MOST_ROUND)
-        self._compare(took * plain.seconds + catch_up_s, plain_s=gave * plain.seconds)
+        plain.since_s += took * plain.seconds + catch_up_s
+        plain.since_tokens += gave
         self.num_rests += account.add(gave - took - account.charge(catch_up_s / plain.seconds))
 
     def observe_unasked(self, kind: RoundKind, *, seconds: float) -> None:
         """Time a plain round of requests that do not want speculation, in which no rest passes."""
-        self._plain[kind].add(seconds)
+        self._compare(*self._plain[kind].add(seconds))
 
     def pass_untimed(self, kind: RoundKind) -> None:
         """Count a round that is not compared: rests end in rounds, whatever these took."""
@@ -238,7 +257,7 @@ class SpeculationFloor:
             self._accounts[group] = _Accounts(_Account(batch_size=most), _Account(batch_size=most))
         return self._accounts[group]
 
-    def _compare(self, seconds: float, *, plain_s: float) -> None:
+    def _compare(self, seconds: float, plain_s: float) -> None:
         self.compared_s += seconds
         self.compared_plain_s += plain_s
 

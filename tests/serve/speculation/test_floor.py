@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 
 import pytest
 
+from aurora_lit.request import Request, SamplingParams
+from aurora_lit.serve.sequences.sequence import RunningSequence
 from aurora_lit.serve.speculation.floor import (
     FIRST_PATIENCE,
     MOST_CREDIT,
@@ -32,6 +34,8 @@ class Environment:
     kind: RoundKind = GREEDY
     noise: float = 0.03
     """Standard deviation of a round's time."""
+    slowdown: float = 1.0
+    """How much longer all rounds take now, since other work is on the machine."""
     rate: float = 0.5
     """At which each of two proposals is accepted."""
     rng: random.Random = field(default_factory=lambda: random.Random(3))
@@ -48,7 +52,7 @@ class Environment:
                 first = self.rng.random() < self.rate
                 tokens += first + (first and self.rng.random() < self.rate)
             seconds *= (1 + self.rate + self.rate**2) / self.speedup
-        seconds *= max(0.5, self.rng.gauss(1, self.noise))
+        seconds *= self.slowdown * max(0.5, self.rng.gauss(1, self.noise))
         floor.observe(self.kind, seconds=seconds, tokens=tokens, speculated=speculated)
         return speculated, seconds, tokens
 
@@ -273,8 +277,53 @@ def test_plain_rounds_are_timed_without_what_looking_for_copies_took() -> None:
 def test_what_is_compared_with_plain_rounds_is_the_speed_that_there_is(speedup: float) -> None:
     floor = SpeculationFloor()
     rounds = Environment(speedup=speedup).play(floor, 4000)
+    floor.observe_unasked(GREEDY, seconds=PLAIN_S)  # with which the last rounds are compared
     assert floor.compared_plain_s / floor.compared_s == pytest.approx(relative_speed(rounds), rel=0.02)
     assert floor.compared_s == pytest.approx(sum(seconds for _, seconds, _ in rounds), rel=0.02)
+
+
+@pytest.mark.parametrize("rounds_each", [400, 1500])
+@pytest.mark.parametrize("speedup", [1.0, 1.06])
+def test_where_a_machine_is_slower_at_times_the_speed_that_there_is_is_shown(rounds_each: int, speedup: float) -> None:
+    """By a slow plain round speculation seems to win, so that it is the last one for longer than a fast one."""
+    kind = RoundKind(1, sampled=True)
+    floor, environment, took_s, plain_s = SpeculationFloor(), Environment(speedup=speedup, kind=kind), 0.0, 0.0
+    for _ in range(30_000 // rounds_each):
+        environment.slowdown = environment.rng.choice([1.0, 1.0, 1.3, 1.6])
+        for _, seconds, tokens in environment.play(floor, rounds_each):
+            took_s += seconds
+            plain_s += tokens * environment.slowdown * PLAIN_S
+    assert floor.compared_plain_s / floor.compared_s == pytest.approx(plain_s / took_s, rel=0.02)
+
+
+def test_requests_of_which_a_round_takes_longer_do_not_pay_for_others() -> None:
+    """A hundred rounds with top-p, in which speculation gains, and a hundred without, in which it loses, in turn."""
+    plain, top_p = RoundKind(1, sampled=True), RoundKind(1, sampled=True, needs_logits=True)
+    floor = SpeculationFloor()
+    losing, winning = Environment(speedup=0.94, kind=plain), Environment(speedup=1.1, kind=top_p)
+    rounds = [(losing.play(floor, 100), winning.play(floor, 100)) for _ in range(100)]
+    lost, won = ([each for turn in of_kind for each in turn] for of_kind in zip(*rounds, strict=True))
+    assert relative_speed(lost, plain) > 0.98
+    assert relative_speed(won, top_p) > 1.085
+
+
+@pytest.mark.parametrize("options", [{"top_p": 0.9}, {"logprobs": 1}, {"repetition_penalty": 1.1}])
+def test_rounds_with_a_sequence_that_needs_logits_are_a_kind_of_their_own(options: dict[str, float]) -> None:
+    def kind(*params: dict[str, float]) -> RoundKind:
+        sequences = [
+            RunningSequence(
+                request=Request(request_id="a", prompt_ids=(1,), params=SamplingParams(max_tokens=8, **each)),  # type: ignore[arg-type]
+                slot=0,
+                prompt_length=1,
+                length=1,
+            )
+            for each in params
+        ]
+        return RoundKind.of(sequences, threads=2)
+
+    assert kind({}, {}) == RoundKind(2, sampled=True, threads=2)
+    assert kind({}, options) == RoundKind(2, sampled=True, threads=2, needs_logits=True)
+    assert kind({}, options).group != kind({}, {}).group
 
 
 def test_nothing_is_compared_before_a_plain_round_was_timed() -> None:
@@ -287,8 +336,9 @@ def test_a_preempted_round_does_not_decide_the_comparison() -> None:
     floor = SpeculationFloor()
     floor.observe(GREEDY, seconds=PLAIN_S, tokens=8, speculated=False)
     floor.observe(GREEDY, seconds=5.0, tokens=16, speculated=True)
-    assert floor.compared_s == pytest.approx(5 * PLAIN_S)
-    assert floor.compared_plain_s == pytest.approx(3 * PLAIN_S)
+    floor.observe(GREEDY, seconds=PLAIN_S, tokens=8, speculated=False)
+    assert floor.compared_s == pytest.approx(6 * PLAIN_S)
+    assert floor.compared_plain_s == pytest.approx(4 * PLAIN_S)
 
 
 def test_looking_for_copies_in_vain_is_time_that_plain_decoding_would_not_have_taken() -> None:
