@@ -151,7 +151,12 @@ class Engine:
         steps = calibration_steps(
             self.costs, limits, target, self._drafter, kv_cache=kv_cache, max_batch_size=options.max_batch_size
         )
-        self._calibration = Calibration(self.costs, steps if adapts else iter(()), kept=kept_costs if adapts else None)
+        self._calibration = Calibration(
+            self.costs,
+            steps if adapts else iter(()),
+            kept=kept_costs if adapts else None,
+            max_batch_size=options.max_batch_size,
+        )
 
     def _limits(self, options: EngineOptions) -> SpeculationLimits:
         weighs = self._drafter is not None and self._drafter.is_native and self.target.supports_trees

@@ -6,8 +6,9 @@ moment's times say nothing about the next one's. So all operations of a batch si
 over, and the median of each counts.
 
 A start that has tables of an earlier one (serve/speculation/kept_costs.py) measures for a moment and then only while it
-waits for its first request. What was measured together stays together: of two sets of times for a batch size, the
-shorter one is kept, since the other had other work beside it.
+waits for its first request. If the earlier one was cut off, the batch sizes that it lacks come first. What was measured
+together stays together: of two sets of times for a batch size, the shorter one is kept, since the other had other work
+beside it.
 """
 
 from __future__ import annotations
@@ -34,28 +35,32 @@ _CONTEXT = 192
 _PASSES = 16
 """How often each operation of one sequence is timed; those of n sequences, a part of that, at least _ENOUGH times."""
 _ENOUGH = 5
-"""After so many of them, what is kept from an earlier start may be replaced."""
+"""After so many of them, times are kept, and may replace what is kept from an earlier start."""
 _REFINED_AT_START_S = 0.75
-"""For so long a start that has kept costs measures them again; enough for the widths of one sequence."""
+"""For so long a start that has all costs measures them again; enough for the widths of one sequence."""
 _CALIBRATED_AT_START_S = 10.0
-"""A start without kept costs measures no longer; beside other work all of it can take a minute."""
+"""A start that lacks some measures no longer; beside other work all of it can take a minute."""
 
 
 class Calibration:
     """The measurements of a start: the first at once, the others in idle moments until the first request.
 
-    >>> calibration = Calibration(costs, calibration_steps(costs, …), kept=KeptCosts(…))    # measures for a while
-    >>> while calibration.step(): ...                                                       # goes on where that ended
+    >>> steps = calibration_steps(costs, …, max_batch_size=8)
+    >>> calibration = Calibration(costs, steps, kept=KeptCosts(…), max_batch_size=8)    # measures for a while
+    >>> while calibration.step(): ...                                                   # goes on where that ended
     """
 
-    def __init__(self, costs: Costs, steps: Iterator[None], *, kept: KeptCosts | None) -> None:
+    def __init__(self, costs: Costs, steps: Iterator[None], *, kept: KeptCosts | None, max_batch_size: int) -> None:
         """Use what is kept, and measure for a while. What is not known yet is not drafted.
 
+        `steps`: of the batch sizes that are missing, that of `max_batch_size` comes last.
         `kept`: written with what this start measured, and again when the measurements end; None: nothing is kept.
         """
         self._costs, self._steps, self._kept = costs, steps, kept
-        is_known = kept is not None and kept.load_into(costs)
-        until = time.perf_counter() + (_REFINED_AT_START_S if is_known else _CALIBRATED_AT_START_S)
+        if kept is not None:
+            kept.load_into(costs)
+        has_all = costs.target.initial(max_batch_size, 1) > 0
+        until = time.perf_counter() + (_REFINED_AT_START_S if has_all else _CALIBRATED_AT_START_S)
         while time.perf_counter() < until and self.step():
             pass
         self._save()
@@ -89,23 +94,22 @@ def calibration_steps(
 ) -> Iterator[None]:
     """Fill the tables for batches of 1, 2, 4, … `max_batch_size`, at the query lengths that the limits allow.
 
+    Sizes of which the tables have nothing yet come first, each time from the smallest to the largest.
     Each step makes one timed call, at most about a tenth of a second. In between, the memory of all slots is allocated.
     """
     if drafter is not None:
         position_s = yield from _prefill_position_s(target, drafter, capacity=kv_cache.capacity)
         costs.prefill_position_s = min(position_s, costs.prefill_position_s or position_s)
-    batch_size = 1
-    while True:
+    sizes = {*(2**i for i in range(max_batch_size.bit_length())), max_batch_size}
+    ordered = sorted(sizes, key=lambda size: (costs.target.initial(size, 1) > 0, size))
+    for batch_size in ordered:
         probe = _Probe(target, drafter, kv_cache=kv_cache, batch_size=batch_size)
         operations = _target_passes(costs.target, limits, probe)
         if drafter is not None:
             operations += _draft_steps(costs, limits, probe)
         yield from _measure(operations, batch_size)
-        if batch_size == 1:  # those of one sequence come first: a start has time for no more
+        if batch_size == ordered[0]:  # the costs come first: a start may have time for no more
             yield from kv_cache.touch()
-        if batch_size >= max_batch_size:
-            return
-        batch_size = min(2 * batch_size, max_batch_size)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,7 +133,9 @@ class _Operation:
 
 
 def _measure(operations: list[_Operation], batch_size: int) -> Iterator[None]:
-    """Time each operation in turn, several times over, and store the medians. Yields after each call.
+    """Time each operation in turn, several times over, and store the medians; they are rough at first.
+
+    Yields after each call.
 
     `operations`: of each table from the shortest to the longest.
     """
@@ -142,7 +148,7 @@ def _measure(operations: list[_Operation], batch_size: int) -> Iterator[None]:
         costs_s = _monotonic(operations, [statistics.median(own) for own in times])
         if 0.0 in kept_s or (count >= _ENOUGH and sum(costs_s) < sum(kept_s)):
             for operation, cost_s in zip(operations, costs_s, strict=True):
-                operation.table.set_initial(batch_size, operation.length, cost_s)
+                operation.table.set_initial(batch_size, operation.length, cost_s, is_rough=count < _ENOUGH)
 
 
 def _monotonic(operations: list[_Operation], seconds: list[float]) -> list[float]:

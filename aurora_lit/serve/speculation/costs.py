@@ -89,18 +89,19 @@ class CostTable:
         self._slowdown = Slowdown()
         self._initial: dict[_Key, float] = {}
         """Seconds, by the calibration, or by the first round of a key near which that measured nothing."""
-        self._from_rounds: set[_Key] = set()
-        """The keys of the latter."""
+        self._rough: set[_Key] = set()
+        """Keys that later starts had better measure again: the latter's, and those that were timed too few times."""
         self._own: defaultdict[_Key, float] = defaultdict(lambda: 1.0)
         """What rounds of a key take over what is expected without this factor."""
         self._num_rounds: defaultdict[_Key, int] = defaultdict(int)
         self._parts: dict[tuple[int, float], tuple[float, float]] = {}
         """Initial seconds, interpolated, and the share of them that grows with the query length."""
 
-    def set_initial(self, batch_size: int, query_length: int, seconds: float) -> None:
-        """Store a measurement of the calibration."""
-        self._initial[batch_size, query_length] = seconds
-        self._from_rounds.discard((batch_size, query_length))
+    def set_initial(self, batch_size: int, query_length: int, seconds: float, *, is_rough: bool = False) -> None:
+        """Store a measurement of the calibration. is_rough: it is used, but not worth keeping for later starts."""
+        key = batch_size, query_length
+        self._initial[key] = seconds
+        (self._rough.add if is_rough else self._rough.discard)(key)
         self._parts.clear()
 
     def initial(self, batch_size: int, query_length: int) -> float:
@@ -109,8 +110,8 @@ class CostTable:
 
     @property
     def all_initial(self) -> list[tuple[int, int, float]]:
-        """The calibration's measurements: batch size, query length, seconds."""
-        return [(*key, seconds) for key, seconds in self._initial.items() if key not in self._from_rounds]
+        """The calibration's measurements but for rough ones: batch size, query length, seconds."""
+        return [(*key, seconds) for key, seconds in self._initial.items() if key not in self._rough]
 
     def update(self, batch_size: int, query_length: float, seconds: float) -> None:
         """Update by a measurement of a round. Outliers (a preempted process) change little.
@@ -119,8 +120,7 @@ class CostTable:
         """
         key = batch_size, max(1, round(query_length))
         if key not in self._initial and not self._lies_between(*key):
-            self.set_initial(*key, seconds / self._slowdown(0.0))
-            self._from_rounds.add(key)
+            self.set_initial(*key, seconds / self._slowdown(0.0), is_rough=True)
         initial, grown = self._part(batch_size, query_length)
         if not (initial and seconds > 0):
             return

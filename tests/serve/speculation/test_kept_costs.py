@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,6 +19,7 @@ from aurora_lit.serve.speculation.costs import Costs, CostTable
 from aurora_lit.serve.speculation.kept_costs import KeptCosts
 
 KEY = {"machine": "this one", "code": "1"}
+Start = Callable[[Target, Path, float], tuple[Costs, float]]
 
 
 def engine_with(target: Target, folder: Path, **key: str) -> Engine:
@@ -97,17 +98,50 @@ def test_a_first_start_does_not_wait_for_all_measurements_where_they_take_long(
     assert list(tmp_path.iterdir())
 
 
-def test_what_a_start_had_time_to_measure_is_kept_for_the_next_one(
-    target: Target, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Outside a server nobody measures the rest."""
-    seconds = itertools.count()
-    monkeypatch.setattr(calibration, "time", SimpleNamespace(perf_counter=lambda: next(seconds)))
-    monkeypatch.setattr(calibration, "_CALIBRATED_AT_START_S", 60.0)
-    first = engine_with(target, tmp_path)
-    assert {size for size, _, _ in first.costs.target.all_initial} == {1}, "there was no time for two sequences"
-    monkeypatch.setattr(calibration, "_measure", lambda *_, **__: pytest.fail("measures"))
-    assert tables(engine_with(target, tmp_path).costs) == tables(first.costs)
+@pytest.fixture
+def timed_start(monkeypatch: pytest.MonkeyPatch) -> Start:
+    """Makes an engine, whose timed calls each seem to take so many seconds; its costs, and how long measuring took."""
+    now_s = 0.0
+
+    def start(target: Target, folder: Path, seconds: float) -> tuple[Costs, float]:
+        def timed_s(_: calibration._Operation) -> float:
+            nonlocal now_s
+            now_s += seconds
+            return seconds
+
+        began_s = now_s
+        monkeypatch.setattr(calibration._Operation, "timed_s", timed_s)
+        monkeypatch.setattr(calibration, "time", SimpleNamespace(perf_counter=lambda: now_s))
+        costs = engine_with(target, folder).costs
+        return costs, now_s - began_s
+
+    return start
+
+
+def seconds_by_batch_size(costs: Costs) -> dict[int, set[float]]:
+    found: dict[int, set[float]] = {}
+    for size, _, seconds in costs.target.all_initial:
+        found.setdefault(size, set()).add(seconds)
+    return found
+
+
+def test_a_start_goes_on_where_an_earlier_one_was_cut_off(target: Target, tmp_path: Path, timed_start: Start) -> None:
+    """Outside a server nobody measures the rest, or measures again what was measured beside other work."""
+    costs, took_s = timed_start(target, tmp_path, 0.12)
+    assert seconds_by_batch_size(costs) == {1: {0.12}}, "there was no time for two sequences"
+    assert took_s >= 10.0
+    costs, _ = timed_start(target, tmp_path, 0.02)
+    assert seconds_by_batch_size(costs) == {1: {0.02}, 2: {0.02}}
+    costs, took_s = timed_start(target, tmp_path, 0.02)
+    assert took_s < 1.0, "nothing is missing"
+    assert seconds_by_batch_size(costs) == {1: {0.02}, 2: {0.02}}
+
+
+def test_times_of_a_few_calls_are_used_but_not_kept(target: Target, tmp_path: Path, timed_start: Start) -> None:
+    costs, took_s = timed_start(target, tmp_path, 0.5)
+    assert took_s >= 10.0
+    assert costs.target(1, 1) == costs.chain(1, 1) == 0.5
+    assert not list(tmp_path.iterdir())
 
 
 def test_what_idle_moments_have_measured_when_the_first_request_comes_is_kept(
@@ -116,7 +150,7 @@ def test_what_idle_moments_have_measured_when_the_first_request_comes_is_kept(
     """And not what that request's own rounds took: they have cold caches, and other work beside them."""
     monkeypatch.setattr(calibration, "_CALIBRATED_AT_START_S", 0.0)
     engine = engine_with(target, tmp_path)
-    while not engine.costs.target.initial(1, 1):
+    while not engine.costs.target.all_initial:
         assert engine.refine_costs()
     for name in "ab":
         params = SamplingParams(max_tokens=4, temperature=0.0)
