@@ -42,6 +42,10 @@ class LearnerStatus:
     """Optimiser steps."""
     positions: int
     """Token positions learned from."""
+    steps_before: int
+    """Steps that the server's first learner began with: those of servers before."""
+    positions_before: int
+    """The same of positions."""
     records: int
     """Traces read from the ring."""
     skipped: int

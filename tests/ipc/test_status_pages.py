@@ -158,7 +158,7 @@ def test_metrics_have_the_names_that_vllm_uses(path):
         domain_numbers=[1, 14, 2, 6, 5, 0, 6, 0, 0, 0],
     )
     learner = LearnerStatusPage.create(path.with_name("learner"))
-    learner.write(pid=os.getpid(), steps=7, compute_share=0.25, rate_factor=1.0)
+    learner.write(pid=os.getpid(), steps=7, steps_before=7, compute_share=0.25)
     learner.beat()
     ring = RingWriter.create(path.with_name(RING_NAME), 4096, layout="12")
     ring.push(b"x" * 3000)
@@ -306,10 +306,8 @@ def test_a_learners_counts_begin_at_0_with_the_server(tmp_path: Path) -> None:
         return values["aurora_learner_steps"], values["aurora_learner_positions"]
 
     assert counts() == (0, 0)
-    learner.write(steps=7, positions=3_000_000, rate_factor=0.2)
-    assert counts() == (0, 0)
-    learner.write(steps=9, positions=3_000_500)
-    assert counts() == (2, 500)
+    learner.write(steps=9, positions=3_000_500, steps_before=7, positions_before=3_000_000)
+    assert counts() == (2, 500), "also what was learned before anyone asked"
 
 
 def test_a_page_whose_writer_was_killed_while_it_wrote_is_whole_after_the_next_write(path):

@@ -109,6 +109,9 @@ class OnlineLoop:
         self._lost_steps = max(0, before.steps - learner.steps)
         self._lost_positions = max(0, before.positions - learner.positions)
         """Of a learner that was killed: what it had not saved."""
+        if not before.rate_factor:  # no learner of this server has told its counts
+            steps, positions = learner.steps, learner.positions
+            environment.page.write(steps=steps, positions=positions, steps_before=steps, positions_before=positions)
         self._failures: dict[str, str] = {}
         """What fails at present, told on the status page, by operation."""
         self._skip_reasons: set[str] = set()

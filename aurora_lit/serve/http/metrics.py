@@ -18,7 +18,7 @@ from prometheus_client.registry import Collector
 
 from aurora_lit.drafts.versions import version_number
 from aurora_lit.ipc.engine_status import HEARTBEAT_STALE_S, DomainTotals, EngineStatusPage, WorkerState
-from aurora_lit.ipc.learner_status import LearnerStatus, LearnerStatusPage
+from aurora_lit.ipc.learner_status import LearnerStatusPage
 from aurora_lit.ipc.ring import RingCounters
 from aurora_lit.request import TOKEN_SOURCES
 from aurora_lit.settings import PLANS
@@ -226,8 +226,6 @@ class LearnerCollector(Collector):
     ) -> None:
         """labels: of every sample."""
         self._learner, self._ring, self._labels = learner, ring, labels
-        self._counts_before: tuple[int, int] | None = None
-        """Steps and positions when the learner first told them: of servers before. None: it has not."""
 
     def describe(self) -> Iterable[Metric]:
         """Nothing: the registry then collects nothing when this is registered."""
@@ -237,13 +235,20 @@ class LearnerCollector(Collector):
         """The samples of now."""
         learner, ring = self._learner.read(), self._ring()
         is_running = learner.state == "running"
-        steps, positions = self._counts(learner)
         yield from _families(
             CounterMetricFamily,
             {
                 "aurora_learner_restarts": ("Restarts of the learner.", learner.restarts),
-                "aurora_learner_steps": ("Optimiser steps since the server started.", steps),
-                "aurora_learner_positions": ("Token positions learned from since the server started.", positions),
+                # A learner goes on from its saved state. After a kill that is less than the server before had exported,
+                # and Prometheus counts the whole of a counter that has fallen as new.
+                "aurora_learner_steps": (
+                    "Optimiser steps since the server started.",
+                    learner.steps - learner.steps_before,
+                ),
+                "aurora_learner_positions": (
+                    "Token positions learned from since the server started.",
+                    learner.positions - learner.positions_before,
+                ),
                 "aurora_learner_traces": ("Traces read.", learner.records),
                 "aurora_learner_traces_skipped": ("Traces that could not be used.", learner.skipped),
                 "aurora_learner_published": ("Drafts published.", learner.published),
@@ -292,19 +297,6 @@ class LearnerCollector(Collector):
             },
             self._labels,
         )
-
-    def _counts(self, learner: LearnerStatus) -> tuple[int, int]:
-        """Steps and positions since the server started.
-
-        A learner goes on from its saved state. After a kill that is less than the server before had exported, and
-        Prometheus counts the whole of a counter that has fallen as new.
-        """
-        if learner.rate_factor == 0:  # it has not told them
-            return 0, 0
-        if self._counts_before is None:
-            self._counts_before = learner.steps, learner.positions
-        steps_before, positions_before = self._counts_before
-        return learner.steps - steps_before, learner.positions - positions_before
 
 
 def _families(

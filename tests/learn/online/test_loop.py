@@ -139,6 +139,27 @@ def test_counts_do_not_fall_behind_those_of_a_learner_that_was_killed(
     assert (page.steps, page.positions) == (5 + 2, 10**6 + harness.learner.positions), "they do not stand still"
 
 
+def test_the_page_says_what_the_servers_first_learner_began_with(
+    target: Target, traffic: list[Trace], tmp_path: Path
+) -> None:
+    """What was learned since is the server's, whoever asks and when, and also after a restart of the learner."""
+    harness = LearnerHarness(target, tmp_path)
+    harness.ring.records.extend(asked_again(traffic, 2))
+    harness.tick_until(lambda: harness.learner.steps == 2)
+    page = harness.page.read()
+    assert (page.steps, page.steps_before, page.positions_before) == (2, 0, 0)
+    harness.loop._save()
+
+    next_server = LearnerHarness(target, tmp_path, resumes=True)
+    page = next_server.page.read()
+    assert page.steps == page.steps_before == 2
+    assert page.positions == page.positions_before == harness.learner.positions
+
+    told = {"steps": 9, "positions": 10**6, "steps_before": 1, "positions_before": 50, "rate_factor": 1}
+    page = LearnerHarness(target, tmp_path, resumes=True, told_before=told).page.read()
+    assert (page.steps, page.steps_before, page.positions, page.positions_before) == (9, 1, 10**6, 50)
+
+
 def test_rounds_get_their_cores_back_when_the_learner_has_loaded_though_it_must_wait(
     target: Target, tmp_path: Path
 ) -> None:
