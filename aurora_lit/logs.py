@@ -19,4 +19,14 @@ def log_to_stderr(process: str | None = None) -> None:
     """
     if process is not None:
         multiprocessing.current_process().name = process
+    if logging.getLogger().handlers:
+        return
     logging.basicConfig(format=_FORMAT)
+    (handler,) = logging.getLogger().handlers
+    handler.setLevel(logging.WARNING)  # the level of Lightning's loggers is INFO
+    for name in (
+        "lightning.fabric",
+        "lightning.pytorch",
+    ):  # above them, Lightning has a console that would repeat it all
+        logger = logging.getLogger(name)
+        logger.handlers, logger.propagate = [handler], False

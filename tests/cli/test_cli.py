@@ -383,6 +383,24 @@ def test_serve_logs_with_time_and_level_and_tells_its_error_as_before() -> None:
     assert error.startswith("Error: learn.enabled=true needs a draft")
 
 
+def test_lightnings_warnings_are_logged_once_like_all_others() -> None:
+    """Its loggers tell INFO too, and it has a console of its own, which knows neither time nor process."""
+    code = """
+import logging
+import aurora_lit.logs
+aurora_lit.logs.log_to_stderr("learner")
+import lightning
+for name in ("lightning.fabric.utilities.rank_zero", "lightning.pytorch.utilities.rank_zero"):
+    logging.getLogger(name).info("ready")
+    logging.getLogger(name).warning("slow")
+"""
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True)
+    lines = done.stderr.splitlines()
+    for line, package in zip(lines, ("fabric", "pytorch"), strict=True):
+        expected = rf"\d{{4}}-\S+ \S+ WARNING learner\[\d+\] lightning\.{package}\.utilities\.rank_zero: slow"
+        assert re.fullmatch(expected, line)
+
+
 def test_a_program_that_logs_already_keeps_its_log() -> None:
     code = """
 import logging
