@@ -57,7 +57,15 @@ def run_learner(config: AuroraConfig, run_folder: Path) -> None:
     _lower_priority(learn.threads, niceness(share=learn.compute_share, threads=threads, cpus=available_cores()))
     page, status = _open_pages(run_folder)
     with _only_writer(run_folder / LEARNER_STATUS_NAME, page):
-        page.write(pid=os.getpid(), started_ns=time.monotonic_ns(), activity="loading", error="", busy_threads=threads)
+        page.write(
+            pid=os.getpid(),
+            started_ns=time.monotonic_ns(),
+            activity="loading",
+            error="",
+            busy_threads=threads,
+            compute_share=0.0,
+            loss=0.0,
+        )
         page.beat()
         try:
             _learn(config, run_folder, page, status)

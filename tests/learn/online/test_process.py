@@ -25,7 +25,7 @@ from support.tiny_models import random_draft
 from aurora_lit.config import AuroraConfig
 from aurora_lit.errors import AuroraError
 from aurora_lit.ipc.engine_status import STATUS_NAME, EngineStatusPage
-from aurora_lit.ipc.learner_status import LEARNER_STATUS_NAME, LearnerStatusPage
+from aurora_lit.ipc.learner_status import LEARNER_STATUS_NAME, LearnerStatus, LearnerStatusPage
 from aurora_lit.learn.data.training_state import from_bytes
 from aurora_lit.learn.online import process
 from aurora_lit.learn.online.build import STATE_NAME
@@ -167,6 +167,21 @@ def test_a_stalled_learner_keeps_its_page(tmp_path: Path, monkeypatch: pytest.Mo
     may_end.set()
     stalled.join()
     assert page.read().state == "absent"
+
+
+def test_a_learner_that_loads_does_not_tell_share_and_loss_of_the_one_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    EngineStatusPage.create(tmp_path / STATUS_NAME)
+    page = LearnerStatusPage.create(tmp_path / LEARNER_STATUS_NAME)
+    page.write(pid=1 << 30, steps=7, compute_share=0.04, loss=1.5, error="killed by signal 9")
+    monkeypatch.setattr(process, "_lower_priority", lambda *_: None)
+    monkeypatch.setattr(process, "_learn", lambda *_: told.append(page.read()))
+    told: list[LearnerStatus] = []
+    process.run_learner(AuroraConfig(), tmp_path)
+    (now,) = told
+    assert (now.state, now.activity, now.steps) == ("running", "loading", 7)
+    assert (now.compute_share, now.loss, now.error) == (0.0, 0.0, "")
 
 
 class StoppableLoop:
