@@ -57,7 +57,7 @@ class LearnerChild:
             self._thread.join()
 
     def _run_with_restarts(self) -> None:
-        faults = 0
+        faults, told = 0, ""
         while not self._is_ending.is_set():
             began = time.monotonic()
             code = self._run_once()
@@ -68,7 +68,8 @@ class LearnerChild:
                 return
             faults = 1 if time.monotonic() - began > _SETTLED_S else faults + 1
             status = self._page.read()
-            error = _with_cause(status.error, code)
+            # What this process told is not of a learner that ended before it attached.
+            error = told = _with_cause("" if status.error == told else status.error, code)
             if faults > len(RESTART_AFTER_S):
                 _log.error("the learner ended again (%s) and is not restarted; serving continues", _cause(code))
                 self._page.write(error=f"not started again: {error}")
@@ -102,7 +103,7 @@ def _cause(code: int) -> str:
 
 
 def _with_cause(error: str, code: int) -> str:
-    """What the learner told, and why it ended, unless that is what it told: it tells faults, but not what killed it."""
+    """What the learner told, and why it ended: it tells faults, but not what killed it."""
     if not error:
         return _cause(code)
-    return error if code >= 0 or _cause(code) in error else f"{_cause(code)}; {error}"
+    return error if code >= 0 else f"{_cause(code)}; {error}"

@@ -218,24 +218,26 @@ def test_a_learner_that_exits_cleanly_is_not_restarted_and_one_that_fails_is_res
 def test_what_killed_a_learner_is_told_whatever_it_had_told_itself(error, told, tmp_path, monkeypatch):
     monkeypatch.setattr(learner_child, "RESTART_AFTER_S", (0.01, 0.01))
     page = LearnerStatusPage.create(tmp_path / "page")
-    page.write(error=error)
     child = learner_child.LearnerChild(["sh", "-c", "kill -9 $$"], page)
+    run_once = child._run_once
+    # Each learner clears the error when it attaches, and one that the kernel kills cannot write its own.
+    monkeypatch.setattr(child, "_run_once", lambda: (page.write(error=error), run_once())[1])
     child.start()
     child._thread.join(20)
     assert (page.read().restarts, page.read().error) == (2, told), "once"
     child.end()
 
 
-def test_what_killed_the_last_learner_is_told_though_it_had_cleared_the_error(tmp_path, monkeypatch):
-    """Each learner clears the error when it attaches, and one that the kernel kills cannot write its own."""
-    monkeypatch.setattr(learner_child, "RESTART_AFTER_S", (0.01,))
+def test_the_cause_of_the_last_end_is_told_though_that_learner_had_not_attached(tmp_path, monkeypatch):
+    """Such a learner, whose settings are wrong, say, has not cleared what is told of the one before."""
+    monkeypatch.setattr(learner_child, "RESTART_AFTER_S", (0.01, 0.01))
     page = LearnerStatusPage.create(tmp_path / "page")
-    child = learner_child.LearnerChild(["sh", "-c", "kill -9 $$"], page)
-    run_once = child._run_once
-    monkeypatch.setattr(child, "_run_once", lambda: (page.write(error=""), run_once())[1])
+    has_run = tmp_path / "has run"
+    command = f"if [ -e '{has_run}' ]; then exit 3; fi; touch '{has_run}'; kill -9 $$"
+    child = learner_child.LearnerChild(["sh", "-c", command], page)
     child.start()
     child._thread.join(20)
-    assert (page.read().restarts, page.read().error) == (1, "not started again: killed by signal 9")
+    assert (page.read().restarts, page.read().error) == (2, "not started again: exit code 3")
     child.end()
 
 
