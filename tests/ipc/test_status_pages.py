@@ -210,7 +210,7 @@ def test_refusals_are_exported_before_the_first(path: Path) -> None:
     """Else the first burst would be no increase, and `rate` of it 0."""
     page, learner = EngineStatusPage.create(path), LearnerStatusPage.create(path.with_name("learner"))
     lines = ServerMetrics(model="m", status=page, learner=learner, ring=lambda: None).render().decode().splitlines()
-    for status in (400, 429, 503):
+    for status in (400, 429, 500, 503):
         assert f'aurora_requests_refused_total{{engine="0",model_name="m",status="{status}"}} 0.0' in lines
 
 

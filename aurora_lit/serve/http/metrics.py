@@ -25,7 +25,7 @@ from aurora_lit.settings import PLANS
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 FINISH_REASONS = ("stop", "length", "abort", "error")
-_USUAL_REFUSALS = (400, 429, 503)
+_USUAL_REFUSALS = (400, 429, 500, 503)
 """Exported from the start, as 0: of a counter that begins with its first burst, Prometheus sees no increase."""
 
 _FIRST_TOKEN_BUCKETS_S = (
