@@ -66,7 +66,7 @@ class KVCache:
     def copy_prefix(self, source: int, slot: int, length: int, *, start: int = 0) -> None:
         """Copy the first `length` positions of slot `source` to `slot`, in every layer.
 
-        `start`: positions of them that `slot` has already; none but those that share a block with others are written.
+        `start`: positions that `slot` has already; of them only those in a block that is copied whole are written.
         """
         for keys_SGCQPE, values_SGMDE in zip(self.keys_SGCQPE, self.values_SGMDE, strict=True):
             block, pair = keys_SGCQPE.shape[-2], values_SGMDE.shape[-1]
@@ -74,7 +74,8 @@ class KVCache:
             lacking = slice(start // block, blocks)
             keys_SGCQPE[slot, :, lacking] = keys_SGCQPE[source, :, lacking]
             if rest:
-                keys_SGCQPE[slot, :, blocks, :, :rest] = keys_SGCQPE[source, :, blocks, :, :rest]
+                begin = max(0, start - blocks * block)  # on a GPU all positions are one block
+                keys_SGCQPE[slot, :, blocks, :, begin:rest] = keys_SGCQPE[source, :, blocks, :, begin:rest]
             pairs, rest = divmod(length, pair)
             lacking = slice(start // pair, pairs)
             values_SGMDE[slot, :, lacking] = values_SGMDE[source, :, lacking]

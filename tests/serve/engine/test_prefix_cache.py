@@ -11,7 +11,7 @@ import torch
 from support.tiny_models import VOCAB, make_engine, random_draft, run, save_model
 
 from aurora_lit.kernels import native
-from aurora_lit.models.kv_cache import KVCache, keys_by_position
+from aurora_lit.models.kv_cache import KVCache, keys_by_position, values_by_position
 from aurora_lit.models.target import Target
 from aurora_lit.modules.draft.eagle3 import Eagle3Draft
 from aurora_lit.request import Request, SamplingParams
@@ -297,6 +297,18 @@ def test_of_a_prefix_only_what_the_slot_lacks_is_copied(
     drafter._num_cached[:] = [39, 0]
     drafter.copy_prefix(1, 0, 45, start=40)
     assert drafter._num_cached[0] == 39
+
+
+def test_nor_are_positions_copied_that_the_slot_has_in_a_block_with_others() -> None:
+    """On a GPU all keys of a slot are one block."""
+    cache = KVCache(num_layers=1, num_slots=2, num_kv_heads=1, head_dim=4, capacity=256)
+    (keys,), (values,) = cache.keys_SGCQPE, cache.values_SGMDE
+    for each in (keys, values):
+        each[0] = 1.0
+    block = native.KEY_BLOCK
+    cache.copy_prefix(0, 1, block + 30, start=block + 10)
+    for each_L in (keys_by_position(keys[1:])[0, 0, 0], values_by_position(values[1:])[0, 0, :, 0]):
+        assert each_L.nonzero().flatten().tolist() == list(range(block + 10, block + 30))
 
 
 def test_prefixes_are_copied_without_native_kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
