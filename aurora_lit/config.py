@@ -49,6 +49,7 @@ def load_config(path: Path | Sequence[Path] | None, overrides: Sequence[str]) ->
     try:
         for layer in layers:
             merged = OmegaConf.merge(merged, layer)
+        _check_given(merged)
         config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(AuroraConfig), merged))
     except OmegaConfBaseException as error:
         raise ConfigError(_explain(error)) from error
@@ -226,7 +227,7 @@ def _is_text(kind: Any) -> bool:
 
 
 def _checked(tree: Mapping[str, Any], kind: type, *, prefix: str) -> dict[str, Any]:
-    """The same tree, if every key is known, has a value, and text where it is text; OmegaConf checks other types."""
+    """The same tree, if every key is known and has text where it is text; OmegaConf checks other types."""
     known = typing.get_type_hints(kind)
     checked: dict[str, Any] = {}
     for key, value in tree.items():
@@ -239,8 +240,6 @@ def _checked(tree: Mapping[str, Any], kind: type, *, prefix: str) -> dict[str, A
                 hint = f"did you mean {prefix}{close[0]}?" if close else f"use one of {', '.join(known)}"
             shown = full if isinstance(value, Mapping) else _assignment(full, value)
             raise ConfigError(f"{shown}: there is no such setting; {hint}")
-        if value == "???":  # to OmegaConf a value that is still to be given: merged, it would be the default
-            raise ConfigError(f"{full}=??? has no value yet; give one, or leave it out")
         if isinstance(value, bool) and (word := "on" if value else "off") in typing.get_args(known[key]):
             value = word  # YAML 1.1 reads an unquoted on/off as true/false
         if dataclasses.is_dataclass(known[key]):
@@ -255,6 +254,15 @@ def _checked(tree: Mapping[str, Any], kind: type, *, prefix: str) -> dict[str, A
             )
         checked[str(key)] = value
     return checked
+
+
+def _check_given(merged: Any) -> None:
+    """Raise ConfigError if a setting is still to be given, OmegaConf's `???`, which would become the default."""
+    unresolved: Any = OmegaConf.to_container(merged)
+    for section, settings in unresolved.items():
+        for key, value in settings.items():
+            if value == "???":
+                raise ConfigError(f"{section}.{key}=??? has no value yet; give one, or leave it out")
 
 
 def _check_digest(files: Sequence[Mapping[str, Any]], overrides: Sequence[Mapping[str, Any]]) -> None:

@@ -305,7 +305,7 @@ def test_weights_in_groups_are_not_shared_among_processes(precision: str) -> Non
         ("memory: {scope: on}", "memory.scope=True must be text, not bool; use one of auto, domain, client, off"),
         ("draft: {checkpoint: false}", "draft.checkpoint=False must be text, not bool; put it in quotes"),
         ("server:\n  host: 0.0.0.0\n  api_key: ???", "server.api_key=??? has no value yet; give one, or leave it out"),
-        ("server: ???", "server=??? has no value yet; give one, or leave it out"),
+        ("server: ???", "server=??? is a section; set one of its keys, such as server.host"),
         ("- a\n- b", "--config"),
         ("a: [", "--config"),
         ("server: {api_key: 'a${b'}", "--config"),
@@ -432,6 +432,17 @@ def test_another_source_is_not_left_the_sha256_of_the_former(tmp_path: Path) -> 
     same = f"target.source={load_config(None, []).target.source}"
     assert load_config(None, [same]) == load_config(None, [])
     assert load_config(None, ["target.source=hf:org/name"]).target.source == "hf:org/name", "for which it is not used"
+
+
+def test_a_value_that_is_still_to_be_given_may_be_given_by_a_later_file_or_override(tmp_path: Path) -> None:
+    base, given = tmp_path / "base.yaml", tmp_path / "given.yaml"
+    base.write_text("server:\n  api_key: ???\n  port: 9001")
+    given.write_text("server: {api_key: sekret}")
+    for paths, overrides in (([base, given], []), ([base], ["server.api_key=sekret"]), ([given, base], [])):
+        server = load_config(paths, overrides).server
+        assert (server.api_key, server.port) == ("sekret", 9001)
+    with pytest.raises(ConfigError, match=r"^server\.api_key=\?\?\? has no value yet; give one, or leave it out$"):
+        load_config([base], ["server.port=9002"])
 
 
 def test_a_relative_draft_is_looked_up_here_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
