@@ -11,9 +11,11 @@ import ctypes
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
+from typing import NoReturn
 
 ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 """The signals that end a server: of a service manager, of Ctrl-C and of a closed terminal."""
@@ -105,11 +107,29 @@ def handle_ending(handle: Callable[[int, FrameType | None], None]) -> None:
             signal.signal(number, handle)
 
 
+def raise_exit(number: int, _frame: FrameType | None) -> NoReturn:
+    """A handler that raises SystemExit, so that what was begun is cleaned up."""
+    sys.exit(128 + number)
+
+
 @contextlib.contextmanager
 def sigterm_as_exit() -> Iterator[None]:
     """SIGTERM ends the block as Ctrl-C does, so that what it began is cleaned up."""
-    before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    before = signal.signal(signal.SIGTERM, raise_exit)
     try:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+@contextlib.contextmanager
+def sigterm_ends_at_once() -> Iterator[None]:
+    """For a block whose threads SystemExit would wait for: where SIGTERM raises it, it ends the process instead."""
+    if signal.getsignal(signal.SIGTERM) is not raise_exit or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    signal.signal(signal.SIGTERM, lambda number, _: os._exit(128 + number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, raise_exit)

@@ -26,6 +26,7 @@ from safetensors import SafetensorError
 
 from aurora_lit.config import AuroraConfig, model_name
 from aurora_lit.errors import SourceError
+from aurora_lit.ipc.process_lifetime import sigterm_ends_at_once
 from aurora_lit.models.wheel import is_complete, parse_wheel_source, resolve_wheel
 
 if TYPE_CHECKING:
@@ -184,13 +185,14 @@ def _resolve_hub(repo: str, *, local_only: bool = False) -> Path:
     # Copies of the weights in other layouts, and their configurations: "*" matches the names of folders too.
     others = ["consolidated*", "*/*.safetensors", "metal/*", "onnx/*", "original/*"]
     try:
-        path = snapshot_download(
-            name,
-            revision=revision or None,
-            allow_patterns=patterns,
-            ignore_patterns=others,
-            local_files_only=local_only,
-        )
+        with sigterm_ends_at_once():
+            path = snapshot_download(
+                name,
+                revision=revision or None,
+                allow_patterns=patterns,
+                ignore_patterns=others,
+                local_files_only=local_only,
+            )
     except HFValidationError as error:
         raise SourceError(f"target.source='hf:{repo}' is not a valid hub name; write hf:org/name[@revision]") from error
     except LocalEntryNotFoundError as error:

@@ -30,6 +30,7 @@ from transformers import AutoModelForCausalLM
 
 from aurora_lit.config import load_config, model_name
 from aurora_lit.errors import SourceError
+from aurora_lit.ipc.process_lifetime import sigterm_as_exit
 from aurora_lit.models import package_index
 from aurora_lit.models import source as source_module
 from aurora_lit.models.source import (
@@ -418,6 +419,47 @@ def test_a_download_from_the_hub_that_breaks_off_is_told(error: Exception, monke
     monkeypatch.setattr(huggingface_hub, "snapshot_download", break_off)
     with pytest.raises(SourceError, match=r"^target.source='hf:org/name' cannot be downloaded \(.+\); check the name"):
         resolve("hf:org/name", cache_dir=Path())
+
+
+def test_sigterm_does_not_wait_for_files_that_the_hub_still_sends() -> None:
+    """The hub's library downloads in threads, which SystemExit would wait for."""
+    code = """
+import concurrent.futures, pathlib, signal, sys, threading
+import huggingface_hub
+from aurora_lit.ipc.process_lifetime import sigterm_as_exit
+from aurora_lit.models.source import resolve
+
+def download(*_, **__):
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        pool.submit(threading.Event().wait, 60)
+        signal.raise_signal(signal.SIGTERM)
+
+huggingface_hub.snapshot_download = download
+with sigterm_as_exit():
+    resolve("hf:org/name", cache_dir=pathlib.Path())
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=20)
+    assert done.returncode == 143, done.stderr
+
+
+def test_a_download_from_the_hub_leaves_the_handler_of_sigterm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    during: list[object] = []
+
+    def download(*_: object, **__: object) -> str:
+        during.append(signal.getsignal(signal.SIGTERM))
+        return str(tmp_path)
+
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    with sigterm_as_exit():
+        ours = signal.getsignal(signal.SIGTERM)
+        resolve("hf:org/name", cache_dir=Path())
+        assert signal.getsignal(signal.SIGTERM) is ours
+    theirs = signal.getsignal(signal.SIGTERM)
+    resolve("hf:org/name", cache_dir=Path())
+    assert during[0] is not ours
+    assert during[1] is theirs, "the handler of a program that uses this as a library"
 
 
 def test_the_models_files_are_taken_from_the_hub_and_copies_in_other_layouts_are_not(
