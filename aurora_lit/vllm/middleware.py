@@ -61,9 +61,8 @@ class Middleware:
             finally:
                 task.cancel()
         elif scope["type"] == "http" and scope["method"] == "POST" and scope["path"].endswith(_PATHS):
-            # The body's new length is not known yet; vLLM reads to its end.
-            headers = [each for each in scope["headers"] if each[0].lower() != b"content-length"]
-            await self._app({**scope, "headers": headers}, _rewriting(receive), send)
+            # Content-Length stays the client's: vLLM's metrics count it, and the body is read to its end all the same.
+            await self._app(scope, _rewriting(receive), send)
         else:
             await self._app(scope, receive, send)
 

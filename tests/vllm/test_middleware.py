@@ -90,12 +90,12 @@ def run_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_a_request_in_pieces_arrives_with_its_label_and_without_the_length_that_it_had(run_folder: Path) -> None:
+def test_a_request_in_pieces_arrives_with_its_label_and_the_length_that_the_client_sent(run_folder: Path) -> None:
     app = MadeApp()
     scope, receive = _post(json.dumps({"store": False, "prompt": "é"}).encode())
     asyncio.run(Middleware(app)(scope, receive, _nothing))
     assert json.loads(app.bodies[0]) == {"store": False, "prompt": "é", "vllm_xargs": {"aurora_lit_store": 0}}
-    assert app.lengths == []
+    assert app.lengths == [dict(scope["headers"])[b"content-length"]], "vLLM's /metrics counts what the client has sent"
 
 
 def test_a_body_is_read_only_if_vllm_reads_it(run_folder: Path) -> None:
