@@ -98,6 +98,9 @@ def start(
         deployment = _deployment(config, folder)
         deployment.write()
         command = vllm_command(config, deployment, vllm_arguments)
+        environment = {VARIABLE: str(folder)}
+        if command[1] == "-P":  # what vLLM starts by `python -m`, to inspect models, does not inherit that
+            environment["PYTHONSAFEPATH"] = "1"
         if learner_metrics_port is not None:
             given = _with_file(vllm_arguments)
             host = _value_of("--host", given) or "127.0.0.1"
@@ -106,12 +109,13 @@ def start(
         ending = threading.Event()
         process = None
         if attach:
-            print(f"start vLLM with\n\n  {VARIABLE}={folder} {shlex.join(command)}\n", flush=True)
+            assignments = [f"{name}={shlex.quote(text)}" for name, text in environment.items()]
+            print(f"start vLLM with\n\n  {' '.join(assignments)} {shlex.join(command)}\n", flush=True)
         else:
             parent = os.getpid()
             process = subprocess.Popen(
                 command,
-                env={**os.environ, VARIABLE: str(folder)},
+                env={**os.environ, **environment},
                 preexec_fn=lambda: die_with_parent(parent, by=signal.SIGTERM),
             )
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import signal
+import subprocess
 import threading
 import time
 from pathlib import Path
@@ -35,6 +37,7 @@ from aurora_lit.drafts.checkpoint import save_draft
 from aurora_lit.errors import ConfigError
 from aurora_lit.ipc.engine_status import STATUS_NAME, EngineStatusPage, WorkerState
 from aurora_lit.ipc.learner_status import LEARNER_STATUS_NAME, LearnerStatusPage
+from aurora_lit.ipc.process_lifetime import module_command
 from aurora_lit.ipc.ring import RingWriter
 from aurora_lit.ipc.run_folder import RING_NAME
 from aurora_lit.models import source as source_module
@@ -314,6 +317,26 @@ def test_an_argument_of_vllm_is_neither_our_help_nor_the_model() -> None:
 def test_an_argument_of_vllm_is_read_however_it_is_written(arguments: str) -> None:
     assert _value_of("--served-model-name", arguments.split()) == "m"
     assert _value_of("--host", arguments.split()) is None
+
+
+def test_a_module_that_vllm_runs_itself_is_not_taken_from_the_working_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """It inspects models with `python -m`, without its own -P (vllm/model_executor/models/registry.py)."""
+    command_of(tmp_path)
+    (tmp_path / "this.py").write_text("raise SystemExit('this file was run')")
+    monkeypatch.chdir(tmp_path)
+    vllm = "import subprocess, sys; sys.exit(subprocess.run([sys.executable, '-m', 'this']).returncode)"
+    command = [*module_command("vllm")[:-2], "-c", vllm]
+    monkeypatch.setattr(vllm_command_file, "vllm_command", lambda *_: command)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: "installed")
+    monkeypatch.setattr(vllm_command_file, "handle_ending", lambda end: None)
+    config = settings(str(tmp_path / "target"), DRAFT, [f"checkpoint.dir={tmp_path}", "learn.enabled=false"])
+    assert start(config, [], learner_gpus="", learner_metrics_port=None, attach=False) == 0, capfd.readouterr().err
+    monkeypatch.setattr(threading.Event, "wait", lambda *_: True)
+    start(config, [], learner_gpus="", learner_metrics_port=None, attach=True)
+    printed = capfd.readouterr().out.partition("start vLLM with")[2]
+    assert subprocess.run(printed.strip(), shell=True, check=False).returncode == 0
 
 
 def test_without_vllm_nothing_is_started(monkeypatch: pytest.MonkeyPatch) -> None:
