@@ -15,6 +15,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import fcntl
+import itertools
 import logging
 import os
 from collections.abc import Iterator
@@ -32,6 +33,7 @@ from aurora_lit.vllm.deployment import Deployment
 LOOK_EVERY_S = 0.1
 _STALE_S = 10.0
 """An engine whose heartbeat is older has ended, or makes no traces."""
+_RETRY_S = 1.0
 _LOCK_NAME = "follower.lock"
 _log = logging.getLogger("vllm.aurora_lit")
 
@@ -67,13 +69,19 @@ class DraftFollower:
 
     async def run(self) -> None:
         """Start capture, then keep the served draft equal to the current version."""
-        while True:
-            suffix = "" if self._engines is None else f"-{self._engines.start}"
+        suffix = "" if self._engines is None else f"-{self._engines.start}"
+        for attempt in itertools.count():
             with _lock(self._deployment.run_folder / f"{_LOCK_NAME}{suffix}") as is_held:
                 if is_held:
                     await self._follow()
                     return
-            await asyncio.sleep(1.0)  # another API server follows
+            if attempt == 0:
+                _log.warning(
+                    "aurora-lit: another API server of this run folder swaps the drafts; if it is of another vLLM, no "
+                    "draft is swapped in this one: give it its own `aurora-lit vllm --attach`, with a checkpoint.run "
+                    "of its own"
+                )
+            await asyncio.sleep(_RETRY_S)
 
     async def _follow(self) -> None:
         arguments = (str(self._deployment.run_folder),)

@@ -349,7 +349,11 @@ def test_an_unknown_vllm_is_one_line_and_nothing_else(deployment: Deployment, ca
     assert "no traces are made and no drafts are swapped: vLLM 9.9 is not known" in record.message
 
 
-def test_of_several_api_servers_one_follows(deployment: Deployment) -> None:
+def test_of_several_api_servers_one_follows_and_the_others_say_so_once(
+    deployment: Deployment, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A second vLLM started with the same run folder would be silent otherwise, and keep its draft for ever."""
+    monkeypatch.setattr(follower, "_RETRY_S", 0.01)
     ranks, other = MadeRanks(), MadeRanks()
 
     async def scenario() -> None:
@@ -360,6 +364,8 @@ def test_of_several_api_servers_one_follows(deployment: Deployment) -> None:
         second.cancel()
 
     run_with(deployment, ranks, scenario)
+    (told,) = [record.message for record in caplog.records if "another API server" in record.message]
+    assert "its own `aurora-lit vllm --attach`, with a checkpoint.run of its own" in told
 
 
 def test_with_an_external_load_balancer_each_server_follows_with_its_own_engine(
