@@ -41,8 +41,12 @@ def read_prompts(path: Path) -> list[Prompt]:
 
     Only files named *.jsonl hold JSON. A line without a domain gets the file's name as its domain. Raises AuroraError,
     with file and line, for a malformed line, for a line of JSON in a file of another name, and for a file that is not
-    UTF-8.
+    UTF-8 or is named *.json.
     """
+    if path.suffix.lower() == ".json":
+        raise AuroraError(
+            f"{path}: a JSON document is not read; write one JSON object a line into a file named *.jsonl"
+        )
     prompts = []
     try:
         # Windows marks files as UTF-8. No character but "\n" ends a line of JSON.
@@ -56,7 +60,7 @@ def read_prompts(path: Path) -> list[Prompt]:
             if _is_conversation(line):
                 raise AuroraError(
                     f"{path}:{number}: holds JSON, but only a file named *.jsonl is read so, others as plain text; "
-                    "give it such a name"
+                    "give it such a name, and each object a line of its own"
                 )
             prompts.append(Prompt(domain=path.stem, messages=(line,), place=f"{path}:{number}"))
             continue
@@ -95,12 +99,13 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[in
 
 
 def _is_conversation(line: str) -> bool:
-    """Whether this line is JSON with `messages`."""
+    """Whether this line is JSON with `messages`, or a list of such."""
     try:
         fields = json.loads(line)
     except (ValueError, RecursionError):
         return False
-    return isinstance(fields, dict) and "messages" in fields
+    first = fields[0] if isinstance(fields, list) and fields else fields
+    return isinstance(first, dict) and "messages" in first
 
 
 def _text_of(content: Any) -> str:

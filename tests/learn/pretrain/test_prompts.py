@@ -61,7 +61,7 @@ def test_a_prompt_that_the_chat_template_refuses_is_named(tmp_path: Path) -> Non
         encode_prompt(tiny_tokenizer(), refused)
 
 
-@pytest.mark.parametrize("name", ["chat.ndjson", "chat.json", "chat.jsonl.txt", "63"])
+@pytest.mark.parametrize("name", ["chat.ndjson", "chat.jsonl.txt", "63"])
 def test_json_in_a_file_that_is_not_read_as_such_is_refused(name: str, tmp_path: Path) -> None:
     path = tmp_path / name
     path.write_text('a prompt about {}\n{"a": 1}\n[]\n{"messages": [{"role": "user", "content": "c"}]}\n')
@@ -69,6 +69,22 @@ def test_json_in_a_file_that_is_not_read_as_such_is_refused(name: str, tmp_path:
         read_prompts(path)
     path.write_text('a prompt about {}\n{"a": 1}\n[]\n')
     assert [prompt.messages[0] for prompt in read_prompts(path)] == ["a prompt about {}", '{"a": 1}', "[]"]
+
+
+@pytest.mark.parametrize("indent", [None, 2])
+def test_a_json_document_is_refused(indent: int | None, tmp_path: Path) -> None:
+    chats = json.dumps([{"messages": [{"role": "user", "content": "c"}]}], indent=indent)
+    path = tmp_path / "chat.JSON"
+    path.write_text(chats)
+    with pytest.raises(AuroraError, match=r"chat\.JSON: .*write one JSON object a line into a file named \*\.jsonl"):
+        read_prompts(path)
+
+
+def test_a_line_of_several_conversations_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "chat.txt"
+    path.write_text('[1]\n[{"messages": [{"role": "user", "content": "c"}]}]\n')
+    with pytest.raises(AuroraError, match=r"chat\.txt:2: holds JSON, but .*named \*\.jsonl"):
+        read_prompts(path)
 
 
 def test_files_as_windows_writes_them_are_read(tmp_path: Path) -> None:
