@@ -44,7 +44,6 @@ def load_config(path: Path | Sequence[Path] | None, overrides: Sequence[str]) ->
     paths = [DEFAULT_CONFIG] if path is None else [path] if isinstance(path, Path) else path
     read = [*(_read_yaml(file) for file in paths), *(_read_override(text) for text in overrides)]
     layers = [_checked(layer, AuroraConfig, prefix="") for layer in read]
-    _check_digest(layers[: len(paths)], layers[len(paths) :])
     merged: Any = OmegaConf.create({})
     try:
         for layer in layers:
@@ -54,6 +53,7 @@ def load_config(path: Path | Sequence[Path] | None, overrides: Sequence[str]) ->
     except OmegaConfBaseException as error:
         raise ConfigError(_explain(error)) from error
     assert isinstance(config, AuroraConfig)
+    _check_digest(config, layers[: len(paths)], layers[len(paths) :])
     validate(config)
     return config
 
@@ -265,22 +265,24 @@ def _check_given(merged: Any) -> None:
                 raise ConfigError(f"{section}.{key}=??? has no value yet; give one, or leave it out")
 
 
-def _check_digest(files: Sequence[Mapping[str, Any]], overrides: Sequence[Mapping[str, Any]]) -> None:
+def _check_digest(
+    config: AuroraConfig, files: Sequence[Mapping[str, Any]], overrides: Sequence[Mapping[str, Any]]
+) -> None:
     """Raise ConfigError if a file, or the overrides together, name another source and leave it the former's SHA-256.
 
     Otherwise the whole model would be downloaded first, and then refused.
     """
     together = {key: value for each in overrides for key, value in each.get("target", {}).items()}
     source = of_sha256 = AuroraConfig().target.source
-    sha256 = None
     for target in (*(file.get("target", {}) for file in files), together):
         source = target.get("source", source)
         if "sha256" in target:
-            sha256, of_sha256 = target["sha256"], source
-    if sha256 is not None and source != of_sha256 and str(source).startswith("pypi:"):
+            of_sha256 = source
+    found = config.target  # where interpolations are resolved
+    if found.sha256 is not None and of_sha256 not in (source, found.source) and found.source.startswith("pypi:"):
         raise ConfigError(
-            f"target.source={source} is not the source that target.sha256={sha256} belongs to; set target.sha256 to "
-            "match or to null"
+            f"target.source={found.source} is not the source that target.sha256={found.sha256} belongs to; set "
+            "target.sha256 to match or to null"
         )
 
 

@@ -434,6 +434,16 @@ def test_another_source_is_not_left_the_sha256_of_the_former(tmp_path: Path) -> 
     assert load_config(None, ["target.source=hf:org/name"]).target.source == "hf:org/name", "for which it is not used"
 
 
+def test_a_source_of_the_environment_is_not_left_the_sha256_of_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    shipped, overrides = load_config(None, []), ["target.source=${oc.env:AURORA_LIT_TEST_MODEL}"]
+    monkeypatch.setenv("AURORA_LIT_TEST_MODEL", shipped.target.source)
+    assert load_config(None, overrides) == shipped
+    monkeypatch.setenv("AURORA_LIT_TEST_MODEL", "pypi:x==1#y.gguf")
+    with pytest.raises(ConfigError, match=r"target\.source=pypi:x==1#y\.gguf is not .*sha256=bcc81830.*null"):
+        load_config(None, overrides)
+    assert load_config(None, [*overrides, "target.sha256=null"]).target.sha256 is None
+
+
 def test_a_value_that_is_still_to_be_given_may_be_given_by_a_later_file_or_override(tmp_path: Path) -> None:
     base, given = tmp_path / "base.yaml", tmp_path / "given.yaml"
     base.write_text("server:\n  api_key: ???\n  port: 9001")
