@@ -49,9 +49,10 @@ _SPECULATION_ARGUMENTS = {
 }
 """vLLM's arguments for single fields of its speculative config; it refuses a field that is given twice."""
 _SEVERAL_SERVERS = ("--api-server-count", "-asc", "--data-parallel-multi-port-external-lb", "-dpm")
-_NO_MIDDLEWARE = ("--headless", "--grpc", "--grpc-port")
+_NO_MIDDLEWARE = ("--grpc", "--grpc-port")
+_NO_SERVER = "--headless"
 """Arguments that only `vllm serve` acts on (vllm/entrypoints/cli/serve.py): what is started here would ignore them. The
-latter start a server that loads no middleware."""
+second ones start a server that loads no middleware, the last one engines for the server of another machine."""
 _STARTING_NAME = "starting"
 _LOOK_EVERY_S = 0.5
 
@@ -176,14 +177,20 @@ def vllm_command(config: AuroraConfig, deployment: Deployment, vllm_arguments: S
 
 def _check_is_acted_on(arguments: Sequence[str], given: set[str]) -> None:
     """Raise ConfigError for an argument that would be ignored in silence. given: the names of the arguments."""
-    for name in (*_SEVERAL_SERVERS, *_NO_MIDDLEWARE):
+    for name in (*_SEVERAL_SERVERS, *_NO_MIDDLEWARE, _NO_SERVER):
         if name not in given or _value_of(name, arguments) in ("1", "False"):  # as without it
             continue
         if name in _NO_MIDDLEWARE:
             raise ConfigError(f"{name} starts a server in which no drafts can be swapped; leave it out")
+        if name == _NO_SERVER:
+            raise ConfigError(
+                f"{name} starts engines for the server of another machine, and `aurora-lit vllm` starts a server; run "
+                'it on that machine only, and see "Several machines" in docs/vllm.md'
+            )
         raise ConfigError(
             f"{name} is for `vllm serve`, and {_MODULE}, which is started here, ignores it; leave it out, or add it to "
-            f"the command that --attach prints, with `vllm serve` in place of `python -m {_MODULE}`"
+            "the command that --attach prints, with `vllm serve` in place of all words up to and including "
+            f"{_MODULE}"
         )
 
 

@@ -140,17 +140,23 @@ def test_an_argument_that_only_vllm_serve_acts_on_is_refused_with_the_way_to_giv
     tmp_path: Path, argument: str
 ) -> None:
     """vllm/entrypoints/cli/serve.py; `main` of vllm/entrypoints/launchers/api_server/entry.py does not look at them."""
-    with pytest.raises(ConfigError, match=r"ignores it; leave it out, or add it to the command that --attach prints"):
+    said = r"ignores it; leave it out, or add it to the command that --attach prints, with `vllm serve` in place of all"
+    with pytest.raises(ConfigError, match=said) as caught:
         command_of(tmp_path, "--port", "8123", *argument.split())
+    assert str(caught.value).endswith("words up to and including vllm.entrypoints.openai.api_server")
 
 
-@pytest.mark.parametrize("argument", ["--headless", "--grpc", "--grpc-port 50051"])
+@pytest.mark.parametrize("argument", ["--grpc", "--grpc-port 50051"])
 def test_a_server_that_loads_no_middleware_is_refused(tmp_path: Path, argument: str) -> None:
     with pytest.raises(ConfigError, match=f"{argument.split()[0]} starts a server in which no drafts can be swapped"):
         command_of(tmp_path, *argument.split())
+
+
+def test_engines_for_the_server_of_another_machine_are_refused(tmp_path: Path) -> None:
     (tmp_path / "my.yaml").write_text("headless: true")
-    with pytest.raises(ConfigError, match="--headless starts a server"):
-        command_of(tmp_path, "--config", str(tmp_path / "my.yaml"))
+    for arguments in (["--headless"], ["--config", str(tmp_path / "my.yaml")]):
+        with pytest.raises(ConfigError, match=r"--headless starts engines for .*; run it on .*Several machines"):
+            command_of(tmp_path, *arguments)
 
 
 def test_one_api_server_is_what_is_started(tmp_path: Path) -> None:
