@@ -24,6 +24,7 @@ from aurora_lit.config import AuroraConfig, load_config
 from aurora_lit.drafts.checkpoint import save_draft
 from aurora_lit.errors import AuroraError, ConfigError
 from aurora_lit.kernels import native
+from aurora_lit.learn.data.online_batcher import informativeness
 from aurora_lit.learn.offline import copies
 from aurora_lit.learn.offline.replay import read_traces
 from aurora_lit.models.target import Target
@@ -265,8 +266,9 @@ def test_the_detector_sees_no_rounds_of_the_draft_that_was_recorded(
     traces = []
     for trace in read_traces(folder / "traces" / "traffic"):
         ones_R = torch.ones_like(trace.num_proposed_R)
-        rounds = {"source_R": torch.full_like(trace.source_R, SOURCE_DRAFT), "num_proposed_R": ones_R}
-        traces.append(replace(trace, num_accepted_R=ones_R, **rounds))
+        rounds: dict[str, Any] = {"source_R": torch.full_like(trace.source_R, SOURCE_DRAFT), "num_proposed_R": ones_R}
+        versions_R = torch.zeros_like(trace.round_version_R)
+        traces.append(replace(trace, num_accepted_R=ones_R, round_version_R=versions_R, **rounds))
     assert all(acceptance_rate(trace) == 1.0 for trace in traces)
     monkeypatch.setattr(ablation, "phases_in_order", lambda *_: groupby(traces, key=lambda t: phase_of(t.request_id)))
     run(folder, out, "static,lk", a_config(folder, max_repeated_share=1.0), every=4, steps_per_request=0.0)
@@ -275,6 +277,9 @@ def test_the_detector_sees_no_rounds_of_the_draft_that_was_recorded(
     assert 36 < len(unknown) < len(traces)
     assert all(acceptance_rate(trace) is None for trace in seen if trace.request_id in unknown)
     assert any(acceptance_rate(trace) is not None for trace in seen if trace.request_id not in unknown)
+    learned = [trace for trace in seen if trace.verify == "sampled" and takes(trace.request_id, seed=0, every=4)]
+    assert learned
+    assert all(informativeness(trace) == 0.0 for trace in learned), "batches take them by their own rate, as a server's"
 
 
 def test_each_arm_changes_what_its_name_says(folder: Path) -> None:

@@ -10,10 +10,11 @@ Rounds are those that a live server would have run with the arm's draft, with ex
 draft's chain (learn/offline/on_policy.py and copies.py); measured prompts are decoded without exploration, with what is
 remembered by then. Of the traffic, one of `every` requests is scored and offered to learning, different ones with each
 seed; the others only inform the domain detector, since a learner with a small budget could not learn from them anyway,
-and the memory, which remembers all. Of these, and of sampled ones, no rounds of the arm's draft are known, and the
-detector sees none: those that were recorded are another draft's. Labels are hidden from learners and memory. Sampled
-requests are learned from but not scored. Policy and gate see what is accepted of the draft alone. In all arms, rounds
-that could reach beyond an answer's recorded end with the longest copies (engine.lookup_tokens) are left out.
+and the memory, which remembers all. Of these, and of sampled ones, no rounds of the arm's draft are known: those that
+were recorded are another draft's, and the detector leaves them out. Labels are hidden from learners and memory. Sampled
+requests are learned from but not scored, and batches take them by their recorded rounds. Policy and gate see what is
+accepted of the draft alone. In all arms, rounds that could reach beyond an answer's recorded end with the longest
+copies (engine.lookup_tokens) are left out.
 
 With `shuffle_phases` every seed but 0 has its own order of phases, so that intervals include what the order does.
 An arm and seed that is done is not run again; one that was killed starts anew.
@@ -52,7 +53,7 @@ from aurora_lit.durable import is_as_begun
 from aurora_lit.errors import ConfigError
 from aurora_lit.kernels import native
 from aurora_lit.learn.data.target_head import TargetHead
-from aurora_lit.learn.offline.on_policy import RoundSimulator
+from aurora_lit.learn.offline.on_policy import RECORDED_VERSION, RoundSimulator
 from aurora_lit.learn.offline.replay import Replay, blocks, read_traces
 from aurora_lit.learn.online.build import load_head_and_draft
 from aurora_lit.learn.training_precision import one_process_fabric
@@ -64,7 +65,7 @@ from aurora_lit.serve.speculation.drafter import Drafter
 from aurora_lit.serve.speculation.planner import SpeculationLimits
 from aurora_lit.serve.worker.build import load_target, starting_draft
 from aurora_lit.traces.log import INDEX_NAME as LOG_INDEX_NAME
-from aurora_lit.traces.record import SOURCE_NONE, Trace
+from aurora_lit.traces.record import Trace
 
 INFO_NAME, COSTS_NAME = "ablation.json", "costs.json"
 _CALIBRATIONS = 10
@@ -231,13 +232,11 @@ class ArmRunner:
             if not learns:
                 continue
             before = controller.num_shifts
-            shown = replace(trace if own is None else own, domain="")
-            if own is None or own.verify != "greedy":  # its rounds are those of the draft that was recorded
-                shown = replace(shown, source_R=torch.full_like(shown.source_R, SOURCE_NONE))
             if own is None:
-                controller.assign_domain(shown)
+                recorded_R = torch.full_like(trace.round_version_R, RECORDED_VERSION)
+                controller.assign_domain(replace(trace, domain="", round_version_R=recorded_R))
             else:
-                replay.learn_from(shown)
+                replay.learn_from(replace(own, domain=""))
             if controller.num_shifts > before and controller.last_shift is not None:
                 result.shifts.append((number + i, controller.last_shift.cause, controller.last_shift.domain))
         if learns:

@@ -16,7 +16,7 @@ could reach beyond the recorded end is left out, as in learn/offline/scoring.py.
 
 Sampled requests keep their recorded rounds: a trace does not hold the key of their noise, which other proposals would
 need, and their proposals after a rejection have states too. They are labelled RECORDED_VERSION, since the versions of
-the server that recorded them are not the replay's.
+the server that recorded them are not the replay's; the domain detector leaves them out.
 
 Shapes: K draft steps, B rows, T positions, H hidden, N chains without a rejection so far, D draft vocabulary.
 """

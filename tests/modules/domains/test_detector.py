@@ -14,6 +14,7 @@ import torch
 from support.domain_prompts import KINDS, PromptMaker
 from torch import Tensor
 
+from aurora_lit.learn.offline.on_policy import RECORDED_VERSION
 from aurora_lit.modules.domains.centroids import UNKNOWN
 from aurora_lit.modules.domains.detector import (
     DomainAssignment,
@@ -258,6 +259,9 @@ def test_the_acceptance_rate_is_the_drafts_own() -> None:
     assert acceptance_rate(prompts.trace("code")) is None
     assert acceptance_rate(prompts.trace("code", accepted=0.3)) == pytest.approx(0.3)
     assert acceptance_rate(prompts.trace("code", accepted=0.3, explored=True)) is None
+    replayed = prompts.trace("code", accepted=0.3)
+    replayed.round_version_R[:] = RECORDED_VERSION
+    assert acceptance_rate(replayed) is None, "the draft of a replayed sampled request is not the one that is served"
 
 
 def test_the_acceptance_rate_is_that_of_proposals_that_were_verified() -> None:
@@ -269,6 +273,7 @@ def test_the_acceptance_rate_is_that_of_proposals_that_were_verified() -> None:
         return replace(
             trace,
             source_R=torch.full((num,), SOURCE_DRAFT),
+            round_version_R=torch.zeros(num, dtype=torch.int32),
             explored_R=torch.zeros(num, dtype=torch.bool),
             num_proposed_R=torch.full((num,), proposed),
             num_accepted_R=torch.tensor(accepted),
