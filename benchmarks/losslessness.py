@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM
 from aurora_lit.config import AuroraConfig, draft_folder, load_config
 from aurora_lit.drafts.checkpoint import load_draft, read_config
 from aurora_lit.learn.pretrain.prompts import encode_prompt, read_prompts
-from aurora_lit.models.packed_target import weights_digest
+from aurora_lit.models.packed_target import safetensors_digest
 from aurora_lit.models.source import find_target
 from aurora_lit.modules.draft.eagle3 import Eagle3Draft
 from aurora_lit.request import Request, SamplingParams
@@ -118,7 +118,7 @@ def _transformers_reference(
 ) -> Outputs:
     known = json.loads(path.read_text()) if path.exists() else {}
     folder = find_target(config)
-    digest = weights_digest(folder)
+    digest = safetensors_digest(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     path.parent.mkdir(parents=True, exist_ok=True)
     outputs: Outputs = []

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from aurora_lit.errors import CacheError
+from aurora_lit.errors import AuroraError, CacheError
 from aurora_lit.kernels import native, products
 from aurora_lit.kernels.decoder import LayerWeights
 from aurora_lit.kernels.packed_linear import TENSOR_NAMES, PackedEmbedding, PackedLinear
@@ -120,10 +120,15 @@ def packed_key(folder: Path, *, precision: str) -> dict[str, str]:
     }
 
 
-def weights_digest(folder: Path) -> str:
-    """Digest of a sample of the weights in a folder. A copy of the folder has the same one."""
-    digest = hashlib.sha256()
-    for path in sorted(folder.glob("*.safetensors")):
+def safetensors_digest(folder: Path) -> str:
+    """Digest of a sample of the weights, or traces, in a folder. A copy of the folder has the same one.
+
+    Raises AuroraError if there are none: all such folders would have the same digest.
+    """
+    digest, paths = hashlib.sha256(), sorted(folder.glob("*.safetensors"))
+    if not paths:
+        raise AuroraError(f"{folder} holds no *.safetensors file; name the folder that does")
+    for path in paths:
         for part in _sample(path):
             digest.update(part)
     return digest.hexdigest()

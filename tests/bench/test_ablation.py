@@ -221,7 +221,7 @@ def test_only_missing_results_are_computed(folder: Path, out: Path) -> None:
         ablation.run(a_config(folder), traces=out, arms=["static"], seeds=(0,), out=out)
 
 
-@pytest.mark.parametrize("change", ["draft", "recording"])
+@pytest.mark.parametrize("change", ["draft", "fewer answers", "other answers"])
 def test_results_of_another_draft_or_recording_are_not_taken_for_these(
     change: str, folder: Path, out: Path, tmp_path: Path
 ) -> None:
@@ -233,12 +233,31 @@ def test_results_of_another_draft_or_recording_are_not_taken_for_these(
         target = Target.load(tmp_path / "own" / "target", precision="fp32")
         save_draft(random_draft(target, seed=7), tmp_path / "own" / "start", dtype=torch.float32)
     else:
+        traces = list(read_traces(tmp_path / "own" / "traces" / "measure"))
+        shutil.rmtree(tmp_path / "own" / "traces" / "measure")
         again = TraceLogWriter(tmp_path / "own" / "traces" / "measure", kind="measure")
-        for trace in list(read_traces(tmp_path / "own" / "traces" / "measure"))[:3]:
+        if change == "other answers":  # of the same lengths
+            traces = [replace(trace, token_ids_T=trace.token_ids_T.flip(0)) for trace in traces]
+        for trace in traces[:3] if change == "fewer answers" else traces:
             again.append(trace)
         again.close()
     with pytest.raises(ConfigError, match="another draft or another stream; name another folder"):
         run(tmp_path / "own", out, "static", **options)
+
+
+def test_a_draft_that_is_not_there_yet_leaves_nothing_behind(folder: Path, out: Path, tmp_path: Path) -> None:
+    """Nothing says then from which draft the results in --out begin."""
+    own = tmp_path / "own"
+    shutil.copytree(folder, own, ignore=shutil.ignore_patterns("start"))
+    for there in ("nothing", "config.json"):
+        if there != "nothing":
+            (own / "start").mkdir()
+            shutil.copy(folder / "start" / there, own / "start")
+        with pytest.raises(AuroraError, match="start"):
+            run(own, out, "static", every=6)
+    assert [path.name for path in out.iterdir()] == ["costs.json"]
+    shutil.copytree(folder / "start", own / "start", dirs_exist_ok=True)
+    run(own, out, "static", every=6)
 
 
 def test_a_stream_of_another_target_is_refused(folder: Path, out: Path, tmp_path: Path) -> None:

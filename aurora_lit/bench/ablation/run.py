@@ -25,7 +25,6 @@ Leaves out the arms (bench/ablation/arms.py), what a seed takes of the stream (b
 
 from __future__ import annotations
 
-import hashlib
 import json
 import tempfile
 import time
@@ -49,6 +48,7 @@ from aurora_lit.bench.stream import MEASURED, TRAFFIC, check_target, read_stream
 from aurora_lit.bench.stream_plan import phase_of
 from aurora_lit.config import AuroraConfig, copied_tokens, draft_folder, max_proposal_length, resolved_memory_scope
 from aurora_lit.cores import use_threads
+from aurora_lit.drafts.checkpoint import read_config
 from aurora_lit.durable import is_as_begun
 from aurora_lit.errors import ConfigError
 from aurora_lit.kernels import native
@@ -57,14 +57,13 @@ from aurora_lit.learn.offline.on_policy import RECORDED_VERSION, RoundSimulator
 from aurora_lit.learn.offline.replay import Replay, blocks, read_traces
 from aurora_lit.learn.online.build import load_head_and_draft
 from aurora_lit.learn.training_precision import one_process_fabric
-from aurora_lit.models.packed_target import weights_digest
+from aurora_lit.models.packed_target import safetensors_digest
 from aurora_lit.modules.draft.eagle3 import Eagle3Draft
 from aurora_lit.serve.speculation.calibration import calibration_steps
 from aurora_lit.serve.speculation.costs import Costs
 from aurora_lit.serve.speculation.drafter import Drafter
 from aurora_lit.serve.speculation.planner import SpeculationLimits
 from aurora_lit.serve.worker.build import load_target, starting_draft
-from aurora_lit.traces.log import INDEX_NAME as LOG_INDEX_NAME
 from aurora_lit.traces.record import Trace
 
 INFO_NAME, COSTS_NAME = "ablation.json", "costs.json"
@@ -100,11 +99,12 @@ def run(
     """Run the arms that are not done yet on the stream in `traces`; returns the report of all results in `out`.
 
     Raises ConfigError if the stream is of another target, or `out` holds arms of other settings, another draft or
-    another stream; AuroraError if the stream is not complete.
+    another stream; AuroraError if the stream is not complete, or the draft cannot be read.
     """
     folder = draft_folder(config)
     if folder is None:
         raise ConfigError("draft.checkpoint=null: there is no draft to learn from; name a checkpoint folder")
+    read_config(folder)  # a draft that cannot be read is an error before `out` says that it is begun with it
     wanted, stream = arms_named(arms), read_stream_info(traces)
     options = RunOptions(steps_per_request=steps_per_request, every=every, block=block, shuffle_phases=shuffle_phases)
     check_target(stream, config, folder=f"--traces {traces}")
@@ -114,8 +114,8 @@ def run(
     short = short_phases(config, phases, steps_per_request=steps_per_request, every=every)
     begun_with = {
         "stream": stream["stream"],
-        "recording": [_digest(traces / part / LOG_INDEX_NAME) for part in (TRAFFIC, MEASURED)],
-        "weights": weights_digest(folder),
+        "recording": [safetensors_digest(traces / part) for part in (TRAFFIC, MEASURED)],
+        "weights": safetensors_digest(folder),
     }
     _start_or_resume(out, config, options, begun_with)
     use_threads(config.engine.threads)
@@ -305,10 +305,6 @@ def measure_costs(config: AuroraConfig, path: Path) -> dict[str, Any]:
         path.write_text(json.dumps(costs, indent=2) + "\n", encoding="utf-8")
     measured: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return measured
-
-
-def _digest(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _start_or_resume(out: Path, config: AuroraConfig, options: RunOptions, begun_with: dict[str, Any]) -> None:

@@ -34,7 +34,7 @@ from aurora_lit.learn.pretrain.prompts import encode_prompt, read_prompts
 from aurora_lit.learn.pretrain.record_text import record_pieces, text_pieces
 from aurora_lit.learn.pretrain.trainer import DraftTrainer, TrainerOptions, positions_trained
 from aurora_lit.learn.training_precision import training_dtype
-from aurora_lit.models.packed_target import weights_digest
+from aurora_lit.models.packed_target import safetensors_digest
 from aurora_lit.models.source import find_target
 from aurora_lit.models.target import Target
 from aurora_lit.modules.losses.draft_module import DraftModule
@@ -152,9 +152,9 @@ def _check_begun(config: AuroraConfig, options: PretrainOptions, traces: Path) -
     """Raise ConfigError if the traces there are of another target, or of a training that began from another draft."""
     traces.mkdir(mode=0o700, parents=True, exist_ok=True)
     how = {
-        "weights": weights_digest(find_target(config)),
+        "weights": safetensors_digest(find_target(config)),
         "precision": config.target.precision,
-        "start_from": weights_digest(options.start_from) if options.start_from else None,
+        "start_from": safetensors_digest(options.start_from) if options.start_from else None,
     }
     if not is_as_begun(traces / BEGUN_NAME, how):
         raise ConfigError(
