@@ -92,7 +92,8 @@ class DraftTrainer:
                         last_save = time.monotonic()
                     if self.positions_seen >= until_positions:
                         break
-                self.epoch, self.batches_taken = self.epoch + 1, 0
+                else:
+                    self.epoch, self.batches_taken = self.epoch + 1, 0
                 if self.positions_seen == before and not skipped:
                     raise AuroraError(f"{traces} holds no sequence to learn from; record text or answers first")
         self.save()

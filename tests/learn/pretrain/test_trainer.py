@@ -95,11 +95,11 @@ def test_a_few_steps_learn_and_a_rebuilt_trainer_continues_where_the_last_one_st
 def test_an_epoch_that_was_broken_off_goes_on_where_it_was(
     target: Target, log: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A crash comes in the middle of an epoch, after a save."""
+    """A crash comes in the middle of an epoch, after a save; and so does the end that was asked for."""
     monkeypatch.setattr(trainer_module, "SAVE_EVERY_S", 0.0)
     shards = read_index(log)
 
-    def taken(folder: Path, *, crashes_after: int | None = None) -> list[list[list[int]]]:
+    def taken(folder: Path, *, crashes_after: int | None = None, until_positions: int = 1_800) -> list[list[list[int]]]:
         found: list[list[list[int]]] = []
         learning = trainer(target, folder)
         step = learning._step
@@ -112,13 +112,16 @@ def test_an_epoch_that_was_broken_off_goes_on_where_it_was(
 
         monkeypatch.setattr(learning, "_step", crash_or_step)
         with nullcontext() if crashes_after is None else pytest.raises(KeyboardInterrupt):
-            learning.fit(log, shards, until_positions=1_800)
+            learning.fit(log, shards, until_positions=until_positions)
         return found
 
     unbroken = taken(tmp_path / "unbroken")
     first = taken(tmp_path / "broken", crashes_after=2)
     assert first == unbroken[:2]
     assert taken(tmp_path / "broken") == unbroken[2:]
+    ended = [taken(tmp_path / "ended", until_positions=positions) for positions in (300, 700, 1_800)]
+    assert all(ended)
+    assert sum(ended, []) == unbroken
 
 
 def test_an_epoch_of_other_shards_is_not_gone_on_with(
@@ -137,7 +140,7 @@ def test_an_epoch_of_other_shards_is_not_gone_on_with(
     again = trainer(target, tmp_path / "fit")
     assert (again.epoch, again.batches_taken) == (0, 1)
     again.fit(log, read_index(log), until_positions=again.positions_seen + 1)
-    assert again.epoch == 2, "the one that was broken off, and a new one"
+    assert (again.epoch, again.batches_taken) == (1, 1), "a new one was begun"
 
 
 def save_and_stop(save: Callable[[], None]) -> None:
