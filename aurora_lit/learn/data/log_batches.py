@@ -5,6 +5,7 @@ Leaves out the log itself (traces/log.py) and the loss (modules/losses/draft_mod
 
 from __future__ import annotations
 
+import logging
 import random
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -19,8 +20,9 @@ from aurora_lit.modules.losses.batch import TraceBatch
 from aurora_lit.traces.log import ShardInfo, read_shard
 from aurora_lit.traces.record import Trace
 
+_log = logging.getLogger(__name__)
 HELD_OUT_EVERY = 40
-"""One in so many prompts, or pieces of text, is kept for validation with all of its sequences."""
+"""About one in so many prompts, or pieces of text, is kept for validation with all of its sequences."""
 _SHORTEST_PIECE = 8
 """Shorter remainders of a cut sequence are dropped, in positions."""
 
@@ -61,14 +63,19 @@ def held_out_batches(
 ) -> Iterator[TraceBatch]:
     """Yield the held-out sequences, one domain a batch; where there is an answer, only its positions have weight.
 
+    Warns of domains that have none: of few prompts, there may be none that is held out.
     logsumexp: maps the target's last hidden states [N, H] to the log-sum-exp of its logits [N].
     """
     by_domain: dict[str, list[Trace]] = {}
     for shard in shards:
-        _, held_out = _split(list(read_shard(folder / shard.name)))
+        trained, held_out = _split(list(read_shard(folder / shard.name)))
+        for trace in trained:
+            by_domain.setdefault(trace.domain, [])
         for trace in held_out:
             by_domain.setdefault(trace.domain, []).append(replace(trace, lse_T=logsumexp(trace.last_TH)))
-    for _, traces in sorted(by_domain.items()):
+    for domain, traces in sorted(by_domain.items()):
+        if not traces:
+            _log.warning("no prompt or text of %r is held out, so nothing is reported of it; record more of it", domain)
         for batch in _batches(_cut(traces, max_length), batch_positions):
             yield collate(batch, with_prompt=[False] * len(batch))
 
@@ -77,11 +84,11 @@ def _split(traces: Sequence[Trace]) -> tuple[list[Trace], list[Trace]]:
     """The traces of a shard to train on, and those that are held out.
 
     A hash of the prompt decides (of text: of all tokens). So the same prompts are held out whatever the order, in every
-    stage of a training, and the answers to a prompt that comes several times are on the same side. A shard without such
-    a prompt holds out the one with the smallest hash.
+    stage of a training, and the answers to a prompt that comes several times are on the same side. A shard may hold out
+    none.
     """
     hashes = [zlib.crc32(trace.token_ids_T[: trace.answer_start].int().numpy().tobytes()) for trace in traces]
-    chosen = {number for number in hashes if number % HELD_OUT_EVERY == 0} or {min(hashes)}
+    chosen = {number for number in hashes if number % HELD_OUT_EVERY == 0}
     return (
         list(compress(traces, (number not in chosen for number in hashes))),
         list(compress(traces, (number in chosen for number in hashes))),

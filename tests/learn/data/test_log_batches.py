@@ -10,6 +10,7 @@ import pytest
 import torch
 from support.trace_examples import numbered_trace, write_log
 
+from aurora_lit.learn.data import log_batches
 from aurora_lit.learn.data.collate import collate
 from aurora_lit.learn.data.log_batches import HELD_OUT_EVERY, held_out_batches, training_batches
 from aurora_lit.modules.losses.batch import TraceBatch
@@ -43,8 +44,9 @@ def test_weights_of_text_answers_and_padding() -> None:
     ],
 )
 def test_a_long_sequence_is_cut_and_its_prompt_stays_a_prompt(
-    answer_start: int, weights: list[list[int]], tmp_path: Path
+    answer_start: int, weights: list[list[int]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(log_batches, "HELD_OUT_EVERY", 1)
     write_log(tmp_path, [numbered_trace(24, answer_start=answer_start)])
     pieces = [
         (ids.tolist(), weight.tolist())
@@ -84,8 +86,8 @@ def test_each_sequence_is_either_held_out_or_in_every_epoch_once(tmp_path: Path)
         assert torch.equal(batch.lse_BT, first_state(batch.last_BTH))
 
 
-def test_answers_to_a_held_out_prompt_are_never_trained_on(tmp_path: Path) -> None:
-    """Prompts of logs come again and again, in other shards and in later stages, and sampled answers differ."""
+def test_answers_to_a_held_out_prompt_are_never_trained_on(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Prompts of logs come again, in other shards and in later or short stages, and sampled answers differ."""
     prompts = range(3 * HELD_OUT_EVERY)
     answers = [numbered_trace(20, first=20 * i, answer_start=10) for i in [*prompts, *prompts[::-1], *prompts[5:]]]
     for number, answer in enumerate(answers):
@@ -107,6 +109,10 @@ def test_answers_to_a_held_out_prompt_are_never_trained_on(tmp_path: Path) -> No
     assert not trained & held_out
     assert 0 < len(held_out) < len(trained) / 10
     assert split(tmp_path / "later") == (trained, held_out)
+    short = [answers[i] for i in sorted(trained)[:5]]
+    write_log(tmp_path / "short", short)
+    assert split(tmp_path / "short") == (set(sorted(trained)[:5]), set())
+    assert "no prompt or text of 'chat' is held out" in caplog.text
 
 
 def test_batches_hold_about_the_positions_asked_for_padding_included(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from support.trace_examples import numbered_trace
 from aurora_lit.config import AuroraConfig, load_config
 from aurora_lit.drafts.checkpoint import load_draft, save_draft
 from aurora_lit.errors import CheckpointError, ConfigError
+from aurora_lit.learn.data import log_batches
 from aurora_lit.learn.pretrain import stages
 from aurora_lit.learn.pretrain.generate_answers import generate_answers
 from aurora_lit.learn.pretrain.record_text import text_pieces
@@ -61,7 +62,10 @@ def options(tmp_path: Path) -> PretrainOptions:
     )
 
 
-def test_a_draft_is_trained_from_another(config: AuroraConfig, options: PretrainOptions, tmp_path: Path) -> None:
+def test_a_draft_is_trained_from_another(
+    config: AuroraConfig, options: PretrainOptions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(log_batches, "HELD_OUT_EVERY", 4)  # so that one of few prompts is held out
     untrained = pretrain(config, dataclasses.replace(options, out=tmp_path / "none", learning_rate=1e-9))
     trained = pretrain(config, options)
     length = "expected_accepted_length"
