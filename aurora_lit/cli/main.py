@@ -15,7 +15,7 @@ import aurora_lit
 from aurora_lit.cli.bench import bench
 from aurora_lit.cli.options import FILE, FOLDER, RUN_FOLDER, AuroraGroup, MultiFileCommand, configured
 from aurora_lit.config import AuroraConfig, load_config, to_yaml
-from aurora_lit.ipc.run_folder import live_folders
+from aurora_lit.ipc.run_folder import FOLDER_VARIABLE, live_folders
 from aurora_lit.logs import log_to_stderr
 
 
@@ -122,13 +122,19 @@ def doctor(config: AuroraConfig, as_json: bool, beside_vllm: bool) -> None:
 # -- learning ----------------------------------------------------------------------------------------------------------
 
 
+def _learners_run_folder() -> Path | None:
+    """In a follower that of its leader; else that of the newest server."""
+    inherited = os.environ.get(FOLDER_VARIABLE)
+    return Path(inherited) if inherited else next(iter(live_folders()), None)
+
+
 @main.command()
 @click.option(
     "--run-folder",
     type=RUN_FOLDER,
     metavar="DIR",
     is_eager=True,
-    default=lambda: next(iter(live_folders()), None),
+    default=_learners_run_folder,
     help="Run folder of the server. Default: that of the newest server running here.",
 )
 @click.option("--parent", type=int, hidden=True, help="Exit when the process with this id does.")

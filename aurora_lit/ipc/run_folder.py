@@ -19,6 +19,8 @@ RING_NAME, RINGS = "traces-0.ring", "traces-*.ring"
 """The engine worker's trace ring; those of several engines."""
 CONFIG_NAME = "config.yaml"
 """The server's settings for a learner: absolute paths, no API key."""
+FOLDER_VARIABLE = "AURORA_LIT_LEARNER_RUN_FOLDER"
+"""Environment variable with which a learner's followers, copies of its command, find its run folder."""
 _PREFIX = "aurora-lit-run-"
 
 

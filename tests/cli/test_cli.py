@@ -17,6 +17,7 @@ from aurora_lit.bench.server_process import free_port
 from aurora_lit.cli.main import main
 from aurora_lit.config import AuroraConfig, load_config
 from aurora_lit.errors import SourceError
+from aurora_lit.ipc.run_folder import FOLDER_VARIABLE
 
 COMMANDS = (
     ["serve"],
@@ -198,6 +199,13 @@ def test_learn_without_a_run_folder_has_the_settings_of_the_newest_server(
     (((config, folder), _),) = recorder.calls
     assert (config.checkpoint.dir, config.learn.threads, folder) == ("/of/the/server", 2, tmp_path)
     assert "dir: /of/the/server" in run("learn", "--print-config").output
+    # A second server has started when the learner's followers, which have its command, look for the folder.
+    monkeypatch.setenv(FOLDER_VARIABLE, str(tmp_path))
+    (tmp_path / "second").mkdir()
+    monkeypatch.setattr("aurora_lit.cli.main.live_folders", lambda: [tmp_path / "second", tmp_path])
+    assert run("learn", "learn.threads=2").exit_code == 0
+    ((again, inherited), _) = recorder.calls[1]
+    assert (again.checkpoint.dir, inherited) == ("/of/the/server", tmp_path)
 
 
 def test_learn_and_status_without_a_server_say_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ from aurora_lit.drafts.versions import lock
 from aurora_lit.errors import AuroraError
 from aurora_lit.ipc.engine_status import STATUS_NAME, EngineStatus, EngineStatusPage
 from aurora_lit.ipc.learner_status import LEARNER_STATUS_NAME, LearnerStatusPage
-from aurora_lit.ipc.run_folder import RING_NAME
+from aurora_lit.ipc.run_folder import FOLDER_VARIABLE, RING_NAME
 
 if TYPE_CHECKING:
     from aurora_lit.learn.online.loop import OnlineLoop
@@ -67,6 +67,8 @@ def run_learner(config: AuroraConfig, run_folder: Path) -> None:
             loss=0.0,
         )
         page.beat()
+        if learn.devices > 1:  # another server may be the newest one when the followers start
+            os.environ[FOLDER_VARIABLE] = str(run_folder.resolve())
         try:
             _learn(config, run_folder, page, status)
         except BaseException as error:

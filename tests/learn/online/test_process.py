@@ -22,10 +22,11 @@ from support.learner_harness import ServerStandIn
 from support.live_traces import asked_again
 from support.tiny_models import random_draft
 
-from aurora_lit.config import AuroraConfig
+from aurora_lit.config import AuroraConfig, load_config
 from aurora_lit.errors import AuroraError
 from aurora_lit.ipc.engine_status import STATUS_NAME, EngineStatusPage
 from aurora_lit.ipc.learner_status import LEARNER_STATUS_NAME, LearnerStatus, LearnerStatusPage
+from aurora_lit.ipc.run_folder import FOLDER_VARIABLE
 from aurora_lit.learn.data.training_state import from_bytes
 from aurora_lit.learn.online import process
 from aurora_lit.learn.online.build import STATE_NAME
@@ -182,6 +183,17 @@ def test_a_learner_that_loads_does_not_tell_share_and_loss_of_the_one_before(
     (now,) = told
     assert (now.state, now.activity, now.steps) == ("running", "loading", 7)
     assert (now.compute_share, now.loss, now.error) == (0.0, 0.0, "")
+
+
+def test_followers_inherit_the_run_folder_of_their_leader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    EngineStatusPage.create(tmp_path / STATUS_NAME)
+    LearnerStatusPage.create(tmp_path / LEARNER_STATUS_NAME)
+    monkeypatch.setenv(FOLDER_VARIABLE, "")
+    inherited: list[str] = []
+    monkeypatch.setattr(process, "_lower_priority", lambda *_: None)
+    monkeypatch.setattr(process, "_learn", lambda *_: inherited.append(os.environ[FOLDER_VARIABLE]))
+    process.run_learner(load_config(None, ["learn.devices=2"]), tmp_path)
+    assert inherited == [str(tmp_path)]
 
 
 class StoppableLoop:
