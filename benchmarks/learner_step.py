@@ -120,7 +120,8 @@ def record(config: AuroraConfig, folder: Path, prompts: list[Path], **how: Any) 
     traces of other answers, AuroraError if recording fails.
     """
     texts = {path.name: file_sha256(path) for path in prompts}
-    answers = {"target": [config.target.source, config.target.precision], "prompts": texts, **how}
+    target = [config.target.source, config.target.precision]
+    answers = {"target": target, "max_seq_len": config.engine.max_seq_len, "prompts": texts, **how}
     if folder.exists():
         if not (folder / _BEGUN_NAME).exists() or not is_as_begun(folder / _BEGUN_NAME, answers):
             raise ConfigError(

@@ -1,7 +1,8 @@
 """Makes the answers that are replayed: the target answers prompt files by plain decoding, in batches.
 
 One file for each prompt file and temperature, with the requests in the prompt file's order. A file that exists is kept,
-so that a run that was stopped goes on; a folder has answers of one target and length alone.
+so that a run that was stopped goes on, if it answers the same prompts; a folder has answers of one target and length
+alone.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from aurora_lit.bench.prompts import load_prompts
 from aurora_lit.config import AuroraConfig
 from aurora_lit.durable import is_as_begun
 from aurora_lit.errors import AuroraError, ConfigError
+from aurora_lit.models.package_index import file_sha256
 from aurora_lit.request import Request, SamplingParams
 from aurora_lit.serve.worker.build import build_engine
 
@@ -38,7 +40,7 @@ def make_answers(
     """Answer the first `requests` prompts of each file, and write them to `out`; returns the paths.
 
     Prompts that leave no room for `max_tokens` within engine.max_seq_len are left out. Sampled requests have seeds.
-    Raises ConfigError if `out` holds answers of another target, or of other options.
+    Raises ConfigError if `out` holds answers of another target, options, or prompts in files of the same names.
     """
     how = {
         "target": [config.target.source, config.target.precision],
@@ -58,7 +60,13 @@ def make_answers(
     paths = []
     for path in prompts:
         paths.append(out / f"{path.stem}-{temperature:g}.jsonl")
+        about, prompt_file = paths[-1].with_suffix(".begun.json"), {"prompts": file_sha256(path)}
         if paths[-1].exists():
+            if not about.exists() or not is_as_begun(about, prompt_file):
+                raise ConfigError(
+                    f"--out {out}: {paths[-1].name} answers other prompts than {path} holds; delete it, or name "
+                    "another folder"
+                )
             continue
         loaded = load_prompts(
             [path], limit=requests, tokenizer=tokenizer, max_prompt_tokens=config.engine.max_seq_len - max_tokens
@@ -78,5 +86,7 @@ def make_answers(
             Recorded(domain=path.stem, temperature=temperature, prompt=list(prompt.token_ids), answer=answer)
             for prompt, answer in zip(loaded, answers, strict=True)
         ]
+        about.unlink(missing_ok=True)  # of answers that are deleted, or were not finished
+        is_as_begun(about, prompt_file)
         write_answers(paths[-1], recorded)
     return paths

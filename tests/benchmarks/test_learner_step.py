@@ -59,7 +59,9 @@ def test_kept_traces_are_taken_for_the_same_answers_alone(tmp_path: Path, record
         record(load_config(None, overrides), tmp_path / "kept", [prompts], **HOW)
     assert len(recorded) == 1, "the learner's settings and the draft change no answer"
     other = load_config(None, ["target.precision=fp32"])
-    for settings, changes in ((config, {"limit": 10}), (config, {"continued": True}), (other, {})):
+    shorter = load_config(None, ["engine.max_seq_len=512"])  # which leaves out prompts
+    same: dict[str, Any] = {}
+    for settings, changes in ((config, {"limit": 10}), (config, {"continued": True}), (other, same), (shorter, same)):
         with pytest.raises(ConfigError, match="--traces .*kept: holds traces of other prompts, options or target"):
             record(settings, tmp_path / "kept", [prompts], **{**HOW, **changes})
     prompts.write_text("another\n")

@@ -7,6 +7,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -196,15 +197,17 @@ def test_answers_and_replays_survive_their_files(tmp_path: Path) -> None:
 def test_answers_of_another_target_or_length_are_not_kept_beside_these(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(answers_module, "build_engine", lambda config: (None, None))
     prompts, out = [tmp_path / "d.jsonl"], tmp_path / "out"
+    prompts[0].write_text("one\n")
+    monkeypatch.setattr(answers_module, "load_prompts", lambda *_, **__: [])
+    monkeypatch.setattr(answers_module, "build_engine", lambda config: (SimpleNamespace(has_work=False), None))
     config, other = (load_config(None, [f"target.precision={precision}"]) for precision in ("fp32", "bf16"))
     fields: dict[str, Any] = {"requests": 9, "max_tokens": 8, "seed": 0, "progress": Progress()}
 
-    def make(config: AuroraConfig, *, temperature: float = 0.0, folder: Path = out, **changes: Any) -> list[Path]:
-        write_answers(folder / f"d-{temperature:g}.jsonl", [recorded([1], [2])])
-        return make_answers(config, prompts, folder, temperature=temperature, **{**fields, **changes})
+    def make(config: AuroraConfig, *, temperature: float = 0.0, **changes: Any) -> list[Path]:
+        return make_answers(config, prompts, out, temperature=temperature, **{**fields, **changes})
 
+    write_answers(out / "d-0.jsonl", [recorded([1], [2])])
     with pytest.raises(ConfigError, match="holds answers of another target"):  # nobody knows of which
         make(config)
     (out / "d-0.jsonl").unlink()
@@ -214,6 +217,11 @@ def test_answers_of_another_target_or_length_are_not_kept_beside_these(
     for each, changes in ((other, {}), (config, {"max_tokens": 16}), (config, {"requests": 10})):
         with pytest.raises(ConfigError, match="--out .*out: holds answers of another target, or of other --requests"):
             make(each, **changes)
+    prompts[0].write_text("another\n")
+    with pytest.raises(ConfigError, match="--out .*out: d-0.jsonl answers other prompts than .*d.jsonl holds"):
+        make(config)
+    (out / "d-0.jsonl").unlink()
+    assert make(config) == make(config) == [out / "d-0.jsonl"]
 
 
 def test_a_learning_curve_keeps_the_order_of_the_requests() -> None:
