@@ -160,8 +160,11 @@ class LivePage:
 
 
 def _since_boot_s() -> float:
-    """Of a clock that is never set, and goes on while the machine sleeps, as Linux' time.monotonic() does not."""
-    return time.clock_gettime(time.CLOCK_BOOTTIME) if hasattr(time, "CLOCK_BOOTTIME") else time.monotonic()
+    """Of a clock that is never set, and goes on while the machine sleeps, as time.monotonic() does not.
+
+    Without Linux' CLOCK_BOOTTIME that is macOS' CLOCK_MONOTONIC.
+    """
+    return time.clock_gettime(getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC))
 
 
 def _always(response: Response) -> Callable[[], Any]:

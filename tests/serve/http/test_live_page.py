@@ -106,9 +106,13 @@ def test_one_sampler_serves_all_viewers(reports, monkeypatch) -> None:
 class FakeClock:
     """Stands in for the module `time`."""
 
-    CLOCK_BOOTTIME = 7
+    CLOCK_MONOTONIC = 1
 
-    def __init__(self) -> None:
+    def __init__(self, *, asleep_too: int) -> None:
+        """asleep_too: the clock that counts sleep: Linux' CLOCK_BOOTTIME, or macOS' CLOCK_MONOTONIC."""
+        if asleep_too != self.CLOCK_MONOTONIC:
+            self.CLOCK_BOOTTIME = asleep_too
+        self._asleep_too = asleep_too
         self.boot_s, self.now_s, self.awake_s = 100.0, 1000.0, 100.0
 
     def time(self) -> float:
@@ -118,7 +122,7 @@ class FakeClock:
         return self.awake_s
 
     def clock_gettime(self, clock: int) -> float:
-        assert clock == self.CLOCK_BOOTTIME
+        assert clock == self._asleep_too
         return self.boot_s
 
     def pass_s(self, seconds: float, *, asleep: bool = False) -> None:
@@ -126,8 +130,11 @@ class FakeClock:
         self.awake_s += 0 if asleep else seconds
 
 
-def test_times_are_right_after_the_machine_has_slept_and_once_the_clock_is_set(reports, monkeypatch) -> None:
-    clock = FakeClock()
+@pytest.mark.parametrize("asleep_too", [7, FakeClock.CLOCK_MONOTONIC])
+def test_times_are_right_after_the_machine_has_slept_and_once_the_clock_is_set(
+    asleep_too: int, reports, monkeypatch
+) -> None:
+    clock = FakeClock(asleep_too=asleep_too)
     monkeypatch.setattr(live_page, "time", clock)
     page = LivePage(reports, dict)
 
