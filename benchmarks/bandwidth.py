@@ -15,6 +15,7 @@ import statistics
 import time
 from collections.abc import Callable
 
+import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -51,7 +52,7 @@ def main() -> None:
         step = one_token(target)
         pairs = [(seconds(buffer.sum), seconds(step)) for _ in range(arguments.repeats)]
         read_s, pass_s = (statistics.median(side) for side in zip(*pairs, strict=True))
-        low, middle, high = statistics.quantiles([read_s / taken for _, taken in pairs], n=4, method="inclusive")
+        low, middle, high = np.percentile([read_s / taken for _, taken in pairs], [25, 50, 75])
         table.add_row(
             precision,
             f"{weights / 1e6:.0f}",
