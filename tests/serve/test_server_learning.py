@@ -19,10 +19,8 @@ from aurora_lit.cli.main import main
 from aurora_lit.config import load_config
 from aurora_lit.drafts.centroid_file import CENTROIDS_NAME, write_centroids
 from aurora_lit.errors import AuroraError, ConfigError
-from aurora_lit.ipc.engine_status import EngineStatusPage
 from aurora_lit.ipc.learner_status import LearnerStatusPage
 from aurora_lit.ipc.run_folder import live_folders
-from aurora_lit.learn.online.process import _open_pages
 from aurora_lit.modules.domains.centroids import Centroids
 from aurora_lit.serve import learner_child
 from aurora_lit.serve.server import check_learning, settings_for_learner
@@ -303,13 +301,3 @@ def test_settings_for_a_learner_hold_in_any_folder(tmp_path, monkeypatch):
     assert for_learner.learn.logs == str(tmp_path / "logs")
     assert Path(for_learner.draft.checkpoint).is_absolute()
     assert for_learner.server.api_key is None
-
-
-def test_a_second_learner_is_refused_before_it_writes_anything(tmp_path):
-    EngineStatusPage.create(tmp_path / "status")
-    page = LearnerStatusPage.create(tmp_path / "learner.status")
-    assert _open_pages(tmp_path)
-    page.write(pid=os.getpid())
-    page.beat()
-    with pytest.raises(AuroraError, match=f"attached to this server already .pid {os.getpid()}."):
-        _open_pages(tmp_path)

@@ -170,8 +170,6 @@ def _open_pages(run_folder: Path) -> tuple[LearnerStatusPage, EngineStatusPage]:
         status = EngineStatusPage.open(run_folder / STATUS_NAME)
     except (OSError, ValueError) as error:
         raise AuroraError(f"{run_folder} is not the run folder of a server of this version: {error}") from error
-    if page.read().state == "running":
-        raise _is_attached(page)
     return page, status
 
 
@@ -181,14 +179,10 @@ def _only_writer(path: Path, page: LearnerStatusPage) -> Iterator[None]:
     descriptor = os.open(path, os.O_RDWR)  # closed in children
     try:
         if not _try_lock(descriptor, path.parent):
-            raise _is_attached(page)
+            raise AuroraError(f"a learner is attached to this server already (pid {page.read().pid}); end it first")
         yield
     finally:
         os.close(descriptor)
-
-
-def _is_attached(page: LearnerStatusPage) -> AuroraError:
-    return AuroraError(f"a learner is attached to this server already (pid {page.read().pid}); end it first")
 
 
 @contextlib.contextmanager

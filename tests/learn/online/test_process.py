@@ -144,10 +144,15 @@ def test_what_a_killed_learner_has_started_does_not_keep_the_next_one_out(tmp_pa
     child.communicate(b"\n")
 
 
-def test_a_stalled_learner_keeps_its_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It may go on, and writes its process id only once."""
+@pytest.mark.parametrize("state", ["running", "stalled"])
+def test_a_learner_keeps_its_page_from_a_second_one(
+    state: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stalled one may go on, and writes its process id only once. One that was killed a moment ago keeps nothing."""
     EngineStatusPage.create(tmp_path / STATUS_NAME)
     page = LearnerStatusPage.create(tmp_path / LEARNER_STATUS_NAME)
+    page.write(pid=os.getppid())  # of a killed one, that another process has now
+    page.beat()
     begun, may_end = threading.Event(), threading.Event()
 
     def learn(*_: object) -> None:
@@ -156,17 +161,18 @@ def test_a_stalled_learner_keeps_its_page(tmp_path: Path, monkeypatch: pytest.Mo
 
     monkeypatch.setattr(process, "_lower_priority", lambda *_: None)
     monkeypatch.setattr(process, "_learn", learn)
-    stalled = threading.Thread(target=process.run_learner, args=(AuroraConfig(), tmp_path))
-    stalled.start()
+    first = threading.Thread(target=process.run_learner, args=(AuroraConfig(), tmp_path))
+    first.start()
     assert begun.wait(10)
-    page.write(heartbeat_ns=1)
+    if state == "stalled":
+        page.write(heartbeat_ns=1)
     before = page.read()
-    assert before.state == "stalled"
+    assert before.state == state
     with pytest.raises(AuroraError, match=f"attached to this server already .pid {os.getpid()}."):
         process.run_learner(AuroraConfig(), tmp_path)
     assert page.read() == before
     may_end.set()
-    stalled.join()
+    first.join()
     assert page.read().state == "absent"
 
 
