@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
+from support.fork_host import run_program
 
 import aurora_lit
 from aurora_lit.bench.server_process import free_port
@@ -402,7 +403,8 @@ for name in ("lightning.fabric.utilities.rank_zero", "lightning.pytorch.utilitie
     logging.getLogger(name).info("ready")
     logging.getLogger(name).warning("slow")
 """
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True)
+    done = run_program(code)
+    assert done.returncode == 0, done.stderr
     lines = done.stderr.splitlines()
     for line, package in zip(lines, ("fabric", "pytorch"), strict=True):
         expected = rf"\d{{4}}-\S+ \S+ WARNING learner\[\d+\] lightning\.{package}\.utilities\.rank_zero: slow"
