@@ -85,15 +85,15 @@ def start(
             "vLLM is not installed in this environment; install it, or start it from another one with --attach"
         )
     check_learning(config)
+    target = find_target(config)  # downloads what is new, before the revision is fixed for vLLM and every learner
+    if config.learn.enabled and (reason := unreadable_weights(target)) is not None:
+        raise ConfigError(
+            f"{config.target.source} {reason}, so that no draft can learn; name the unquantised model as MODEL and "
+            "give this one to vLLM alone (--model FOLDER), or turn learning off (--set learn.enabled=false)"
+        )
     with run_folder() as folder:
         status = EngineStatusPage.create(folder / STATUS_NAME)
         learner_page = LearnerStatusPage.create(folder / LEARNER_STATUS_NAME)
-        target = find_target(config)  # downloads what is new, before the revision is fixed for vLLM and every learner
-        if config.learn.enabled and (reason := unreadable_weights(target)) is not None:
-            raise ConfigError(
-                f"{config.target.source} {reason}, so that no draft can learn; name the unquantised model as MODEL and "
-                "give this one to vLLM alone (--model FOLDER), or turn learning off (--set learn.enabled=false)"
-            )
         fixed = with_fixed_target(config)
         (folder / CONFIG_NAME).write_text(to_yaml(settings_for_learner(fixed)), encoding="utf-8")
         deployment = _deployment(config, folder)
@@ -189,8 +189,8 @@ def _check_is_acted_on(arguments: Sequence[str], given: set[str]) -> None:
             )
         raise ConfigError(
             f"{name} is for `vllm serve`, and {_MODULE}, which is started here, ignores it; leave it out, or add it to "
-            "the command that --attach prints, with `vllm serve` in place of all words up to and including "
-            f"{_MODULE}"
+            "the command that --attach prints, with `vllm serve` in place of the words from Python's path to "
+            f"{_MODULE}; keep the variables before them"
         )
 
 

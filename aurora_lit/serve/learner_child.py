@@ -57,9 +57,10 @@ class LearnerChild:
             self._thread.join()
 
     def _run_with_restarts(self) -> None:
-        faults, told = 0, ""
+        faults = 0
         while not self._is_ending.is_set():
             began = time.monotonic()
+            self._page.write(error="")  # of the learner before; the next one may end before it attaches
             code = self._run_once()
             if self._is_ending.is_set():
                 return
@@ -68,8 +69,7 @@ class LearnerChild:
                 return
             faults = 1 if time.monotonic() - began > _SETTLED_S else faults + 1
             status = self._page.read()
-            # What this process told is not of a learner that ended before it attached.
-            error = told = _with_cause("" if status.error == told else status.error, code)
+            error = _with_cause(status.error, code)
             if faults > len(RESTART_AFTER_S):
                 _log.error("the learner ended again (%s) and is not restarted; serving continues", _cause(code))
                 self._page.write(error=f"not started again: {error}")

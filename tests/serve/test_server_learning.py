@@ -226,6 +226,18 @@ def test_what_killed_a_learner_is_told_whatever_it_had_told_itself(error, told, 
     child.end()
 
 
+def test_a_reason_that_every_learner_tells_is_told_at_the_end(tmp_path, monkeypatch):
+    monkeypatch.setattr(learner_child, "RESTART_AFTER_S", (0.01, 0.01))
+    page = LearnerStatusPage.create(tmp_path / "page")
+    child = learner_child.LearnerChild(["sh", "-c", "exit 1"], page)
+    run_once = child._run_once
+    monkeypatch.setattr(child, "_run_once", lambda: (page.write(error="the draft is damaged"), run_once())[1])
+    child.start()
+    child._thread.join(20)
+    assert (page.read().restarts, page.read().error) == (2, "not started again: the draft is damaged")
+    child.end()
+
+
 def test_the_cause_of_the_last_end_is_told_though_that_learner_had_not_attached(tmp_path, monkeypatch):
     """Such a learner, whose settings are wrong, say, has not cleared what is told of the one before."""
     monkeypatch.setattr(learner_child, "RESTART_AFTER_S", (0.01, 0.01))

@@ -35,7 +35,10 @@ _CONTEXT = 192
 _PASSES = 16
 """How often each operation of one sequence is timed; those of n sequences, a part of that, at least _ENOUGH times."""
 _ENOUGH = 5
-"""After so many of them, times are kept, and may replace what is kept from an earlier start."""
+"""After so many of them, times may replace what is kept from an earlier start."""
+_KEPT_AFTER = 2
+"""After so many of them, times are kept where nothing is: the first calls are slow, and a slow target's start has time
+for few."""
 _REFINED_AT_START_S = 0.75
 """For so long a start that has all costs measures them again; enough for the widths of one sequence."""
 _CALIBRATED_AT_START_S = 10.0
@@ -148,7 +151,7 @@ def _measure(operations: list[_Operation], batch_size: int) -> Iterator[None]:
         costs_s = _monotonic(operations, [statistics.median(own) for own in times])
         if 0.0 in kept_s or (count >= _ENOUGH and sum(costs_s) < sum(kept_s)):
             for operation, cost_s in zip(operations, costs_s, strict=True):
-                operation.table.set_initial(batch_size, operation.length, cost_s, is_rough=count < _ENOUGH)
+                operation.table.set_initial(batch_size, operation.length, cost_s, is_rough=count < _KEPT_AFTER)
 
 
 def _monotonic(operations: list[_Operation], seconds: list[float]) -> list[float]:

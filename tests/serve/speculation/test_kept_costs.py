@@ -138,10 +138,16 @@ def test_a_start_goes_on_where_an_earlier_one_was_cut_off(target: Target, tmp_pa
 
 
 def test_times_of_a_few_calls_are_used_but_not_kept(target: Target, tmp_path: Path, timed_start: Start) -> None:
-    costs, took_s = timed_start(target, tmp_path, 0.5)
+    costs, took_s = timed_start(target, tmp_path, 0.9)
     assert took_s >= 10.0
-    assert costs.target(1, 1) == costs.chain(1, 1) == 0.5
+    assert costs.target(1, 1) == costs.chain(1, 1) == 0.9
     assert not list(tmp_path.iterdir())
+
+
+def test_a_slow_target_has_all_costs_after_a_few_starts(target: Target, tmp_path: Path, timed_start: Start) -> None:
+    took_s = [timed_start(target, tmp_path, 0.5)[1] for _ in range(3)]
+    assert took_s[0] >= 10.0
+    assert took_s[-1] < 2.0, "five turns of a size take longer than a start may"
 
 
 def test_what_idle_moments_have_measured_when_the_first_request_comes_is_kept(
