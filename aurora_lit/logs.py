@@ -24,9 +24,7 @@ def log_to_stderr(process: str | None = None) -> None:
     logging.basicConfig(format=_FORMAT)
     (handler,) = logging.getLogger().handlers
     handler.setLevel(logging.WARNING)  # the level of Lightning's loggers is INFO
-    for name in (
-        "lightning.fabric",
-        "lightning.pytorch",
-    ):  # above them, Lightning has a console that would repeat it all
+    # Not above these two: there Lightning has a console, which would repeat it all.
+    for name in ("lightning.fabric", "lightning.pytorch"):
         logger = logging.getLogger(name)
         logger.handlers, logger.propagate = [handler], False

@@ -16,6 +16,7 @@ import httpx
 import pytest
 from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
+from support.fake_drafts import SMALL_SHAPE
 from transformers import Qwen3MoeConfig
 
 from aurora_lit.bench.server_process import free_port
@@ -45,17 +46,7 @@ from aurora_lit.modules.draft.eagle3 import Eagle3Config, Eagle3Draft
 from aurora_lit.vllm.deployment import Deployment
 
 DRAFT = PROJECT_FOLDER / "checkpoints" / "smollm2-base"
-SMALL = Eagle3Config(
-    hidden_size=8,
-    target_hidden_size=8,
-    intermediate_size=16,
-    num_attention_heads=1,
-    num_key_value_heads=1,
-    head_dim=8,
-    vocab_size=11,
-    draft_vocab_size=11,
-    aux_layer_ids=(1, 2, 3),
-)
+SMALL = Eagle3Config(**{**SMALL_SHAPE, "draft_vocab_size": 11})
 
 
 def command_of(tmp_path: Path, *vllm_arguments: str, starting: Path = DRAFT) -> list[str]:

@@ -207,34 +207,23 @@ def test_a_learner_that_exits_cleanly_is_not_restarted_and_one_that_fails_is_res
 
 
 @pytest.mark.parametrize(
-    ("error", "told"),
+    ("command", "error", "told"),
     [
-        ("", "not started again: killed by signal 9"),
-        ("the state could not be saved", "not started again: killed by signal 9; the state could not be saved"),
+        ("kill -9 $$", "", "killed by signal 9"),
+        ("kill -9 $$", "the state could not be saved", "killed by signal 9; the state could not be saved"),
+        ("exit 1", "the draft is damaged", "the draft is damaged"),
     ],
 )
-def test_what_killed_a_learner_is_told_whatever_it_had_told_itself(error, told, tmp_path, monkeypatch):
+def test_the_end_of_learners_is_told_with_what_each_had_told_itself(command, error, told, tmp_path, monkeypatch):
     monkeypatch.setattr(learner_child, "RESTART_AFTER_S", (0.01, 0.01))
     page = LearnerStatusPage.create(tmp_path / "page")
-    child = learner_child.LearnerChild(["sh", "-c", "kill -9 $$"], page)
+    child = learner_child.LearnerChild(["sh", "-c", command], page)
     run_once = child._run_once
     # Each learner clears the error when it attaches, and one that the kernel kills cannot write its own.
     monkeypatch.setattr(child, "_run_once", lambda: (page.write(error=error), run_once())[1])
     child.start()
     child._thread.join(20)
-    assert (page.read().restarts, page.read().error) == (2, told), "once"
-    child.end()
-
-
-def test_a_reason_that_every_learner_tells_is_told_at_the_end(tmp_path, monkeypatch):
-    monkeypatch.setattr(learner_child, "RESTART_AFTER_S", (0.01, 0.01))
-    page = LearnerStatusPage.create(tmp_path / "page")
-    child = learner_child.LearnerChild(["sh", "-c", "exit 1"], page)
-    run_once = child._run_once
-    monkeypatch.setattr(child, "_run_once", lambda: (page.write(error="the draft is damaged"), run_once())[1])
-    child.start()
-    child._thread.join(20)
-    assert (page.read().restarts, page.read().error) == (2, "not started again: the draft is damaged")
+    assert (page.read().restarts, page.read().error) == (2, f"not started again: {told}"), "once"
     child.end()
 
 

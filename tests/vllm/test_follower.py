@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.fake_drafts import SMALL_SHAPE
 from support.spoiled_drafts import SPOILED, Spoiled
 
 from aurora_lit.drafts.checkpoint import save_draft
@@ -24,17 +25,7 @@ from aurora_lit.vllm.deployment import Deployment
 from aurora_lit.vllm.follower import DraftFollower, follow
 from aurora_lit.vllm.live_status import LiveStatus
 
-SHAPE = Eagle3Config(
-    hidden_size=8,
-    target_hidden_size=8,
-    intermediate_size=16,
-    num_attention_heads=1,
-    num_key_value_heads=1,
-    head_dim=8,
-    vocab_size=11,
-    draft_vocab_size=7,
-    aux_layer_ids=(1, 2, 3),
-)
+SHAPE = Eagle3Config(**SMALL_SHAPE)
 START_RPC, SWAP_RPC, NOTE_RPC = "aurora_lit_start", "aurora_lit_swap", "aurora_lit_note"
 
 
