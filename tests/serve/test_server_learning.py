@@ -215,7 +215,7 @@ def test_a_learner_that_exits_cleanly_is_not_restarted_and_one_that_fails_is_res
     ],
 )
 def test_the_end_of_learners_is_told_with_what_each_had_told_itself(command, error, told, tmp_path, monkeypatch):
-    monkeypatch.setattr(learner_child, "RESTART_AFTER_S", (0.01, 0.01))
+    monkeypatch.setattr(learner_child, "RESTART_AFTER_S", (0.01, 0.01, 0.01))
     page = LearnerStatusPage.create(tmp_path / "page")
     child = learner_child.LearnerChild(["sh", "-c", command], page)
     run_once = child._run_once
@@ -223,7 +223,7 @@ def test_the_end_of_learners_is_told_with_what_each_had_told_itself(command, err
     monkeypatch.setattr(child, "_run_once", lambda: (page.write(error=error), run_once())[1])
     child.start()
     child._thread.join(20)
-    assert (page.read().restarts, page.read().error) == (2, f"not started again: {told}"), "once"
+    assert (page.read().restarts, page.read().error) == (3, f"not started again: {told}"), "once"
     child.end()
 
 
