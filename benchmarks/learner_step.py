@@ -306,6 +306,20 @@ class Traffic:
 
     def pop(self) -> bytes | None:
         """The next record."""
+        self._arrive()
+        if not self._waiting:
+            return None
+        self.lag_bytes -= len(self._waiting[0])
+        return self._waiting.popleft()
+
+    def pass_over(self, most: int) -> None:
+        """Leave out the oldest records until `most` are left."""
+        self._arrive()
+        while len(self._waiting) > most:
+            self._lose_oldest()
+
+    def _arrive(self) -> None:
+        """Make what has been asked since the last call."""
         started = time.process_time()
         while self.num_made < self._now() * self._rate:
             trace = self._traces[self.num_made % len(self._traces)]
@@ -313,13 +327,12 @@ class Traffic:
             self.lag_bytes += len(self._waiting[-1])
             self.num_made += 1
             while self.lag_bytes > self._capacity_bytes:
-                self.lag_bytes -= len(self._waiting.popleft())
-                self.num_lost += 1
+                self._lose_oldest()
         self.spent_s += time.process_time() - started
-        if not self._waiting:
-            return None
-        self.lag_bytes -= len(self._waiting[0])
-        return self._waiting.popleft()
+
+    def _lose_oldest(self) -> None:
+        self.lag_bytes -= len(self._waiting.popleft())
+        self.num_lost += 1
 
     @property
     def lag_records(self) -> int:
@@ -383,7 +396,7 @@ def time_live(deployment: Deployment, traces: list[Trace], *, seconds: float, ra
     with contextlib.ExitStack() as patches:
         patches.enter_context(mock.patch.object(learner, "update", counted))
         patches.enter_context(mock.patch.object(loop, "_try_to_publish", trial))
-        patches.enter_context(parts.timed(traffic, "pop", "making traffic (not counted)"))
+        patches.enter_context(parts.timed(traffic, "_arrive", "making traffic (not counted)"))
         for attribute, name in (
             ("_read_traces", "reading traces"),
             ("_step", "steps"),

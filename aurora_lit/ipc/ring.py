@@ -1,8 +1,9 @@
 """The trace ring: byte records in a memory-mapped file, from one writer that never waits to one reader.
 
-If the reader does not keep up, the oldest records are overwritten and counted. Either process may be killed at any
-instruction: the other one continues, and no wrong record is ever returned. The reader's position is stored in the
-file, so the next reader continues where the last one stopped. Leaves out what the records mean (traces/record.py).
+If the reader does not keep up, the oldest records are overwritten and counted, unless it has passed them over. Either
+process may be killed at any instruction: the other one continues, and no wrong record is ever returned. The reader's
+position is stored in the file, so the next reader continues where the last one stopped. Leaves out what the records
+mean (traces/record.py).
 
     writer = RingWriter.create(folder / "traces-0.ring", 1 << 28, layout=LAYOUT_DIGEST)
     writer.push(header, payload)                                    # True, or False and counted
@@ -56,6 +57,7 @@ class _Word(IntEnum):
     CURSOR = 16
     POPPED = auto()
     TORN = auto()
+    PASSED_OVER = auto()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +69,7 @@ class RingCounters:
     popped: int
     """Records read."""
     overwritten: int
-    """Records overwritten before they were read."""
+    """Records overwritten before they were read, or passed over by a reader that was behind."""
     too_large: int
     """Payloads larger than the whole ring, dropped."""
     torn: int
@@ -118,7 +120,7 @@ class _Ring:
         return RingCounters(
             pushed=words[_Word.PUSHED],
             popped=words[_Word.POPPED],
-            overwritten=words[_Word.OVERWRITTEN],
+            overwritten=words[_Word.OVERWRITTEN] + words[_Word.PASSED_OVER],
             too_large=words[_Word.TOO_LARGE],
             torn=words[_Word.TORN],
             queued_records=queued_records,
@@ -312,6 +314,19 @@ class RingReader(_Ring):
             words[_Word.CURSOR] = cursor + size if whole else head
             words[_Word.TORN] += 1
 
+    def pass_over(self, most: int) -> None:
+        """Leave out the oldest records until `most` are left; they count as overwritten."""
+        words = self._words
+        while self.lag_records > most:
+            cursor, head = max(words[_Word.CURSOR], words[_Word.OLDEST]), words[_Word.HEAD]
+            lock, size = self._word(cursor), _record_size(self._word(cursor + 8))
+            if words[_Word.OLDEST] > cursor:
+                continue  # overwritten meanwhile; the writer has counted it
+            if lock % 2 or cursor + size > head:
+                return  # damaged, which `pop` counts
+            words[_Word.CURSOR] = cursor + size
+            words[_Word.PASSED_OVER] += 1
+
     def _read(self, offset: int, length: int) -> bytes:
         """Not through the mapping, or all of the ring would count as this process's memory."""
         start = offset % self._capacity
@@ -355,6 +370,11 @@ class RingReaders:
             if (payload := reader.pop()) is not None:
                 return payload
         return None
+
+    def pass_over(self, most: int) -> None:
+        """As `RingReader.pass_over`, of each ring an equal part."""
+        for reader in self._readers:
+            reader.pass_over(-(-most // len(self._readers)))
 
     @property
     def lag_bytes(self) -> int:

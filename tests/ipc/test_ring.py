@@ -117,6 +117,23 @@ def test_records_that_were_read_are_not_counted_as_lost(ring: tuple[RingWriter, 
     assert writer.counters.popped == 500
 
 
+def test_a_reader_that_is_behind_passes_over_the_oldest_which_count_as_overwritten(
+    ring: tuple[RingWriter, RingReader],
+) -> None:
+    writer, reader = ring
+    push(writer, 8)
+    reader.pass_over(9)
+    assert reader.lag_records == 8
+    reader.pass_over(3)
+    assert (reader.lag_records, reader.counters.overwritten) == (3, 5)
+    assert drain(reader) == [5, 6, 7]
+    push(writer, 500)
+    reader.pass_over(3)
+    assert drain(reader) == [505, 506, 507]
+    counters = writer.counters
+    assert (counters.popped, counters.overwritten) == (6, 502)
+
+
 def test_the_next_reader_and_the_next_writer_continue_where_the_last_stopped(path: Path) -> None:
     RingWriter.create(path, 1 << 12, layout=LAYOUT).close()
     read = []
@@ -225,6 +242,7 @@ def test_scribbling_all_over_the_data_never_gives_a_wrong_record_and_passes(path
     for _ in range(300):
         push(writer, rng.randrange(30))
         damage(path, rng.randrange(1 << 12), rng.randbytes(1))
+        reader.pass_over(rng.randrange(40))
         drain(reader)
     assert reader.counters.torn > 10
     for _ in range(3):  # the damage has been written over
@@ -369,6 +387,22 @@ def test_a_reader_that_dies_at_any_line_of_a_pop_loses_nothing_but_what_it_may_h
     assert line > 10
 
 
+def test_a_reader_that_dies_at_any_line_while_it_passes_over_some_loses_no_others(path: Path) -> None:
+    line, died = 0, True
+    while died:
+        writer = RingWriter.create(path, 1 << 12, layout=LAYOUT)
+        push(writer, 4)
+        reader = RingReader.open(path, layout=LAYOUT)
+        died = dies_at(line, lambda: reader.pass_over(2))  # noqa: B023
+        reader.close()
+        rest = drain(RingReader.open(path, layout=LAYOUT))
+        assert rest == list(range(4 - len(rest), 4))
+        assert len(rest) >= 2
+        path.unlink()
+        line += 1
+    assert line > 10
+
+
 WRITER = """
 import sys
 sys.path.insert(0, {tests!r})
@@ -394,6 +428,7 @@ from aurora_lit.ipc.ring import RingReader
 reader = RingReader.open(Path({path!r}), layout=LAYOUT)
 print("ready", flush=True)
 while True:
+    reader.pass_over(15)
     payload = reader.pop()
     if payload is not None:
         try:
@@ -544,6 +579,11 @@ def test_the_rings_of_several_engines_are_read_in_turn(tmp_path: Path) -> None:
     assert readers.lag_bytes > 0
     assert list(iter(readers.pop, None)) == [b"first", b"second", b"first", b"first"]
     assert readers.lag_records == 0
+    for number in b"123":
+        assert writers[0].push(bytes([number]))
+    assert writers[1].push(b"second")
+    readers.pass_over(2)
+    assert list(iter(readers.pop, None)) == [b"second", b"3"]
     with pytest.raises(RingError, match="another learner"):
         RingReaders.open(paths, layout=LAYOUT)
     readers.close()

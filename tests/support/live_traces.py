@@ -87,6 +87,10 @@ class FakeRing:
         record = self.records.popleft()
         return record if isinstance(record, bytes) else to_bytes(record)
 
+    def pass_over(self, most: int) -> None:
+        while len(self.records) > most:
+            self.records.popleft()
+
     @property
     def lag_records(self) -> int:
         return len(self.records)

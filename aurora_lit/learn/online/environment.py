@@ -22,6 +22,9 @@ class TraceSource(Protocol):
     def pop(self) -> bytes | None:
         """The next record; None if there is none now."""
 
+    def pass_over(self, most: int) -> None:
+        """Leave out the oldest records until `most` are left."""
+
     @property
     def lag_records(self) -> int:
         """Records that wait to be read."""

@@ -48,6 +48,9 @@ _READING_SHARE = 0.08
 """The same for reading traces, of which a step beside many clients takes one in twenty; the ring drops the rest."""
 _MAX_TRACES_PER_TURN = 32
 """Traces that are read between two steps at most."""
+_MOST_UNREAD = 64
+"""Traces that wait in the ring for longer than so many others are passed over while there are requests. A ring that is
+full holds hundreds: each would be read when it is about to be overwritten, a minute after its request."""
 _MOST_REASONS = 8
 """Reasons for not learning from a trace that are told."""
 _log = logging.getLogger(__name__)
@@ -175,7 +178,7 @@ class OnlineLoop:
             with self._environment.page.computing(self._threads):
                 if reads:
                     with self._reading_limit.measured():
-                        self._read_traces()
+                        self._read_traces(load)
                 self._publish_domains()
                 self._follow_versions()
         if wait_s:
@@ -204,8 +207,10 @@ class OnlineLoop:
 
     # -- traces ----------------------------------------------------------------------------------------------------
 
-    def _read_traces(self) -> None:
+    def _read_traces(self, load: ServerLoad) -> None:
         """Read the traces that wait in the ring, at most _MAX_TRACES_PER_TURN."""
+        if load is not ServerLoad.IDLE:  # else there is time for all of them
+            self._environment.traces.pass_over(_MOST_UNREAD)
         for _ in range(_MAX_TRACES_PER_TURN):
             payload = self._environment.traces.pop()
             if payload is None:

@@ -209,6 +209,21 @@ def test_beside_many_requests_reading_leaves_the_time_for_steps(
     assert read.count(0) > len(read) / 2
 
 
+@pytest.mark.parametrize(
+    ("load", "first"), [(ServerLoad.IDLE, 0), (ServerLoad.SPARE, 6), (ServerLoad.FULL, 6)], ids=lambda value: str(value)
+)
+def test_while_there_are_requests_a_learner_that_is_behind_goes_on_with_the_newest(
+    target: Target, traffic: list[Trace], tmp_path: Path, load: ServerLoad, first: int
+) -> None:
+    """Else it would always read what the ring is about to overwrite; without requests there is time for all."""
+    harness = LearnerHarness(target, tmp_path)
+    harness.load = load
+    records = [replace(traffic[0], request_id=str(number)) for number in range(70)]
+    harness.ring.records.extend(records)
+    harness.loop.tick()
+    assert [trace.request_id for trace in harness.ring.records] == [str(number) for number in range(first + 32, 70)]
+
+
 def test_a_few_positions_that_are_held_back_stop_neither_reading_nor_the_pause(
     target: Target, traffic: list[Trace], tmp_path: Path
 ) -> None:
