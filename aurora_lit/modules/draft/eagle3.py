@@ -232,8 +232,13 @@ class Eagle3Draft(nn.Module):
         return out
 
     def compute_value(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Predicted number of proposals accepted from this step on [...], from the layer's output [..., H]."""
-        out: torch.Tensor = self.value_head(self.norm(hidden)).squeeze(-1)
+        """Predicted number of proposals accepted from this step on [...], from the layer's output [..., H].
+
+        The norm is that of the logits: what is predicted does not train it.
+        """
+        norm = self.norm
+        normed = F.rms_norm(hidden.to(norm.weight.dtype), norm.normalized_shape, norm.weight.detach(), norm.eps)
+        out: torch.Tensor = self.value_head(normed).squeeze(-1)
         return out
 
 
