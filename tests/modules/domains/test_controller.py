@@ -130,6 +130,14 @@ def test_only_learned_tokens_cool_a_domain() -> None:
     assert step() == pytest.approx(1 / 2.718281828), "live and replayed tokens of the live domain, padding left out"
 
 
+def test_what_was_unknown_and_is_replayed_does_not_cool_what_will_be_unknown() -> None:
+    controller, _ = with_rate(make_controller(warmup_steps=0, min_lr_factor=0.0, decay_tokens=100.0))
+    controller.record_batch(FakeBatch(("", 500, False), ("a", 100, True)))  # type: ignore[arg-type]
+    assert controller._schedules[0].heat_of("") == 1.0
+    controller.record_batch(FakeBatch(("", 100, True)))  # type: ignore[arg-type]
+    assert controller._schedules[0].heat_of("") < 0.5
+
+
 def test_new_optimizers_know_the_domains_of_the_old_ones() -> None:
     controller, _ = with_rate(make_controller(warmup_steps=0, min_lr_factor=0.0, decay_tokens=100.0))
     controller.record_batch(FakeBatch(("a", 100, True)))  # type: ignore[arg-type]
