@@ -229,8 +229,8 @@ class LearnSettings:
     shape and vocabulary the untrained one gets. null: they are chosen for the target. `generate`, `LLM`, and `bench`
     without a server (throughput, acceptance, stream) have no learner, and use a named draft as it is."""
     learning_rate: float = _within(5e-4, 1e-8, 1.0)
-    """Peak learning rate; halved for a while if several challengers in a row are refused. A draft that knows little, or
-    with from_scratch nothing, learns faster at 1e-3."""
+    """Peak learning rate; halved each time several challengers in a row are refused, to an eighth at least, until
+    others pass. A draft that knows little, or with from_scratch nothing, learns faster at 1e-3."""
     ema_decay: float = _within(0.9, 0.0, 0.9999)
     """Decay, per optimiser step, of the running average of the weights that is tried and published; averaging removes
     the noise of a high learning rate. 0: the weights themselves."""

@@ -36,7 +36,9 @@ from torch.optim.lr_scheduler import LRScheduler
 
 _TRAFFIC_STEPS = 4
 """Memory of the traffic's shares, in steps: a single batch has few requests."""
-_MIN_BACKOFF = 1 / 64
+_MIN_BACKOFF = 1 / 8
+"""In steady traffic of which nothing is left to learn, drafts are refused for ever; what changes in it without a shift
+is still learned then."""
 _SETTINGS = ("base_lrs", "warmup_steps", "min_lr_factor", "decay_tokens")
 MAX_DOMAINS = 256
 """Domains whose heat is remembered. Beyond them, the one that was not learned from for longest is forgotten."""

@@ -86,7 +86,7 @@ def test_back_off_halves_the_rate_and_recovery_doubles_it_again() -> None:
     assert rates == [0.5, 0.25, 0.5, 1.0, 1.0]
     for _ in range(20):
         schedule.back_off()
-    assert step(schedule, {"a": 100}) == round(1 / 64, 4), "it has a minimum"
+    assert step(schedule, {"a": 100}) == round(1 / 8, 4), "it has a minimum"
     other = a_schedule()
     other.continue_from(schedule)
     assert other.backoff == schedule.backoff
@@ -99,7 +99,7 @@ def test_new_traffic_is_learned_fast_whatever_was_refused_before() -> None:
         schedule.back_off()
     schedule.raise_heat("known", 0.0)
     schedule.shift_to("known")
-    assert schedule.backoff == 1 / 64, "nothing is new"
+    assert schedule.backoff == 1 / 8, "nothing is new"
     schedule.raise_heat("known", 0.7)
     assert schedule.backoff == pytest.approx(0.7)
     schedule.raise_heat("new", 1.0)
