@@ -231,9 +231,9 @@ class LearnSettings:
     learning_rate: float = _within(5e-4, 1e-8, 1.0)
     """Peak learning rate; halved each time several challengers in a row are refused, to an eighth at least, until
     others pass. A draft that knows little, or with from_scratch nothing, learns faster at 1e-3."""
-    ema_decay: float = _within(0.9, 0.0, 0.9999)
-    """Decay, per optimiser step, of the running average of the weights that is tried and published; averaging removes
-    the noise of a high learning rate. 0: the weights themselves."""
+    ema_decay: float = _within(0.0, 0.0, 0.9999)
+    """Decay, per optimiser step, of the running average of the weights that is tried and published, such as 0.9 for a
+    learning_rate of 1e-3, whose noise it removes. 0: the weights themselves."""
     batch_positions: int = _within(512, 16, 1 << 20)
     """Token positions in a batch that are trained on; the context before them counts a quarter."""
     unroll_steps: int = _within(4, 1, 8)

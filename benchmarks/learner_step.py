@@ -266,7 +266,8 @@ def _parts_of_a_step(learner: Learner) -> Iterator[tuple[Any, str, str]]:
     yield learner.module, "zero_grad", "zeroing gradients"
     for optimizer in learner.optimizers:
         yield optimizer, "step", type(optimizer.optimizer).__name__
-    yield learner._average, "update_parameters", "averaging"
+    if learner._average is not None:
+        yield learner._average, "update_parameters", "averaging"
     yield learner._metrics, "update", "metrics"
 
 

@@ -121,7 +121,7 @@ DEFAULTS = {
         "devices": 1,
         "from_scratch": False,
         "learning_rate": 5e-4,
-        "ema_decay": 0.9,
+        "ema_decay": 0.0,
         "batch_positions": 512,
         "unroll_steps": 4,
         "max_staleness": 8,

@@ -8,7 +8,8 @@ kl            KL on live tokens only, as in online distillation (Liu et al., arX
               no gate, no averaging, and a constant rate of 0.3 learn.learning_rate (the full rate needs averaging)
 lk            the same with the acceptance loss
 ppo           the same with the policy loss only, and a tenth of the rounds exploring
-full-without-detector, full-without-replay, full-without-gate, full-without-averaging: the learner without that part
+full-without-detector, full-without-replay, full-without-gate: the learner without that part
+full-with-averaging: a running average of the weights is tried and published
 full-with-ppo a tenth of the rounds explores, and the policy loss learns from them
 full-uniform  batches take a random choice of traces instead of the most informative ones
 
@@ -37,6 +38,7 @@ _NO_PPO: _Changes = {"learn": {"ppo_weight": 0.0}, "engine": {"explore_share": 0
 _NO_DETECTOR: _Changes = {"domain": {"detect": False}}
 _NO_REPLAY: _Changes = {"learn": {"replay_share": 0.0}}
 _NO_AVERAGING: _Changes = {"learn": {"ema_decay": 0.0}}
+_AVERAGING: _Changes = {"learn": {"ema_decay": 0.9}}
 _NO_MEMORY: _Changes = {"memory": {"capacity_mb": 0}}
 _ONLINE_ONLY: list[_Changes] = [_NO_DETECTOR, _NO_REPLAY, _NO_AVERAGING, {"schedule": {"min_lr_factor": 1.0}}]
 _ONLINE_ONLY_RATE = 0.3
@@ -91,7 +93,7 @@ ARMS = {
         Arm(name="full-without-replay", changes=[_NO_REPLAY]),
         Arm(name="full-with-ppo", changes=[_PPO]),
         Arm(name="full-without-gate", gated=False),
-        Arm(name="full-without-averaging", changes=[_NO_AVERAGING]),
+        Arm(name="full-with-averaging", changes=[_AVERAGING]),
         Arm(name="full-uniform", changes=[{"learn": {"trace_selection": "uniform"}}]),
     )
 }

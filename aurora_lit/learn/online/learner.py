@@ -79,7 +79,7 @@ class Learner:
         """`version`: the published draft, or STARTING_VERSION, whose weights the module starts from.
 
         starting_digest: of the weights of the draft that serving starts with (`weights_digest`).
-        ema_decay: decay of the averaged weights at each step (see `averaged`).
+        ema_decay: decay of the averaged weights at each step (see `averaged`); 0: there is no average.
         fabric: for several processes that take each step together; each must be given the same batches.
         before_step: called with this learner and the batch before each step.
         """
@@ -118,13 +118,14 @@ class Learner:
 
     @property
     def _averaged_draft(self) -> Eagle3Draft:
-        draft = self._average.module
+        """What is evaluated and published."""
+        draft = self._average.module if self._average is not None else self.draft
         assert isinstance(draft, Eagle3Draft)
         return draft
 
     @contextlib.contextmanager
     def averaged(self) -> Iterator[DraftModule]:
-        """While inside, the module has the running average of its weights, which is what is evaluated and published.
+        """While inside, the module has the weights that are evaluated and published: their running average, if any.
 
         Averaging removes the noise of a high learning rate without lowering the rate (Polyak and Juditsky 1992).
         """
@@ -162,11 +163,12 @@ class Learner:
         for optimizer, schedule in zip(self.optimizers, self.schedules, strict=True):
             optimizer.step()
             schedule.step()
-        # Rotary tables grow with what a draft is given, which for the average is trials; averaging pairs buffers too.
-        longest = max(len(draft.cos_LD) for draft in (self.draft, self._averaged_draft))
-        for draft in (self.draft, self._averaged_draft):
-            draft.extend_positions(longest)
-        self._average.update_parameters(self.draft)
+        if self._average is not None:
+            # Rotary tables grow with what a draft is given, which for the average is trials; buffers are paired too.
+            longest = max(len(draft.cos_LD) for draft in (self.draft, self._averaged_draft))
+            for draft in (self.draft, self._averaged_draft):
+                draft.extend_positions(longest)
+            self._average.update_parameters(self.draft)
         self.steps += 1
         self.positions += int((batch.traces.weight_BT > 0).sum())
         self._metrics.update(replace(report, loss=loss, value_loss=value_loss), norm)
@@ -239,7 +241,10 @@ class Learner:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from the state of a learner of the same shape."""
         for name, part in self._stateful().items():
-            part.load_state_dict(state[name])
+            if name in state:
+                part.load_state_dict(state[name])
+        if "average" not in state:  # of a learner without one
+            self._average = self._new_average()
         self._target_head.install_head(self.module.module)
         for schedule, of_schedule in zip(self.schedules, state["schedules"], strict=True):
             schedule.load_state_dict(of_schedule)
@@ -254,7 +259,7 @@ class Learner:
         found = {name: tensor.shape for name, tensor in state["module"].items()}
         if shapes != found:
             return "it is of a draft of another shape"
-        if any(name not in state for name in self._stateful()):
+        if any(name not in state for name in self._stateful() if name != "average"):
             return "it is of a learner with other optimizers"
         if state["origin"] != self._origin:
             return "serving began with a draft of another vocabulary"
@@ -287,7 +292,9 @@ class Learner:
         error, self._logging_error = self._logging_error, ""
         return error
 
-    def _new_average(self) -> AveragedModel:
+    def _new_average(self) -> AveragedModel | None:
+        if not self._ema_decay:
+            return None
         average = AveragedModel(self.draft, multi_avg_fn=get_ema_multi_avg_fn(self._ema_decay))  # type: ignore[no-untyped-call]
         average.n_averaged += 1  # start from the current weights
         return average
@@ -320,6 +327,6 @@ class Learner:
         return {
             "module": self.module,
             "domains": self.controller,
-            "average": self._average,
+            **({"average": self._average} if self._average is not None else {}),
             **{f"optimizer_{number}": optimizer for number, optimizer in enumerate(self.optimizers)},
         }

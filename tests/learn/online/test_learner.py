@@ -113,8 +113,8 @@ def test_the_average_takes_positions_that_only_one_of_both_was_given(
     """A trial may see a longer trace than a batch did, or the other way round."""
     target_head = TargetHead(target)
     batch = collate_online(label_traces(traffic[:6], target_head), [], oldest_fresh=0)
-    module = online_module(target, random_draft(target))
-    learner = Learner(module, make_controller(), tmp_path / "s", target_head=target_head, version="start")
+    module, head = online_module(target, random_draft(target)), target_head
+    learner = Learner(module, make_controller(), tmp_path / "s", target_head=head, version="start", ema_decay=0.9)
     with learner.averaged() as trial:
         grown = trial.draft if longer == "average" else None
     (grown or learner.draft).extend_positions(4096)
@@ -165,6 +165,28 @@ def test_a_resumed_learner_continues_as_if_it_had_not_stopped(
     (tmp_path / "state").write_bytes(whole)
     other = online_module(target, random_draft(target, intermediate_size=96))
     assert not Learner(other, make_controller(), tmp_path / "state", target_head=target_head, version="start").resume()
+
+
+@pytest.mark.parametrize("before", [0.0, 0.9])
+def test_a_state_is_continued_with_and_without_an_average(
+    target: Target, traffic: list[Trace], tmp_path: Path, before: float
+) -> None:
+    """An average begins with the weights that are continued; one that is not wanted any more is left."""
+    target_head = TargetHead(target)
+    batch = collate_online(label_traces(traffic[:6], target_head), [], oldest_fresh=0)
+
+    def a_learner(seed: int, ema_decay: float) -> Learner:
+        module, path = online_module(target, random_draft(target, seed=seed)), tmp_path / "state"
+        return Learner(module, make_controller(), path, target_head=target_head, version="start", ema_decay=ema_decay)
+
+    first, again = a_learner(0, before), a_learner(1, 0.9 - before)
+    first.update(batch)
+    first.save()
+    assert again.resume()
+    with again.averaged() as module:
+        for name, tensor in module.draft.state_dict().items():
+            torch.testing.assert_close(tensor, first.draft.state_dict()[name], msg=name)
+    assert again.update(batch) is not None
 
 
 def test_a_resumed_learner_goes_on_counting_refusals(target: Target, tmp_path: Path) -> None:
