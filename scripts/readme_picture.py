@@ -1,4 +1,4 @@
-"""Draws the README's picture, speculation over plain decoding, from the first table of docs/results/user-experience.md.
+"""Draws the README's picture, speculation over plain decoding, from its table in docs/results/user-experience.md.
 
     python scripts/readme_picture.py
 
