@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 
 from rich.console import Console
@@ -21,7 +23,7 @@ from aurora_lit.cli.footprint import (
     model_shape,
     target_parameters,
 )
-from aurora_lit.config import AuroraConfig
+from aurora_lit.config import AuroraConfig, load_config
 from aurora_lit.errors import ConfigError
 from aurora_lit.models.source import cache_root, cached
 
@@ -125,4 +127,18 @@ def show(config: AuroraConfig, *, as_json: bool) -> None:
     parallel = f"--tensor-parallel-size {found.tensor_parallel}"
     if found.pipeline_parallel > 1:
         parallel += f" --pipeline-parallel-size {found.pipeline_parallel}"
-    console.print(f"aurora-lit vllm {config.target.source} --draft DIR {parallel}", soft_wrap=True, highlight=False)
+    command = ["aurora-lit", "vllm", config.target.source, "--draft", "DIR"]
+    command += [word for setting in _learner_settings(config) for word in ("--set", setting)]
+    console.print(f"{shlex.join(command)} {parallel}", soft_wrap=True, highlight=False)
+
+
+def _learner_settings(config: AuroraConfig) -> Iterator[str]:
+    """`key=value` of what `aurora-lit vllm`, which reads no file of ours, would otherwise leave at its default.
+
+    Whether a server has a learner of its own, and whether that begins without a draft, does not hold beside vLLM.
+    """
+    default = asdict(load_config(None, []))
+    for section in ("trace", "learn", "domain", "schedule", "checkpoint"):
+        for key, value in asdict(config)[section].items():
+            if value != default[section][key] and f"{section}.{key}" not in ("learn.enabled", "learn.from_scratch"):
+                yield f"{section}.{key}={value if isinstance(value, str) else json.dumps(value)}"

@@ -5,10 +5,12 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import shlex
 import signal
 import subprocess
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -463,3 +465,14 @@ def test_the_recipe_is_printed_with_vllms_command() -> None:
     result = CliRunner().invoke(main, ["doctor", "--vllm", "--config", "configs/mixtral-8x22b.yaml"])
     assert result.exit_code == 0
     assert "--tensor-parallel-size 8" in result.output
+
+
+@pytest.mark.parametrize("name", ["llama-3.1-70b", "mixtral-8x22b"])
+def test_the_printed_command_learns_with_the_settings_of_the_file(name: str, tmp_path: Path) -> None:
+    file = PROJECT_FOLDER / "configs" / f"{name}.yaml"
+    printed = CliRunner().invoke(main, ["doctor", "--vllm", "--config", str(file)]).output
+    _, *words = shlex.split(printed.splitlines()[-1])
+    (tmp_path / "read.yaml").write_text(CliRunner().invoke(main, [*words, "--print-config"]).output)
+    learns, asked = load_config(tmp_path / "read.yaml", []), load_config(file, [])
+    assert (learns.trace, learns.checkpoint) == (asked.trace, asked.checkpoint)
+    assert learns.learn == replace(asked.learn, enabled=True, from_scratch=False)  # by its own learner, from --draft
