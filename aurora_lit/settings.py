@@ -188,7 +188,8 @@ class TraceSettings:
     when a learner is attached. When it is full, a new trace overwrites the oldest ones, and those that were not read
     are counted. Only a trace larger than the whole ring is dropped, and counted too."""
     record: str | None = None
-    """Folder in which traces are also kept for replay. null: nothing is written to disk."""
+    """Folder in which traces are also kept for replay. null: no trace is written to disk (docs/privacy.md says what
+    is)."""
     record_mb: int = _within(1024, 1, 1 << 24)
     """Maximum size of that folder, in MiB; beyond it the oldest shards are deleted."""
     segment_tokens: int = _within(512, 32, 1 << 20)
@@ -210,7 +211,7 @@ class LearnSettings:
     """Start a learner with the server. false: the draft stays as it is (`aurora-lit learn` can attach a learner)."""
     compute_share: float = _within(0.04, 0.0001, 1.0)
     """Share of the processor time that the learner may use, of the cores that its affinity and cgroup allow; its use is
-    measured."""
+    measured. It is never more than learn.threads times learn.devices cores."""
     idle_share: float = _within(0.25, 0.0, 1.0)
     """The same while the server has no request, if that is more, until every position that is held has been learned
     from four times. A step that is under way when a request comes is interrupted, but with learn.devices above 1. 0: no
@@ -220,7 +221,8 @@ class LearnSettings:
     minimum_share: float = _within(0.005, 0.0, 1.0)
     """The same while requests queue, so that learning never stops entirely."""
     threads: int = _within(1, 1, 4096)
-    """CPU threads of each learner process."""
+    """CPU threads of each learner process, which uses no more cores than that, whatever the shares are: with 1 thread
+    on 16 cores at most 6 % of the processor time."""
     devices: int = _within(1, 1, 64)
     """Number of processes that learn together, each on its part of every batch: on this many GPUs if the machine has
     them, else on the CPU."""

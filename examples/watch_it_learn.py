@@ -2,6 +2,7 @@
 
 With its default share of the processor the learner needs minutes. It is faster with more:
 aurora-lit serve learn.compute_share=0.5
+On more than two cores it can use that share only with learn.threads=2 or more.
 """
 
 import argparse

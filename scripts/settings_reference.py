@@ -22,7 +22,8 @@ HEADER = """\
 <!-- Generated from aurora_lit/settings.py: python scripts/settings_reference.py > docs/settings.md -->
 
 A deployment is one YAML file (`--config FILE`) and `key=value` overrides on the command line, such as
-`engine.max_batch_size=4`. `--print-config` shows the result. Without `--config`, commands read `configs/smollm2.yaml`.
+`engine.max_batch_size=4`. `--print-config` shows the result. Without `--config`, commands read `configs/smollm2.yaml`,
+but `learn` the settings of the server that it attaches to. `vllm` takes no such file, only `--set KEY=VALUE`.
 `--config` may be repeated: a later file changes only the settings that it names. A key that nothing names has the
 default given here.
 
