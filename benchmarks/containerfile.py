@@ -30,6 +30,7 @@ from aurora_lit.bench.server_process import LOOPBACK, free_port, wait_until_read
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 _MOUNTS = ("/dev", "/dev/shm", "/proc")
+_KEY = "key"
 _CERTIFICATES = "/opt/certificates.crt"
 """Where the root has this machine's; installing ca-certificates replaces what is in /etc/ssl."""
 
@@ -133,7 +134,8 @@ def ask(root: Root, command: list[str]) -> None:
     log = root.folder / "server.log"
     with log.open("w") as output:
         words = root.command([*command, f"server.port={port}"])
-        server = subprocess.Popen(words, env=root.environ, stdout=output, stderr=output)
+        environ = root.environ | {"AURORA_LIT_API_KEY": _KEY}
+        server = subprocess.Popen(words, env=environ, stdout=output, stderr=output)
         try:
             began = time.monotonic()
             wait_until_ready(f"http://127.0.0.1:{port}/ready", server, log, within_s=600)
@@ -142,7 +144,7 @@ def ask(root: Root, command: list[str]) -> None:
             request = urllib.request.Request(
                 f"http://127.0.0.1:{port}/v1/chat/completions",
                 json.dumps(body).encode(),
-                {"Content-Type": "application/json"},
+                {"Content-Type": "application/json", "Authorization": f"Bearer {_KEY}"},
             )
             with LOOPBACK.open(request, timeout=60) as response:
                 print(json.load(response)["choices"][0]["message"]["content"])

@@ -195,6 +195,18 @@ def test_doctor_reports_as_json(tmp_path: Path) -> None:
     assert json.loads(result.stdout)
 
 
+def test_a_container_needs_a_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On 0.0.0.0 no Host header is checked, so without one any web page could use what is published on loopback."""
+    (words,) = re.findall(r"^CMD (.*)$", (ROOT / "Containerfile").read_text(), flags=re.MULTILINE)
+    command = [*json.loads(words), "--print-config"]
+    monkeypatch.delenv("AURORA_LIT_API_KEY", raising=False)
+    without = CliRunner().invoke(main, command)
+    assert without.exit_code == 2
+    assert "AURORA_LIT_API_KEY" in without.output
+    monkeypatch.setenv("AURORA_LIT_API_KEY", "secret")
+    assert "api_key: secret" in CliRunner().invoke(main, command).output
+
+
 @pytest.mark.parametrize("name", ["check", "test"])
 def test_scripts_can_be_started(name: str) -> None:
     path = ROOT / "scripts" / name
