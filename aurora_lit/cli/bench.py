@@ -110,7 +110,9 @@ def online(config: AuroraConfig, arms: str, **options: Any) -> None:
 
 
 @bench.command("stream")
-@click.option("--stream", type=FILE, required=True, help="YAML file of the phases; see benchmarks/stream.yaml.")
+@click.option(
+    "--stream", type=FILE, required=True, help="YAML file of the phases; see the repository's benchmarks/stream.yaml."
+)
 @click.option("--prompts", type=FOLDER, help="Folder of the prompt files. Default: the folder of the YAML file.")
 @click.option("--out", type=FOLDER, required=True, help="Folder for the recorded traces.")
 @configured
