@@ -34,7 +34,6 @@ from types import FrameType
 from typing import TYPE_CHECKING
 
 from aurora_lit.config import AuroraConfig, draft_folder, model_name, shows_page, to_yaml, versions_folder
-from aurora_lit.cores import available_cores
 from aurora_lit.errors import AuroraError, ConfigError
 from aurora_lit.ipc.engine_status import STATUS_NAME, EngineStatusPage, RankStatusPage, WorkerState, rank_path
 from aurora_lit.ipc.learner_status import LEARNER_STATUS_NAME, LearnerStatusPage
@@ -64,10 +63,6 @@ def serve(config: AuroraConfig, *, backend: Backend | None = None) -> None:
     if config.server.host != "127.0.0.1" and config.server.api_key is None:
         _log.warning("server.host=%s is open to everyone; set server.api_key, or 127.0.0.1", config.server.host)
     check_learning(config)
-    learn, cores = config.learn, available_cores()
-    if learn.enabled and learn.compute_share * cores > learn.threads * learn.devices:
-        told = "learn.compute_share=%g of %d cores is more than learn.threads=%d can use; set more threads"
-        _log.warning(told, learn.compute_share, cores, learn.threads)
     backend.prepare(config)
     config = with_fixed_target(config)
     with run_folder() as folder:

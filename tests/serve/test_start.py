@@ -230,37 +230,13 @@ def test_a_machine_without_ipv6_is_told_so(monkeypatch: pytest.MonkeyPatch) -> N
 def test_a_server_that_is_open_to_everyone_says_so(
     settings: list[str], warns: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
-    serve_without_model(settings)
-    assert ("set server.api_key" in caplog.text) is warns
-
-
-@pytest.mark.parametrize(
-    ("settings", "warns"),
-    [
-        (["learn.compute_share=0.0625"], False),
-        (["learn.compute_share=0.07"], True),
-        (["learn.compute_share=0.07", "learn.threads=2"], False),
-        (["learn.compute_share=0.07", "learn.devices=2"], False),
-        (["learn.compute_share=0.07", "learn.enabled=false"], False),
-    ],
-)
-def test_a_share_that_the_learners_threads_cannot_use_is_told(
-    settings: list[str], warns: bool, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(server, "available_cores", lambda: 16)
-    serve_without_model(settings)
-    assert ("learn.compute_share=0.07 of 16 cores" in caplog.text) is warns
-
-
-def serve_without_model(settings: list[str]) -> None:
-    """What `serve` does before it needs a model."""
-
     def prepare(_: object) -> None:
         raise SourceError("no model")
 
     unstarted: Any = SimpleNamespace(prepare=prepare)
     with pytest.raises(SourceError):
         server.serve(load_config(None, [f"server.port={free_port()}", *settings]), backend=unstarted)
+    assert ("set server.api_key" in caplog.text) is warns
 
 
 def test_no_learner_is_started_if_the_engine_cannot_be_built(tmp_path: Path) -> None:
