@@ -64,7 +64,7 @@ def short_phases(
             f"has {steps:.0f} optimiser steps, and {PATIENCE_TRIALS} refusals in a row discard {discarded}: lower "
             "learn.publish_every_steps, or raise --steps-per-request"
         )
-    if steps < 3 / (1 - learn.ema_decay):
+    if learn.ema_decay and steps < 3 / (1 - learn.ema_decay):
         found.append(
             f"has {steps:.0f} optimiser steps, and the published average looks back over "
             f"{1 / (1 - learn.ema_decay):.0f}: lower learn.ema_decay, or raise --steps-per-request"
