@@ -336,7 +336,8 @@ def learner_needs(config: AuroraConfig, text: PretrainedConfig) -> list[Need]:
     element_bytes = 4 if config.target.precision == "fp32" else 2
     parameters, matrices = draft_parameters(draft)
     H, V = text.hidden_size, text.vocab_size
-    state = 16 * parameters + 4 * matrices + 8 * (parameters - matrices)
+    copies = ["weights", "gradient", *(["average"] if learn.ema_decay else []), "champion"]
+    state = 4 * len(copies) * parameters + 4 * matrices + 8 * (parameters - matrices)
     rows = 2 * draft.draft_vocab_size * H * element_bytes
     step = learn.batch_positions * (3 * H + learn.unroll_steps * (8 * H + 3 * draft.intermediate_size)) * 2
     return [
@@ -351,7 +352,7 @@ def learner_needs(config: AuroraConfig, text: PretrainedConfig) -> list[Need]:
             what="learner, draft",
             where="learner's device",
             num_bytes=state,
-            how=f"{parameters:,} x (weights, gradient, average, champion 4 bytes each); "
+            how=f"{parameters:,} x ({', '.join(copies)} 4 bytes each); "
             f"Muon 4 bytes for {matrices:,}, AdamW 8 for the rest",
             for_learner=True,
         ),
