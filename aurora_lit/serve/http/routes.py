@@ -11,10 +11,10 @@ import secrets
 import time
 import uuid
 from collections import Counter
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 
 from fastapi import Request
-from fastapi.responses import JSONResponse, Response, StreamingResponse
+from fastapi.responses import JSONResponse, Response
 
 from aurora_lit.errors import RequestError
 from aurora_lit.ipc.engine_status import EngineStatusPage
@@ -25,7 +25,7 @@ from aurora_lit.serve.http.errors import error_event
 from aurora_lit.serve.http.metrics import ServerMetrics
 from aurora_lit.serve.http.responses import ResponseBuilder
 from aurora_lit.serve.http.schema import ChatRequest, CompletionRequest, StreamOptions
-from aurora_lit.serve.http.stream_events import DONE, SendClock, StreamShape, event
+from aurora_lit.serve.http.stream_events import DONE, EventStream, SendClock, StreamShape, event
 from aurora_lit.serve.http.tokenize import (
     Limits,
     Prepared,
@@ -148,8 +148,7 @@ class GenerationRoutes:
             first = await _next_deltas(pending, clock, latencies)
             if body.stream:
                 is_streaming = True
-                events = self._events(response, pending, latencies, clock, first, options)
-                return StreamingResponse(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+                return EventStream(self._events(response, pending, latencies, clock, first, options))
             response.add(first)
             while not response.finished:
                 response.add(await _next_deltas(pending, clock, latencies))
@@ -168,7 +167,7 @@ class GenerationRoutes:
         clock: SendClock,
         deltas: tuple[TextDelta, ...],
         options: StreamOptions,
-    ) -> AsyncIterator[str]:
+    ) -> AsyncGenerator[str]:
         """The stream, a message at a time: chunks; with the last ones usage, if asked for, and [DONE].
 
         A call that fails gets an error event in place of those.

@@ -3,7 +3,7 @@
 Someone who sees an encrypted connection sees the size and the time of each message. A message for each round, or for
 few, shows how many of their proposals were accepted, and that pattern tells answers apart (arXiv 2411.01076). A clock
 hides the rounds, and filling hides the lengths of texts. Both are off by default; docs/privacy.md says what stays
-visible.
+visible. A stream whose client does not read is ended, since everything that was not sent is kept.
 
 Leaves out what a chunk holds (serve/http/responses.py).
 
@@ -14,12 +14,18 @@ Leaves out what a chunk holds (serve/http/responses.py).
 
 from __future__ import annotations
 
+import asyncio
 import json
+import logging
 import math
 import secrets
 import time
+from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 from typing import Any
+
+from fastapi.responses import StreamingResponse
+from starlette.types import Message, Send
 
 from aurora_lit.serve.http.schema import StreamOptions
 
@@ -27,10 +33,14 @@ OBFUSCATION_BYTES = 512
 """Chunks are filled to multiples of this if a request asks for it and the server has no size of its own."""
 DONE = "data: [DONE]\n\n"
 """The event that ends a stream."""
+SLOW_READER_S = 60.0
+"""A stream ends whose client has so much unread for this time that no message can be sent."""
 _END = '"}'
 """What follows the characters of `obfuscation` in a chunk."""
 _LINE_ENDS = {ord(end): f"\\u{ord(end):04x}" for end in "\x85\u2028\u2029"}
 """Characters that end a line for some readers and that JSON need not escape; they stand in strings only."""
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +80,29 @@ class SendClock:
         elapsed_s = time.monotonic() - self._started_s
         self._num_intervals = max(self._num_intervals, math.floor(elapsed_s / self._interval_s)) + 1
         return self._num_intervals * self._interval_s - elapsed_s
+
+
+class EventStream(StreamingResponse):
+    """The response that sends a stream's events. It closes their generator at its end, whatever ends it."""
+
+    def __init__(self, events: AsyncGenerator[str]) -> None:
+        """events: complete server-sent events, one or more at a time."""
+        super().__init__(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+        self._events = events
+
+    async def stream_response(self, send: Send) -> None:
+        """Send all events; end without the last message if the client does not read for SLOW_READER_S."""
+
+        async def send_in_time(message: Message) -> None:
+            async with asyncio.timeout(SLOW_READER_S):
+                await send(message)
+
+        try:
+            await super().stream_response(send_in_time)
+        except TimeoutError:
+            _log.warning("ended a stream whose client had not read for %.0f s", SLOW_READER_S)
+        finally:
+            await self._events.aclose()
 
 
 def event(chunk: dict[str, Any], *, padding_bytes: int = 0) -> str:

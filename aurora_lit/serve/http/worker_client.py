@@ -62,7 +62,7 @@ class WorkerClient:
         self._worker_has_ended = False
         self._suspended_until_s = -HEARTBEAT_STALE_S
         self.num_sequences = 0
-        """Choices of all pending calls, waiting or running; at most server.max_queue."""
+        """Unfinished choices of all pending calls, waiting or running; at most server.max_queue."""
 
     def connect(self, spec: Any) -> None:
         """Use the response buffer and the request queue (an HTTPChannel) that the spec has once LitServe starts."""
@@ -243,7 +243,8 @@ class PendingCall:
         try:
             self._spec.request_queue.put((call.call_id, call))
         except BaseException:
-            self._num_unfinished, self._has_failed = 0, True  # never sent, so there is nothing to cancel
+            self._end(self._num_unfinished)  # never sent, so there is nothing to cancel
+            self._has_failed = True
             self.close()
             raise
 
@@ -251,7 +252,7 @@ class PendingCall:
         """Make text of an update and wake `next`; tell the worker of choices that have reached a stop string."""
         if isinstance(update, Failure):
             if from_worker:  # otherwise the worker may still work on the call, so it must be cancelled
-                self._num_unfinished = 0
+                self._end(self._num_unfinished)
             self._add(update)
             return
         try:
@@ -265,9 +266,14 @@ class PendingCall:
             return
         for index in stopped:
             self._cancel((self._call.call_id, CancelRequest(index)))
-        self._num_unfinished -= sum(delta.finish_reason is not None for delta in deltas)
+        self._end(sum(delta.finish_reason is not None for delta in deltas))
         if deltas:
             self._add(deltas)
+
+    def _end(self, num_choices: int) -> None:
+        """Give up the places of choices in the queue when they end, and not when the client has read them."""
+        self._num_unfinished -= num_choices
+        self._worker_client.num_sequences -= num_choices
 
     def _add(self, update: tuple[TextDelta, ...] | Failure) -> None:
         self._updates.append((time.monotonic(), update))
@@ -300,12 +306,12 @@ class PendingCall:
         return ready
 
     def close(self) -> None:
-        """Free everything the call holds: its place in the queue and, if it has not ended, its slots in the engine."""
+        """Free what unfinished choices hold: their places in the queue and their slots in the engine."""
         if self._closed.is_set():
             return
         self._closed.set()
         self._worker_client.remove_pending(self._call.call_id)
-        self._worker_client.num_sequences -= len(self._call.requests)
+        self._worker_client.num_sequences -= self._num_unfinished
         if self._num_unfinished:
             self._cancel((self._call.call_id, CANCEL))
         self._on_close(self._has_failed)

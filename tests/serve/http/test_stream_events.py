@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import random
+from collections.abc import AsyncGenerator
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,7 +13,7 @@ import pytest
 
 from aurora_lit.serve.http import stream_events
 from aurora_lit.serve.http.schema import StreamOptions
-from aurora_lit.serve.http.stream_events import OBFUSCATION_BYTES, SendClock, StreamShape, event
+from aurora_lit.serve.http.stream_events import OBFUSCATION_BYTES, EventStream, SendClock, StreamShape, event
 
 TEXTS = [
     "",
@@ -102,3 +104,28 @@ def test_a_clock_that_is_off_never_waits(now: SimpleNamespace) -> None:
     now.now_s += 0.03
     assert clock.wait_s() == 0
     assert not clock.is_on
+
+
+def test_a_stream_whose_client_does_not_read_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stream_events, "SLOW_READER_S", 0.02)
+    sent, ended = list[str](), list[str]()
+
+    async def events() -> AsyncGenerator[str]:
+        try:
+            for text in ("a", "b", "c"):
+                yield text
+        finally:
+            ended.append("closed")
+
+    async def send(message: Any) -> None:
+        if message.get("body") == b"b":
+            await asyncio.Event().wait()  # the connection's buffers are full
+        sent.append(message["type"])
+
+    async def receive() -> Any:
+        await asyncio.Event().wait()
+
+    scope = {"type": "http", "asgi": {"spec_version": "2.3"}}
+    asyncio.run(EventStream(events())(scope, receive, send))
+    assert sent == ["http.response.start", "http.response.body"], "no end, so that a client knows what it has missed"
+    assert ended == ["closed"]

@@ -165,6 +165,31 @@ def test_a_stop_string_cancels_that_request_at_once_and_what_is_still_on_its_way
     assert sent_messages(spec) == [call, CancelRequest(0)], "the worker has ended both, so nothing is left to cancel"
 
 
+def test_a_choice_that_has_ended_leaves_the_queue_although_nobody_reads(worker_client, spec):
+    async def run():
+        pending = worker_client.start(call_with_stop("c", num_choices=2), FakeClient(), on_close=lambda failed: None)
+        assert worker_client.num_sequences == 2
+        deliver(spec, (("c", (Delta(index=0, token_ids=ids("abc")), Delta(index=1, token_ids=ids("x")))),))
+        assert worker_client.num_sequences == 1, "a stop string has ended the first"
+        deliver(spec, (("c", (Delta(index=1, token_ids=ids("y"), finish_reason="length"),)),))
+        assert worker_client.num_sequences == 0
+        pending.close()
+
+    asyncio.run(run())
+    assert worker_client.num_sequences == 0
+
+
+def test_a_call_that_the_worker_fails_leaves_the_queue_although_nobody_reads(worker_client, spec):
+    async def run():
+        pending = worker_client.start(call_with_stop(num_choices=2), FakeClient(), on_close=lambda failed: None)
+        deliver(spec, (("c", Failure(message="as asked")),))
+        assert worker_client.num_sequences == 0
+        pending.close()
+
+    asyncio.run(run())
+    assert worker_client.num_sequences == 0
+
+
 def test_a_call_that_is_closed_after_one_choice_has_stopped_is_cancelled_whole(worker_client, spec):
     async def run():
         pending = worker_client.start(call_with_stop("c", num_choices=2), FakeClient(), on_close=lambda failed: None)
