@@ -8,12 +8,13 @@ Log-probabilities are the model's own, before temperature and penalties; the eng
                                max_draft_tokens=4)
     for deltas in rounds:
         chunks = response.chunks(deltas)    # for a stream; a request without stream calls response.add(deltas)
-    response.full()                         # the response to a request without stream
+    response.full()                         # the response to a request without stream; full_json() writes it
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple
 
@@ -29,6 +30,9 @@ Source = tuple[str, int]
 Entry = tuple[int, TokenLogprob | None]
 """A token and its log-probability; None for the first token of a prompt, which has no condition."""
 _MEMORY = TOKEN_SOURCES.index("memory")
+_ENTRY_DEPTH = 5
+"""Levels around a token's log-probabilities: response, choices, choice, logprobs, content."""
+_encoder = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"))
 _OBJECTS = {"chat": ("chat.completion", "chat.completion.chunk"), "text": ("text_completion", "text_completion")}
 
 
@@ -102,6 +106,8 @@ class ResponseBuilder:
         self._max_draft_tokens, self._usage_in_every_chunk = max_draft_tokens, usage_in_every_chunk
         self._wants_logprobs = requests[0].params.logprobs is not None
         self._wants_sources = prepared.options.by_token
+        self.has_logprobs = self._wants_logprobs or prepared.prompt_logprobs is not None
+        """True if the response may be so large that writing it takes seconds."""
         tools = prepared.tools
         self._choices = [
             _Choice(
@@ -164,23 +170,32 @@ class ResponseBuilder:
 
     def full(self) -> Json:
         """The response to a request without stream."""
-        choices = []
+        return self._full(list(self._full_choices()))
+
+    def full_json(self) -> str:
+        """The same as JSON, of which the objects of one choice at a time are in memory.
+
+        For a thread: it is written in small parts, since Python runs no other thread while it writes one.
+        """
+        return "".join(_written(self._full(self._full_choices()), depth=_ENTRY_DEPTH))
+
+    def _full_choices(self) -> Iterator[Json]:
         for index, choice in enumerate(self._choices):
             first = self._choices[index - index % self._prepared.num_choices]  # has the prompt's log-probabilities
             entries = first.echoed + choice.logprobs
             message: Json = {"role": "assistant", "content": choice.text, "refusal": None}
             if choice.tool_calls:
                 message |= {"content": choice.text or None, "tool_calls": choice.tool_calls}
-            choices.append(
-                {
-                    "index": index,
-                    **({"message": message} if self._kind == "chat" else {"text": choice.text}),
-                    "logprobs": self._logprobs(choice, entries) if self._wants_logprobs else None,
-                    "finish_reason": choice.stated_reason,
-                    **self._sources(choice.sources),
-                    **(self._prompt_logprobs(first) if self._kind == "text" else {}),
-                }
-            )
+            yield {
+                "index": index,
+                **({"message": message} if self._kind == "chat" else {"text": choice.text}),
+                "logprobs": self._logprobs(choice, entries) if self._wants_logprobs else None,
+                "finish_reason": choice.stated_reason,
+                **self._sources(choice.sources),
+                **(self._prompt_logprobs(first) if self._kind == "text" else {}),
+            }
+
+    def _full(self, choices: Iterable[Json]) -> Json:
         more = self._prompt_logprobs(self._choices[0]) if self._kind == "chat" else {}
         return {**self._full_head, "choices": choices, "usage": self.usage(), "metrics": self.metrics(), **more}
 
@@ -315,6 +330,23 @@ class ResponseBuilder:
             return _chat_logprobs(entries, self._token_decoder)
         # In a stream the offsets continue from chunk to chunk; a full response is written once, from the start.
         return _text_logprobs(entries, self._token_decoder, choice.offsets)
+
+
+def _written(value: Any, *, depth: int) -> Iterator[str]:
+    """`value` as JSON, in the parts that are `depth` levels inside; iterators are written as lists."""
+    if depth and isinstance(value, dict):
+        for number, (name, inner) in enumerate(value.items()):
+            yield f"{',' if number else '{'}{_encoder.encode(name)}:"
+            yield from _written(inner, depth=depth - 1)
+        yield "}" if value else "{}"
+    elif depth and isinstance(value, (list, Iterator)):
+        yield "["
+        for number, inner in enumerate(value):
+            yield "," if number else ""
+            yield from _written(inner, depth=depth - 1)
+        yield "]"
+    else:
+        yield _encoder.encode(value)
 
 
 def _joined(first: _Added, second: _Added) -> _Added:

@@ -29,6 +29,7 @@ from aurora_lit.serve.http.stream_events import DONE, EventStream, SendClock, St
 from aurora_lit.serve.http.tokenize import (
     Limits,
     Prepared,
+    check_logprobs,
     check_model,
     longest_token,
     prepare_chat,
@@ -122,6 +123,7 @@ class GenerationRoutes:
         return Limits(max_seq_len=status.max_seq_len, vocab_size=status.vocab_size, longest_token=self._longest_token)
 
     async def _respond(self, body: ChatRequest | CompletionRequest, prepared: Prepared, request: Request) -> Response:
+        check_logprobs(body, prepared)
         options = body.stream_options or StreamOptions()
         response = ResponseBuilder(
             prepared,
@@ -157,6 +159,8 @@ class GenerationRoutes:
         finally:
             if not is_streaming:
                 pending.close()
+        if response.has_logprobs:
+            return Response(await asyncio.to_thread(response.full_json), media_type="application/json")
         return JSONResponse(response.full())
 
     async def _events(
@@ -173,12 +177,19 @@ class GenerationRoutes:
         A call that fails gets an error event in place of those.
         """
         padding_bytes = self._stream_shape.padding_for(options)
+
+        def message_of(deltas: tuple[TextDelta, ...]) -> str:
+            chunks = response.chunks(deltas)
+            if response.finished and options.include_usage:
+                chunks.append(response.usage_chunk())
+            return "".join(event(chunk, padding_bytes=padding_bytes) for chunk in chunks)
+
         try:
             while True:
-                chunks = response.chunks(deltas)
-                if response.finished and options.include_usage:
-                    chunks.append(response.usage_chunk())
-                message = "".join(event(chunk, padding_bytes=padding_bytes) for chunk in chunks)
+                if any(delta.prompt_logprobs is not None for delta in deltas):  # a whole prompt's, which take long
+                    message = await asyncio.to_thread(message_of, deltas)
+                else:
+                    message = message_of(deltas)
                 if response.finished:
                     yield message + DONE
                     return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -99,6 +100,19 @@ def test_cached_tokens_are_those_of_each_prompts_first_choice() -> None:
     for index, cached in ((0, 3), (1, 4)):
         made.add([replace(delta(index, "a", accepted=0, finish_reason="stop"), num_cached_tokens=cached)])
     assert made.usage()["prompt_tokens_details"] == {"cached_tokens": 3}
+
+
+def test_the_response_as_json_is_that_of_its_objects() -> None:
+    for kind, fields in (("chat", {}), ("text", {"logprobs": 2, "prompt_logprobs": 1})):
+        texts = []
+        for _ in range(2):
+            made = builder(kind, **fields)  # type: ignore[arg-type]
+            for deltas in ROUNDS:
+                made.add(deltas)
+            texts.append(made)
+        assert made.has_logprobs
+        wanted = json.dumps(texts[0].full(), ensure_ascii=False, separators=(",", ":"))
+        assert texts[1].full_json() == wanted
 
 
 def test_every_choice_shows_the_prompts_logprobs_that_came_with_the_first() -> None:

@@ -62,6 +62,46 @@ def test_only_the_first_choice_reads_a_whole_prompt_for_its_logprobs(
     assert {request.params.logprobs for request in call.requests} == {1}
 
 
+@pytest.mark.parametrize(
+    ("fields", "total", "field"),
+    [
+        ({"max_tokens": 50, "logprobs": True}, 50, ""),
+        ({"max_tokens": 51, "logprobs": True}, 51, "logprobs"),
+        ({"max_tokens": 5, "logprobs": True, "top_logprobs": 9}, 50, ""),
+        ({"max_tokens": 5, "logprobs": True, "top_logprobs": 9, "n": 2}, 100, "top_logprobs"),
+        ({"max_tokens": 5, "prompt_logprobs": 20, "logprobs": True}, 1 * 21 * 3 + 5, "prompt_logprobs"),
+        ({"max_tokens": 1000}, 0, ""),
+    ],
+)
+def test_log_probabilities_of_a_chat_are_limited(
+    fields: dict[str, Any], total: int, field: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tokenize, "MAX_LOGPROBS_OF_CALL", 50)
+    chat = ChatRequest(messages=[{"role": "user", "content": "hello"}], **fields)
+    limits = replace(LIMITS, max_seq_len=1100)
+    prepared = prepare_chat(chat, call_id="c", tokenizer=TOKENIZER, limits=limits)
+    assert prepared.num_prompt_tokens == 3
+    if not field:
+        tokenize.check_logprobs(chat, prepared)
+        return
+    with pytest.raises(RequestError, match=f"^{field}: the response may have {total} log-probabilities") as refused:
+        tokenize.check_logprobs(chat, prepared)
+    assert refused.value.param == field
+
+
+def test_log_probabilities_of_echoed_prompts_are_limited(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tokenize, "MAX_LOGPROBS_OF_CALL", 99)
+    for echo in (False, True):
+        text = CompletionRequest(prompt=[[1] * 9] * 5, echo=echo, logprobs=1, max_tokens=1)
+        prepared = prepare_completion(text, call_id="c", tokenizer=TOKENIZER, limits=LIMITS)
+        if not echo:
+            tokenize.check_logprobs(text, prepared)
+            continue
+        with pytest.raises(RequestError, match="^logprobs: the response may have 100 ") as refused:
+            tokenize.check_logprobs(text, prepared)
+        assert refused.value.param == "logprobs"
+
+
 @pytest.mark.parametrize(("seed", "expected"), [(7, [7, 8]), (-2, [2**63 - 2, 2**63 - 1]), (-1, [None, None])])
 def test_a_seed_of_minus_one_is_none(seed: int, expected: list[int | None]) -> None:
     text = CompletionRequest(prompt="hello", n=2, seed=seed)
