@@ -147,8 +147,8 @@ def _turn(message: Message, names: Mapping[str, str]) -> Turn:
 
 
 def _names_more(schema: Mapping[str, Any]) -> bool:
-    """True if other schemas at the root may name arguments that its `properties` do not."""
-    known, parts = schema["properties"], list[Any]()
+    """True if `required` or other schemas at the root may name arguments that its `properties` do not."""
+    known, parts = schema["properties"], [{"required": schema.get("required")}]
     for name in _COMBINING:
         parts += schema[name] if isinstance(schema.get(name), list) else []
     for part in filter(lambda part: isinstance(part, dict), parts):
