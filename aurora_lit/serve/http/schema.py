@@ -44,7 +44,6 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "modalities": (None, ["text"]),
     "prediction": (None,),
     "prompt_cache_key": (None,),
-    "reasoning_effort": (None, "none"),
     "safety_identifier": (None,),
     "service_tier": (None, "auto", "default"),
     "suffix": (None, ""),
@@ -169,6 +168,8 @@ class Sampling(Structured):
     store: bool | None = None
     speculate: bool | None = None
     return_token_sources: bool | None = None
+    reasoning_effort: Literal["none"] | None = None
+    """In a chat; a text completion has no template that could make a model think."""
     prompt_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     cache_salt: Annotated[str, Field(min_length=1, max_length=MAX_SALT_CHARACTERS)] | None = None
 
@@ -311,6 +312,12 @@ class ChatRequest(Sampling, Templated, ToolChoosing):
     max_completion_tokens: Annotated[int, Field(ge=1, lt=_INT64)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+
+    @property
+    def template_options(self) -> dict[str, Any]:
+        """With `reasoning_effort` as vLLM has it: the variables by which templates begin an answer without thinking."""
+        without_thinking = {"enable_thinking": False, "reasoning_effort": "none"}
+        return {**(without_thinking if self.reasoning_effort else {}), **super().template_options}
 
     @model_validator(mode="after")
     def _check_logprobs(self) -> ChatRequest:

@@ -124,9 +124,17 @@ def prepare_chat(
 
 
 def render(messages: Sequence[Message], how: Templated, *, tools: Sequence[Tool] = (), tokenizer: Tokenizer) -> str:
-    """A conversation as the model's prompt. Raises RequestError if there is no template, or if it refuses it."""
+    """A conversation as the model's prompt.
+
+    Raises RequestError if there is no template, if it refuses the conversation, or if calls would have to be continued.
+    """
     if tokenizer.chat_template is None:
         raise RequestError("this model has no chat template; use /v1/completions", param="messages")
+    if how.continue_final_message and messages[-1].tool_calls:  # the prompt ends before them
+        raise RequestError(
+            "continue_final_message: the last message has tool_calls, which cannot be continued; leave them out",
+            param="continue_final_message",
+        )
     turns = turns_of(messages, tools, tokenizer)
     options = {**how.template_options, "tools": template_tools(tools) or None}
     try:

@@ -89,6 +89,33 @@ def test_log_probabilities_of_a_chat_are_limited(
     assert refused.value.param == field
 
 
+def test_reasoning_effort_none_turns_thinking_off_in_the_template() -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "{{ enable_thinking is defined and enable_thinking is false }} {{ reasoning_effort }}"
+    turns: Any = [{"role": "user", "content": "hello"}]
+    for fields, text in (
+        ({}, "False "),
+        ({"reasoning_effort": None}, "False "),
+        ({"reasoning_effort": "none"}, "True none"),
+        ({"reasoning_effort": "none", "chat_template_kwargs": {"enable_thinking": True}}, "False none"),
+    ):
+        chat = ChatRequest(messages=turns, **fields)  # type: ignore[arg-type]
+        assert render(chat.messages, chat, tokenizer=tokenizer) == text
+    with pytest.raises(ValidationError, match="reasoning_effort"):
+        ChatRequest(messages=turns, reasoning_effort="low")
+    assert CompletionRequest(prompt="hello", reasoning_effort="none")
+
+
+@pytest.mark.parametrize("kind", [ChatRequest, TokenizeRequest])
+def test_calls_of_a_message_cannot_be_continued(kind: type[ChatRequest | TokenizeRequest]) -> None:
+    call = {"id": "a", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+    last = {"role": "assistant", "content": "is", "tool_calls": [call]}
+    body = kind(messages=[last], add_generation_prompt=False, continue_final_message=True)
+    with pytest.raises(RequestError, match="^continue_final_message: the last message has tool_calls") as refused:
+        render(body.messages or [], body, tokenizer=TOKENIZER)
+    assert refused.value.param == "continue_final_message"
+
+
 def test_log_probabilities_of_echoed_prompts_are_limited(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tokenize, "MAX_LOGPROBS_OF_CALL", 99)
     for echo in (False, True):
