@@ -229,7 +229,9 @@ def _index_lines(folder: Path) -> list[ShardInfo]:
     shards = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
         try:
-            shards.append(ShardInfo(**json.loads(line)))
+            info = ShardInfo(**json.loads(line))
+            if _SHARD_NAME.fullmatch(info.name):  # another's log may name files outside of it
+                shards.append(info)
         except (json.JSONDecodeError, TypeError):
             continue
     return shards

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -117,6 +118,23 @@ def test_an_index_line_cut_short_costs_that_shard_only(cut: int, tmp_path: Path)
     for first in (30, 40):
         write_log(tmp_path, [numbered_trace(9, first=first)])
     assert [int(trace.token_ids_T[0]) for trace in read(tmp_path)] == [*kept, 30, 40]
+
+
+def test_files_outside_of_the_log_are_no_shards_of_it(tmp_path: Path) -> None:
+    foreign, folder = tmp_path / "live-00000.safetensors", tmp_path / "log"
+    write_log(folder, [numbered_trace(9)])
+    foreign.write_bytes((folder / "text-00000.safetensors").read_bytes())
+    (folder / "notes.safetensors").write_bytes(b"the user's own")
+    (known,) = read_index(folder)
+    index = folder / INDEX_NAME
+    names = [f"../{foreign.name}", str(foreign), "notes.safetensors", 5]
+    index.write_text("".join(json.dumps({**known.__dict__, "name": name}) + "\n" for name in [*names, known.name]))
+    assert read_index(folder) == [known]
+    writer = TraceLogWriter(folder, kind="live", max_bytes=foreign.stat().st_size + 1)
+    writer.append(numbered_trace(9))
+    writer.close()
+    assert foreign.exists()
+    assert (folder / "notes.safetensors").exists()
 
 
 def test_a_shard_that_was_deleted_does_not_make_another_be_overwritten(tmp_path: Path) -> None:
