@@ -80,11 +80,12 @@ def _log_where_vllm_does() -> None:
 
 def with_extra_arguments(body: bytes) -> bytes:
     """The body with the client's consent and label as extra arguments; what is no JSON object is left to vLLM."""
-    if b'"store"' not in body and b'"metadata"' not in body and b"aurora_lit_" not in body:
+    # Names may be spelt with escapes, or in UTF-16 or UTF-32, which have zero bytes.
+    if not any(sign in body for sign in (b'"store"', b'"metadata"', b"aurora_lit_", b"\\u", b"\0")):
         return body
     try:
         fields = json.loads(body)
-    except ValueError:
+    except (ValueError, RecursionError):
         return body
     if not isinstance(fields, dict):
         return body
@@ -99,8 +100,9 @@ def with_extra_arguments(body: bytes) -> bytes:
         extra[STORE_ARGUMENT] = 0
     if isinstance(domain, str) and domain.isprintable():
         extra[DOMAIN_ARGUMENT] = domain
-    if extra != (given or {}):
-        fields["vllm_xargs"] = extra or None
+    if extra == (given or {}):
+        return body
+    fields["vllm_xargs"] = extra or None
     return json.dumps(fields).encode()
 
 

@@ -29,6 +29,14 @@ def test_consent_and_label_become_extra_arguments_beside_those_given() -> None:
     assert sent({"store": False, "metadata": 3}) == {"aurora_lit_store": 0}
 
 
+@pytest.mark.parametrize("coding", ["utf-8", "utf-16", "utf-32", "utf-16-le", "utf-32-be"])
+@pytest.mark.parametrize("name", ["store", "st\\u006fre"])
+def test_consent_is_found_however_json_spells_it(name: str, coding: str) -> None:
+    body = f'{{"{name}": false, "prompt": "a"}}'.encode(coding)
+    assert json.loads(body) == {"store": False, "prompt": "a"}, "as vLLM reads it"
+    assert json.loads(with_extra_arguments(body))["vllm_xargs"] == {"aurora_lit_store": 0}
+
+
 def test_a_client_cannot_set_the_arguments_itself() -> None:
     assert sent({"store": False, "vllm_xargs": {"aurora_lit_store": 1}}) == {"aurora_lit_store": 0}
     assert sent({"vllm_xargs": {"aurora_lit_domain": "x"}}) is None
