@@ -90,7 +90,7 @@ class GenerationRoutes:
     async def chat(self, body: ChatRequest, request: Request) -> Response:
         """POST /v1/chat/completions."""
         check_model(body.model, served=self._model)
-        self._worker_client.check_size(num_prompts=1, num_choices=body.num_choices)
+        self._worker_client.check_queue(num_prompts=1, num_choices=body.num_choices)
         prepared = await asyncio.to_thread(
             prepare_chat,
             body,
@@ -104,7 +104,7 @@ class GenerationRoutes:
     async def complete(self, body: CompletionRequest, request: Request) -> Response:
         """POST /v1/completions."""
         check_model(body.model, served=self._model)
-        self._worker_client.check_size(num_prompts=len(body.prompts), num_choices=body.num_choices)
+        self._worker_client.check_queue(num_prompts=len(body.prompts), num_choices=body.num_choices)
         prepared = await asyncio.to_thread(
             prepare_completion,
             body,

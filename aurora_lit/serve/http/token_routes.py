@@ -7,6 +7,8 @@ generate (serve/http/routes.py).
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
+from typing import TypeVar
 
 from fastapi.responses import JSONResponse
 
@@ -21,6 +23,11 @@ _MOST_CHARACTERS = 1 << 20
 """Of a text: more takes the tokenizer seconds."""
 _MOST_STRINGS = 1 << 16
 """Of tokens, each of which takes microseconds of Python."""
+_MOST_AT_ONCE = 2
+"""Threads that both routes take of those in which requests for answers are prepared."""
+_MOST_WAITING = 32
+"""Texts, those at work included."""
+T = TypeVar("T")
 
 
 class TokenRoutes:
@@ -31,11 +38,12 @@ class TokenRoutes:
         self._model = model
         self._tokenizer, self._status = tokenizer, status
         self._token_decoder = TokenDecoder(tokenizer)
+        self._turns, self._num_waiting = asyncio.Semaphore(_MOST_AT_ONCE), 0
 
     async def tokenize(self, body: TokenizeRequest) -> JSONResponse:
         """The ids of a text, or of a conversation as its prompt is rendered."""
         check_model(body.model, served=self._model)
-        tokens, texts = await asyncio.to_thread(self._tokenize, body)
+        tokens, texts = await self._in_turn(lambda: self._tokenize(body))
         limit = self._status.read().max_seq_len
         return JSONResponse({"count": len(tokens), "max_model_len": limit, "tokens": tokens, "token_strs": texts})
 
@@ -46,8 +54,23 @@ class TokenRoutes:
         wrong = next((token for token in body.tokens if token >= vocab_size), None)
         if wrong is not None:
             raise RequestError(f"tokens: {wrong} is no token; use 0 to {vocab_size - 1}", param="tokens")
-        text = await asyncio.to_thread(decode, self._tokenizer, body.tokens, skips_special_tokens=False)
+        text = await self._in_turn(lambda: decode(self._tokenizer, body.tokens, skips_special_tokens=False))
         return JSONResponse({"prompt": text})
+
+    async def _in_turn(self, work: Callable[[], T]) -> T:
+        """Do work in a thread, after that of earlier requests. Raises RequestError if too many wait."""
+        if self._num_waiting >= _MOST_WAITING:
+            raise RequestError(
+                f"{self._num_waiting} texts wait to be tokenized or detokenized; try again later",
+                code="queue_full",
+                status=429,
+            )
+        self._num_waiting += 1
+        try:
+            async with self._turns:
+                return await asyncio.to_thread(work)
+        finally:
+            self._num_waiting -= 1
 
     def _tokenize(self, body: TokenizeRequest) -> tuple[list[int], list[str] | None]:
         tokens = self._encode(body)
@@ -65,10 +88,11 @@ class TokenRoutes:
         adds = body.add_special_tokens
         text, default = (body.prompt, True) if body.messages is None else (self._render(body), False)
         assert text is not None, "either prompt or messages is given"
-        check_text(text, param="prompt" if body.messages is None else "messages")
+        param = "prompt" if body.messages is None else "messages"
+        check_text(text, param=param)
         if len(text) > _MOST_CHARACTERS:
             raise RequestError(
-                f"prompt: {len(text)} characters are too many; send at most {_MOST_CHARACTERS}", param="prompt"
+                f"{param}: {len(text)} characters are too many; send at most {_MOST_CHARACTERS}", param=param
             )
         return self._tokenizer.encode(text, add_special_tokens=default if adds is None else adds)
 

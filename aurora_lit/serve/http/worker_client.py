@@ -6,7 +6,7 @@ end of a choice that has reached a stop string. Also notices when the worker die
 Leaves out how text is made (serve/http/answer_stream.py), how a response looks (serve/http/responses.py) and the routes
 (serve/http/routes.py).
 
-    worker_client.check_size(num_prompts=1, num_choices=2)  # RequestError: 400 if the queue is too short for it
+    worker_client.check_queue(num_prompts=1, num_choices=2)  # RequestError: 400 if it is too short, 429 if it is full
     pending = worker_client.start(call, request, ...)   # RequestError: 429 if the queue is full, 503 if the worker died
     try:
         while not response.finished:
@@ -111,8 +111,8 @@ class WorkerClient:
             heartbeat_check.cancel()
             stop_watching()
 
-    def check_size(self, *, num_prompts: int, num_choices: int) -> None:
-        """Raise RequestError if a call could never fit into the queue; to be asked before its prompts are tokenized.
+    def check_queue(self, *, num_prompts: int, num_choices: int) -> None:
+        """Raise RequestError if a call does not fit into the queue, now or ever; to be asked before it is prepared.
 
         num_choices: of each prompt.
         """
@@ -123,6 +123,16 @@ class WorkerClient:
                 f"{field}: the request asks for {total} choices, of all prompts together, and server.max_queue is "
                 f"{self._max_queue}; ask for fewer",
                 param=field,
+            )
+        self._check_room(total)
+
+    def _check_room(self, num_choices: int) -> None:
+        if self.num_sequences + num_choices > self._max_queue:
+            raise RequestError(
+                f"the queue is full: {self.num_sequences} choices wait or run and server.max_queue is "
+                f"{self._max_queue}; try again later",
+                code="queue_full",
+                status=429,
             )
 
     def start(
@@ -140,13 +150,7 @@ class WorkerClient:
         reason = self.unavailable_reason()
         if reason is not None:
             raise RequestError(f"cannot serve: {reason}", code="engine_dead", status=503)
-        if self.num_sequences + len(call.requests) > self._max_queue:
-            raise RequestError(
-                f"the queue is full: {self.num_sequences} choices wait or run and server.max_queue is "
-                f"{self._max_queue}; try again later",
-                code="queue_full",
-                status=429,
-            )
+        self._check_room(len(call.requests))
         answer = AnswerStream(self._tokenizer, call.requests, options)
         pending = PendingCall(self, self._spec, call, answer, on_close)
         watcher = asyncio.create_task(pending.close_when_client_disconnects(request))

@@ -131,11 +131,24 @@ def test_a_damaged_message_fails_every_waiting_call_and_frees_its_slots(worker_c
 @pytest.mark.parametrize(("num_prompts", "num_choices", "field"), [(1, 2, None), (1, 3, "n"), (3, 1, "prompt")])
 def test_a_call_that_never_fits_into_the_queue_is_refused(worker_client, num_prompts, num_choices, field):
     if field is None:
-        worker_client.check_size(num_prompts=num_prompts, num_choices=num_choices)
+        worker_client.check_queue(num_prompts=num_prompts, num_choices=num_choices)
         return
     with pytest.raises(RequestError, match=f"^{field}: .* asks for 3 choices.*server.max_queue is 2") as caught:
-        worker_client.check_size(num_prompts=num_prompts, num_choices=num_choices)
+        worker_client.check_queue(num_prompts=num_prompts, num_choices=num_choices)
     assert (caught.value.status, caught.value.param) == (400, field)
+
+
+def test_a_full_queue_is_told_before_prompts_are_tokenized(worker_client):
+    async def run():
+        pending = worker_client.start(CALL, FakeClient(), on_close=lambda failed: None)
+        worker_client.check_queue(num_prompts=1, num_choices=1)
+        with pytest.raises(RequestError, match="the queue is full: 1 choices") as caught:
+            worker_client.check_queue(num_prompts=1, num_choices=2)
+        assert (caught.value.status, caught.value.code) == (429, "queue_full")
+        pending.close()
+        worker_client.check_queue(num_prompts=1, num_choices=2)
+
+    asyncio.run(run())
 
 
 def call_with_stop(*stop, num_choices):
