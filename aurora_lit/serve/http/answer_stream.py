@@ -26,7 +26,7 @@ class AnswerOptions(NamedTuple):
     """What a call's text depends on beside its requests."""
 
     continues_prompt: bool = False
-    """The text goes on with the prompt's, and does not begin a message."""
+    """The text goes on with the prompt's: a space that it begins with is part of it."""
     by_token: bool = False
     """Deltas have `token_texts`."""
     grammar_field: str = ""

@@ -114,7 +114,8 @@ def prepare_chat(
         num_prompt_tokens=len(prompt_ids),
         num_choices=body.num_choices,
         options=AnswerOptions(
-            continues_prompt=bool(body.continue_final_message),
+            # A grammar takes an answer with the space that it begins with; other answers begin without one.
+            continues_prompt=bool(body.continue_final_message) or body.structure is not None,
             by_token=bool(body.return_token_sources),
             grammar_field=body.structure[0] if body.structure else "tools" if use is not None and use.grammar else "",
         ),

@@ -246,16 +246,22 @@ def test_a_map_of_too_many_entries_is_refused_by_their_number(name: str) -> None
     assert sum(error["loc"][0] == name for error in refused.value.errors()) == 1
 
 
-@pytest.mark.parametrize(("continues", "text"), [(True, " Paris"), (False, "Paris")])
-def test_the_space_between_a_final_message_and_its_continuation_is_not_lost(continues: bool, text: str) -> None:
+@pytest.mark.parametrize(
+    ("fields", "text"),
+    [
+        ({"continue_final_message": True}, " Paris"),
+        ({"structured_outputs": {"choice": [" Paris", " Rome"]}}, " Paris"),
+        ({"guided_regex": " [A-Z][a-z]*"}, " Paris"),
+        ({}, "Paris"),
+    ],
+)
+def test_a_space_that_a_final_message_or_a_grammar_asks_for_is_not_lost(fields: dict[str, Any], text: str) -> None:
     """Decoders of SentencePiece leave out the space at the beginning of a text."""
     backend = Tokenizer(models.WordLevel({"\u2581is": 0, "\u2581Paris": 1}, unk_token="\u2581is"))
     backend.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
     template = "{% for turn in messages %}{{ turn.content }}{% endfor %}"
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, chat_template=template)
-    chat = ChatRequest(
-        messages=[{"role": "assistant", "content": "is"}], add_generation_prompt=False, continue_final_message=continues
-    )
+    chat = ChatRequest(messages=[{"role": "assistant", "content": "is"}], add_generation_prompt=False, **fields)
     prepared = prepare_chat(chat, call_id="c", tokenizer=tokenizer, limits=replace(LIMITS, vocab_size=2))
     answer = AnswerStream(tokenizer, prepared.call.requests, prepared.options)
     assert answer.add([Delta(index=0, token_ids=(1,))]).deltas[0].text == text
