@@ -61,6 +61,11 @@ class ToolFormat:
             return name + self.name_end, ""
         return f'{{"name": {json.dumps(name)}, "{self.arguments_key}": ', "}"
 
+    @property
+    def signs(self) -> tuple[str, ...]:
+        """What may be special tokens in some tokenizers."""
+        return tuple(filter(None, (self.marker, self.name_end, *self.fillers)))
+
     def new_id(self) -> str:
         """The id of a new call."""
         return secrets.token_hex(5)[:9] if self.short_ids else f"call_{secrets.token_hex(12)}"

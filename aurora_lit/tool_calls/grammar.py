@@ -1,6 +1,6 @@
 """The grammar of an answer that must call tools, or whose calls must be valid, in llguidance's Lark dialect.
 
-    grammar = grammar_of_calls(HERMES, tools, must_call=True, only_one=False, content_schema=None, marker_token=None)
+    grammar = grammar_of_calls(HERMES, tools, must_call=True, only_one=False, content_schema=None, special={})
     StructuredOutputsParams(grammar=grammar)
 
 Leaves out when a request needs one (serve/http/tool_fields.py).
@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 from aurora_lit.grammars.definition import WRITTEN_AS, without_idle_keywords
@@ -28,21 +29,20 @@ def grammar_of_calls(
     must_call: bool,
     only_one: bool,
     content_schema: Schema | None = None,
-    marker_token: int | None = None,
+    special: Mapping[str, int] = MappingProxyType({}),
 ) -> str:
     """The grammar of an answer.
 
     schemas: of the arguments, by the tool's name. must_call: an answer without a call is none. only_one: at most one
-    call. content_schema: of an answer without calls; None: any text. marker_token: the special token that is the
-    format's marker; None: the marker is text.
+    call. content_schema: of an answer without calls; None: any text. special: ids of the special tokens among the
+    format's signs, by their texts, such as that of the marker; the other signs are text.
     """
-    marker = "" if marker_token is None else f"<[{marker_token}]> "
-    spelt = format_.marker if marker_token is not None else ""
+    signs = re.compile("|".join(f"({re.escape(sign)})" for sign in special) or "(?!)")
 
     def literal(text: str) -> str:
-        """Text in which the special token stands for the marker."""
-        pieces = [json.dumps(piece) if piece else "" for piece in (text.split(spelt) if spelt else [text])]
-        return marker.join(f"{piece} " if piece else "" for piece in pieces)
+        """Text in which special tokens stand for their signs."""
+        pieces = [piece for piece in signs.split(text) if piece]
+        return "".join(f"<[{special[piece]}]> " if piece in special else f"{json.dumps(piece)} " for piece in pieces)
 
     rules, names = [], []
     for number, (name, schema) in enumerate(schemas.items()):
@@ -60,9 +60,9 @@ def grammar_of_calls(
         rules.append(f"content: %json {_as_json(content_schema)}")
         start = "calls | content"
     elif not format_.marker:
-        rules.append(r"CONTENT: /[^\s{\[](.|\n)*/")
+        rules.append(r"CONTENT: /\s*[^\s{\[](.|\n)*/")
         start = "calls | CONTENT?"
-    elif marker_token is not None:
+    elif format_.marker in special:
         rules.append(r"CONTENT: /(.|\n)+/")
         start = "CONTENT? calls?"
     else:

@@ -43,9 +43,10 @@ def test_only_one_call_is_only_one(format_: ToolFormat) -> None:
 @pytest.mark.parametrize("format_", FORMATS, ids=lambda each: each.name)
 def test_an_answer_that_need_not_call_is_any_text_but_its_calls_are_valid(format_: ToolFormat) -> None:
     free = grammar(format_, must_call=False)
-    for text in ("Hello\nthere.", "a < b", format_.written(ONE), format_.written(TWO)):
+    for text in ("Hello\nthere.", "a < b", " Hello", "\n\nHello", format_.written(ONE), format_.written(TWO)):
         assert takes(free, text), text
     assert not takes(free, format_.written(WRONG))
+    assert not takes(free, "\n" + format_.written(WRONG))
     if format_.marker:
         assert takes(free, "Let me see.\n" + format_.written(ONE))
         assert not takes(free, "Let me see.\n" + format_.written(WRONG))
@@ -60,17 +61,28 @@ def test_with_a_schema_for_content_an_answer_is_of_it_or_calls(format_: ToolForm
         assert not takes(both, text), text
 
 
-@pytest.mark.parametrize("format_", [MISTRAL, MISTRAL_NAMED, HERMES], ids=lambda each: each.name)
-def test_a_marker_that_is_a_special_token_is_one(format_: ToolFormat) -> None:
-    marker = byte_tokenizer(format_.marker).token_to_id(format_.marker)
+@pytest.mark.parametrize(
+    ("format_", "signs"),
+    [
+        (MISTRAL, ["[TOOL_CALLS]"]),
+        (MISTRAL_NAMED, ["[TOOL_CALLS]"]),
+        (MISTRAL_NAMED, ["[TOOL_CALLS]", "[ARGS]"]),
+        (HERMES, ["<tool_call>"]),
+        (HERMES, ["<tool_call>", "</tool_call>"]),
+    ],
+    ids=lambda value: getattr(value, "name", str(value)),
+)
+def test_signs_of_a_format_that_are_special_tokens_are_those(format_: ToolFormat, signs: list[str]) -> None:
+    made = byte_tokenizer(*signs)
+    ids = {sign: made.token_to_id(sign) for sign in signs}
     for how in ({}, {"must_call": False}):
-        special = grammar(format_, marker_token=marker, **how)
-        assert takes(special, format_.written(ONE), format_.marker)
-        assert takes(special, format_.written(TWO), format_.marker)
-        assert not takes(special, format_.written(WRONG), format_.marker)
-    assert takes(special, "Hello", format_.marker)
-    assert takes(special, "Hello" + format_.written(ONE), format_.marker)
-    assert not takes(grammar(format_), format_.written(ONE), format_.marker), "as text it is none"
+        special = grammar(format_, special=ids, **how)
+        assert takes(special, format_.written(ONE), *signs)
+        assert takes(special, format_.written(TWO), *signs)
+        assert not takes(special, format_.written(WRONG), *signs)
+    assert takes(special, "Hello", *signs)
+    assert takes(special, "Hello" + format_.written(ONE), *signs)
+    assert not takes(grammar(format_), format_.written(ONE), *signs), "as text they are none"
 
 
 def test_a_description_may_hold_the_sign_of_another_kind_of_grammar() -> None:

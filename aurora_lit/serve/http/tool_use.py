@@ -82,8 +82,8 @@ def tool_use(body: ChatRequest, tokenizer: Tokenizer, *, reads_calls: bool = Tru
             param="tools",
         )
     only_one = body.may_call_once or format_.one_call
-    special = {tokenizer.convert_ids_to_tokens(i): i for i in special_ids(tokenizer)}
-    marker_token = special.get(format_.marker)
+    of_tokenizer = {tokenizer.convert_ids_to_tokens(i): i for i in special_ids(tokenizer)}
+    special = {sign: of_tokenizer[sign] for sign in format_.signs if sign in of_tokenizer}
     grammar = None
     if body.needs_grammar or content is not None:
         content_schema: Mapping[str, Any] | None = None
@@ -96,7 +96,7 @@ def tool_use(body: ChatRequest, tokenizer: Tokenizer, *, reads_calls: bool = Tru
                 must_call=body.must_call,
                 only_one=only_one,
                 content_schema=content_schema,
-                marker_token=marker_token,
+                special=special,
             )
         )
     return ToolUse(
@@ -105,7 +105,7 @@ def tool_use(body: ChatRequest, tokenizer: Tokenizer, *, reads_calls: bool = Tru
         only_one=only_one,
         only_calls=body.must_call,
         grammar=grammar,
-        shows_special_tokens=any(text in special for text in format_.fillers),
+        shows_special_tokens=bool(special),
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -152,13 +153,13 @@ def test_without_callable_tools_nothing_is_read(choice: str | None) -> None:
     assert use_of(tools=[LOOSE] if choice else None, tool_choice=choice) is None
 
 
-@pytest.mark.parametrize("special", [(), ("[TOOL_CALLS]",)])
+@pytest.mark.parametrize("special", [(), ("[TOOL_CALLS]",), ("[ARGS]",), ("[TOOL_CALLS]", "[ARGS]")])
 def test_a_special_token_that_begins_calls_is_shown_and_is_one_in_the_grammar(special: tuple[str, ...]) -> None:
-    use = use_of("{{ tools }}[TOOL_CALLS]", special, tools=[LOOSE], tool_choice="required")
+    use = use_of("{{ tools }}[TOOL_CALLS][ARGS]", special, tools=[LOOSE], tool_choice="required")
     assert use is not None
     assert use.grammar is not None
     assert use.shows_special_tokens == bool(special)
-    assert ("<[" in str(use.grammar.grammar)) == bool(special)
+    assert len(set(re.findall(r"<\[\d+\]>", str(use.grammar.grammar)))) == len(special)
 
 
 @pytest.mark.parametrize(
