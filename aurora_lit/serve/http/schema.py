@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import Field, ValidationInfo, WithJsonSchema, field_validator, model_validator
+from pydantic import BeforeValidator, Field, ValidationInfo, WithJsonSchema, field_validator, model_validator
 
 from aurora_lit.errors import RequestError
 from aurora_lit.request import MAX_DOMAIN_CHARACTERS, SamplingParams
@@ -130,7 +130,20 @@ class Message(Strict):
         return self.content or ""
 
 
-Messages = Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
+def _drop_neutral_in_each(messages: Any) -> Any:
+    """As each message does itself, but a fault has the number of its message."""
+    if not isinstance(messages, list) or len(messages) > MAX_MESSAGES:
+        return messages
+    return [
+        drop_neutral(message, NEUTRAL_IN_MESSAGE, inside=f"messages[{index}]") for index, message in enumerate(messages)
+    ]
+
+
+Messages = Annotated[
+    list[Message],
+    Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True),
+    BeforeValidator(_drop_neutral_in_each),
+]
 
 
 class StreamOptions(Strict):
