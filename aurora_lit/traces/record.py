@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -163,13 +164,18 @@ LAYOUT_DIGEST = hashlib.sha256(
 """Changes with any field's name or type, and with VERIFY_MODES; a ring of another layout is not read."""
 
 _SAFETENSORS_DTYPES = {
+    torch.float64: "F64",
     torch.float32: "F32",
-    torch.int32: "I32",
-    torch.int64: "I64",
+    torch.float16: "F16",
     torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
+"""Names of dtypes in safetensors."""
 
 
 def to_bytes(trace: Trace) -> bytes:
@@ -178,23 +184,31 @@ def to_bytes(trace: Trace) -> bytes:
 
 
 def to_pieces(trace: Trace) -> list[bytes | memoryview]:
-    """The same bytes in pieces: the safetensors header, the tensors' memory without a copy, and the plain fields.
+    """The same bytes in pieces (`tensor_pieces`)."""
+    plain = json.dumps({name: getattr(trace, name) for name in _PLAIN_FIELDS}).encode()
+    return tensor_pieces({**_tensors(trace), _PLAIN_NAME: torch.frombuffer(bytearray(plain), dtype=torch.uint8)})
+
+
+def tensor_pieces(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> list[bytes | memoryview]:
+    """Tensors on the CPU as safetensors bytes in pieces: a header, then each tensor's own memory, without a copy.
 
     Tensors with larger elements come first, so that each is aligned.
     """
-    plain = json.dumps({name: getattr(trace, name) for name in _PLAIN_FIELDS}).encode()
-    tensors = sorted(_tensors(trace).items(), key=lambda item: -item[1].itemsize)
-    header: dict[str, Any] = {}
+    header: dict[str, Any] = {} if metadata is None else {"__metadata__": metadata}
     pieces, end = [], 0
-    for name, tensor in tensors:
+    for name, tensor in sorted(tensors.items(), key=lambda item: -item[1].itemsize):
         piece = _memory(tensor)
-        header[name] = _entry(_SAFETENSORS_DTYPES[tensor.dtype], list(tensor.shape), end, len(piece))
+        offsets = [end, end + len(piece)]
+        header[name] = {
+            "dtype": _SAFETENSORS_DTYPES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": offsets,
+        }
         pieces.append(piece)
         end += len(piece)
-    header[_PLAIN_NAME] = _entry("U8", [len(plain)], end, len(plain))
     header_json = json.dumps(header).encode()
     header_json += b" " * (-len(header_json) % 8)
-    return [len(header_json).to_bytes(8, "little") + header_json, *pieces, plain]
+    return [len(header_json).to_bytes(8, "little") + header_json, *pieces]
 
 
 def _memory(tensor: Tensor) -> memoryview:
@@ -205,10 +219,6 @@ def _memory(tensor: Tensor) -> memoryview:
     # numpy has no bf16.
     array: Any = (numbers.view(torch.int16) if numbers.dtype == torch.bfloat16 else numbers).numpy()
     return memoryview(array).cast("B")
-
-
-def _entry(dtype: str, shape: list[int], start: int, size: int) -> dict[str, Any]:
-    return {"dtype": dtype, "shape": shape, "data_offsets": [start, start + size]}
 
 
 def from_bytes(data: bytes | bytearray | memoryview) -> Trace:

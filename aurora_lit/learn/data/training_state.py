@@ -17,25 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import safetensors.torch
-import torch
 from torch import Tensor
 
 from aurora_lit.durable import sync
+from aurora_lit.traces.record import tensor_pieces
 
 _STRUCTURE = "structure"
-_DTYPES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
-"""Names of dtypes in safetensors."""
 _log = logging.getLogger(__name__)
 
 
@@ -89,30 +76,10 @@ def _unfinished(path: Path) -> Path:
 
 
 def _pieces(state: dict[str, Any]) -> list[bytes | memoryview]:
-    """The bytes of safetensors in pieces: a header, with everything else as metadata, and the memory of each tensor.
-
-    Tensors with larger elements come first, so that each is aligned.
-    """
+    """The state as safetensors in pieces, with all but the tensors as metadata."""
     tensors: list[Tensor] = []
     structure = json.dumps(_without_tensors(state, tensors))
-    header: dict[str, Any] = {"__metadata__": {_STRUCTURE: structure}}
-    pieces: list[bytes | memoryview] = []
-    end = 0
-    for number, tensor in sorted(enumerate(tensors), key=lambda item: -item[1].itemsize):
-        # numpy has no bf16.
-        array: Any = (tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
-        piece = memoryview(array.reshape(-1)).cast("B") if tensor.numel() else memoryview(b"")
-        offsets = [end, end + len(piece)]
-        header[str(number)] = {
-            "dtype": _DTYPES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": offsets,
-        }
-        pieces.append(piece)
-        end += len(piece)
-    header_json = json.dumps(header).encode()
-    header_json += b" " * (-len(header_json) % 8)
-    return [len(header_json).to_bytes(8, "little") + header_json, *pieces]
+    return tensor_pieces({str(number): tensor for number, tensor in enumerate(tensors)}, {_STRUCTURE: structure})
 
 
 def _without_tensors(value: Any, tensors: list[Tensor]) -> Any:
