@@ -24,14 +24,16 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def replace_file(path: Path, content: bytes) -> None:
+def replace_file(path: Path, *pieces: bytes | memoryview, mode: int = 0o666) -> None:
     """Write a file under another name, flush it, and move it to `path`: at any moment, the old or the new one is there.
 
-    One process may do this with a path at a time. Raises OSError; the old file is intact then.
+    `pieces`: its content, joined; `mode`: its permissions, less what umask takes away. One process may do this with a
+    path at a time. Raises OSError; the old file is intact then.
     """
     temporary = _unfinished(path)
     try:
-        temporary.write_bytes(content)
+        with open(temporary, "wb", opener=lambda name, flags: os.open(name, flags, mode)) as file:
+            file.writelines(pieces)
         sync(temporary)
         os.replace(temporary, path)
     except OSError:

@@ -70,11 +70,11 @@ def test_without_a_readable_file_nothing_was_published(path: Path) -> None:
 def test_a_failure_at_any_step_leaves_the_file_before(path: Path, step: str, monkeypatch: pytest.MonkeyPatch) -> None:
     write_centroids(path, some_centroids(), version=1, target=TARGET)
 
-    def full(*_: object) -> None:
+    def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
     if step == "write":
-        monkeypatch.setattr(Path, "write_bytes", full)
+        monkeypatch.setattr(durable, "open", full, raising=False)
     elif step == "sync":
         monkeypatch.setattr(durable, "sync", full)
     else:

@@ -12,14 +12,13 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
 from torch import Tensor
 
-from aurora_lit.durable import sync
+from aurora_lit.durable import discard_unfinished, replace_file
 from aurora_lit.traces.record import tensor_pieces
 
 _STRUCTURE = "structure"
@@ -45,23 +44,14 @@ def from_bytes(data: bytes | memoryview) -> dict[str, Any]:
 def write_state(path: Path, state: dict[str, Any]) -> None:
     """Write a state; it is durable on disk when this returns. Raises OSError; the state before it is intact then."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with _unfinished(path).open("wb") as file:
-            # From the tensors' own memory: a state is as large as all else that learning holds.
-            for piece in _pieces(state):
-                file.write(piece)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(_unfinished(path), path)
-    except OSError:  # a full disk, which what was written would keep full
-        _unfinished(path).unlink(missing_ok=True)
-        raise
-    sync(path.parent)
+    # From the tensors' own memory: a state is as large as all else that learning holds. A learner's has mean states of
+    # clients' prompts, so only its owner can read it.
+    replace_file(path, *_pieces(state), mode=0o600)
 
 
 def read_state(path: Path) -> dict[str, Any] | None:
     """The state last written, on the CPU; None if there is none, or, with a warning, if it cannot be read."""
-    _unfinished(path).unlink(missing_ok=True)  # left by a process that was killed while it wrote
+    discard_unfinished(path)  # left by a process that was killed while it wrote
     try:
         return from_bytes(path.read_bytes())
     except FileNotFoundError:
@@ -69,10 +59,6 @@ def read_state(path: Path) -> dict[str, Any] | None:
     except (OSError, ValueError) as error:
         _log.warning("the state in %s is not used: %s", path, error)
         return None
-
-
-def _unfinished(path: Path) -> Path:
-    return path.with_suffix(".tmp")
 
 
 def _pieces(state: dict[str, Any]) -> list[bytes | memoryview]:

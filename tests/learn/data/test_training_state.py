@@ -49,6 +49,15 @@ def test_a_state_comes_back_with_its_types_keys_and_order(tmp_path: Path) -> Non
     assert [path.name for path in tmp_path.iterdir()] == ["state.safetensors"]
 
 
+def test_only_its_owner_can_read_a_state_as_it_tells_of_prompts(tmp_path: Path) -> None:
+    path = tmp_path / "state.safetensors"
+    write_state(path, a_state())
+    assert path.stat().st_mode & 0o777 == 0o600
+    path.chmod(0o644)  # of an older release
+    write_state(path, a_state())
+    assert path.stat().st_mode & 0o777 == 0o600
+
+
 def test_what_is_not_a_whole_state_is_refused_and_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     whole, path = to_bytes(a_state()), tmp_path / "state"
     for data in (b"", b"no state", whole[:7], whole[:60], whole[: len(whole) // 2], whole[:-1], pickle.dumps(1)):
@@ -67,10 +76,10 @@ def test_what_is_not_a_whole_state_is_refused_and_told(tmp_path: Path, caplog: p
 def test_a_write_that_fails_leaves_the_last_state_and_one_that_was_killed_is_swept_up(tmp_path: Path) -> None:
     path = tmp_path / "state"
     write_state(path, {"steps": 1})
-    (tmp_path / "state.tmp").mkdir()  # nothing can be written there
-    with pytest.raises(OSError, match="state.tmp"):
+    (tmp_path / ".state.tmp").mkdir()  # nothing can be written there
+    with pytest.raises(OSError, match=".state.tmp"):
         write_state(path, {"steps": 2})
-    (tmp_path / "state.tmp").rmdir()
-    (tmp_path / "state.tmp").write_bytes(b"half")
+    (tmp_path / ".state.tmp").rmdir()
+    (tmp_path / ".state.tmp").write_bytes(b"half")
     assert read_state(path) == {"steps": 1}
     assert [each.name for each in tmp_path.iterdir()] == ["state"]

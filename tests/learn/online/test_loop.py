@@ -384,10 +384,10 @@ def test_a_save_that_failed_is_tried_again_though_no_step_was_taken_since(
     harness = LearnerHarness(target, tmp_path, save_every_s=0.0, publish_every_s=3600.0)
     harness.loop._saving_limit = ShareLimit(1.0)
     harness.ring.records.extend(traffic[:10])
-    (tmp_path / "learner.tmp").mkdir()  # nothing can be written there
+    (tmp_path / ".learner.safetensors.tmp").mkdir()  # nothing can be written there
     harness.tick_until(lambda: "state could not be saved" in harness.page.read().error)
     monkeypatch.setattr(harness.loop, "_step", lambda: False)
-    (tmp_path / "learner.tmp").rmdir()
+    (tmp_path / ".learner.safetensors.tmp").rmdir()
     harness.loop.tick()
     assert harness.learner.resume()
     assert harness.page.read().error == ""
@@ -529,7 +529,7 @@ def test_a_full_disk_is_reported_and_learning_continues(
     error: Exception, target: Target, traffic: list[Trace], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     harness = LearnerHarness(target, tmp_path, publish_every_steps=2, save_every_s=0.1)
-    (tmp_path / "learner.tmp").mkdir()  # nothing can be written there
+    (tmp_path / ".learner.safetensors.tmp").mkdir()  # nothing can be written there
 
     def full(*_: Any, **__: Any) -> str:
         raise error
@@ -543,7 +543,7 @@ def test_a_full_disk_is_reported_and_learning_continues(
         steps = harness.learner.steps
         harness.tick_until(lambda: harness.learner.steps > steps)
         assert (harness.loop.published, harness.learner.version) == (0, STARTING_VERSION)
-    (tmp_path / "learner.tmp").rmdir()
+    (tmp_path / ".learner.safetensors.tmp").rmdir()
     harness.tick_until(lambda: failures[1] not in harness.page.read().error)
     harness.tick_until(lambda: harness.page.read().error == "", max_ticks=100)
     assert harness.loop.published == 1, "what failed once is not told for ever"

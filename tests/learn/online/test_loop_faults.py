@@ -324,7 +324,9 @@ def test_an_attached_learner_saves_and_exits_on_sigterm_and_when_its_server_is_k
     server = servers.start("learn.enabled=false")
     servers.wait_ready()
     page = LearnerStatusPage.open(servers.run_folders[0] / LEARNER_STATUS_NAME)
-    half_published, half_saved = servers.store.folder / ".new.draft-000099", servers.store.folder / "learner.tmp"
+    half_published, half_saved = (
+        servers.store.folder / name for name in (".new.draft-000099", ".learner.safetensors.tmp")
+    )
     half_published.mkdir(parents=True)
     half_saved.write_bytes(b"half")
     old = half_saved.stat().st_ino
@@ -364,6 +366,6 @@ def test_a_learner_saves_without_temporary_files_elsewhere(
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "nowhere"))
     learner.save()
     assert [path.name for path in tmp_path.iterdir()] == [STATE_NAME]
-    (tmp_path / "learner.tmp").write_bytes(b"half")
+    (tmp_path / ".learner.safetensors.tmp").write_bytes(b"half")
     assert learner.resume()
     assert [path.name for path in tmp_path.iterdir()] == [STATE_NAME]
