@@ -26,7 +26,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch.nn.functional import pad
 
-from aurora_lit.traces.record import Trace
+from aurora_lit.traces.record import ROUND_FIELDS, Trace
 
 INDEX_NAME, _LOCK_NAME = "index.jsonl", ".lock"
 
@@ -34,18 +34,6 @@ _OWNER_ONLY = 0o600
 _UNKNOWN = float("nan")
 _POSITION_FIELDS = {"token_ids": "token_ids_T", "aux": "aux_T3H", "last": "last_TH"}
 """Name in a shard and field of the trace, for tensors with a row for each position."""
-_ROUND_FIELDS = (
-    "round_root_R",
-    "round_version_R",
-    "num_proposed_R",
-    "num_accepted_R",
-    "source_R",
-    "explored_R",
-    "draft_temperature_R",
-    "proposal_RK",
-    "behaviour_logprob_RK",
-)
-"""Tensors with a row for each round."""
 _SHARD_NAME = re.compile(r"[a-z]+-\d{5,}\.safetensors")
 """Other files in the folder are the user's."""
 _LEFTOVERS = (".tmp??????", ".*-?????*.safetensors.tmp", f".{INDEX_NAME}.tmp")
@@ -194,7 +182,7 @@ def read_shard(path: Path) -> Iterator[Trace]:
     }
     lse = tensors["lse"].split(tensors["lengths"].tolist())
     if "num_rounds" in tensors:
-        parts |= {name: tensors[name].split(tensors["num_rounds"].tolist()) for name in _ROUND_FIELDS}
+        parts |= {name: tensors[name].split(tensors["num_rounds"].tolist()) for name in ROUND_FIELDS}
         parts["rejected_last_NH"] = tensors["rejected"].split(tensors["num_rejected"].tolist())
     for i, (domain, answer_start) in enumerate(zip(domains, tensors["answer_starts"].tolist(), strict=True)):
         fields = {name: part[i] for name, part in parts.items()}
@@ -250,7 +238,7 @@ def _shard_of(traces: list[Trace]) -> tuple[dict[str, torch.Tensor], dict[str, s
     hidden_size = traces[0].last_TH.shape[1]
     tensors["rejected"] = torch.cat([t.rejected_last_NH.view(-1, hidden_size) for t in traces])
     longest = max(t.proposal_RK.shape[1] for t in traces)
-    for name in _ROUND_FIELDS:
+    for name in ROUND_FIELDS:
         parts = [getattr(trace, name) for trace in traces]
         if name in _PADDING:
             parts = [pad(part, (0, longest - part.shape[1]), value=_PADDING[name]) for part in parts]

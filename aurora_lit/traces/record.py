@@ -139,6 +139,8 @@ _TENSOR_FIELDS: dict[str, tuple[torch.dtype, tuple[str, ...]]] = {
     "rejected_last_NH": (torch.bfloat16, ("N", "H")),
 }
 """Type and shape of each tensor field."""
+ROUND_FIELDS = tuple(name for name, (_, axes) in _TENSOR_FIELDS.items() if axes[0] == "R")
+"""The tensor fields with one entry a round."""
 _PLAIN_FIELDS = {
     "request_id": str,
     "domain": str,

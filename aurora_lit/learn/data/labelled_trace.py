@@ -17,19 +17,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from aurora_lit.learn.data.target_head import TargetHead
-from aurora_lit.traces.record import Trace
+from aurora_lit.traces.record import ROUND_FIELDS, Trace
 
-_OTHER_ROUND_FIELDS = (
-    "round_version_R",
-    "num_proposed_R",
-    "num_accepted_R",
-    "source_R",
-    "explored_R",
-    "draft_temperature_R",
-    "proposal_RK",
-    "behaviour_logprob_RK",
-)
-"""The trace's tensors with one entry a round, but `round_root_R`."""
 CONTEXT_COST = 0.25
 """Of a position before those that are trained on, as a share of that of one of these: only its key and value are
 computed, without gradient (`StepwiseChains`)."""
@@ -85,23 +74,11 @@ def is_compatible(trace: Trace, target_head: TargetHead) -> bool:
 
 def crop(trace: Trace, max_length: int) -> Trace:
     """The last `max_length` positions of a trace; rounds whose root lies before them are dropped."""
-    start = len(trace.token_ids_T) - max_length
-    if start <= 0:
+    begin, end = len(trace.token_ids_T) - max_length, len(trace.token_ids_T)
+    if begin <= 0:
         return trace
-    kept_R = trace.round_root_R >= start
-    kept_N = torch.repeat_interleave(kept_R, trace.num_rejected_R)
-    per_round = {name: getattr(trace, name)[kept_R] for name in _OTHER_ROUND_FIELDS}
-    return replace(
-        trace,
-        first_position=trace.first_position + start,
-        answer_start=max(0, trace.answer_start - start),
-        token_ids_T=trace.token_ids_T[start:],
-        aux_T3H=trace.aux_T3H[start:],
-        last_TH=trace.last_TH[start:],
-        round_root_R=trace.round_root_R[kept_R] - start,
-        rejected_last_NH=trace.rejected_last_NH[kept_N],
-        **per_round,
-    )
+    answer_start = max(0, trace.answer_start - begin)
+    return _part(trace, begin, end, answer_start=answer_start, kept_R=trace.round_root_R >= begin)
 
 
 def pieces_of(trace: Trace, *, most_trained: int, most_context: int) -> list[Trace]:
@@ -122,18 +99,24 @@ def _piece(trace: Trace, first: int, last: int, *, most_context: int) -> Trace:
     """What is trained on at positions first, …, last - 1, and what comes before."""
     begin = max(0, first - most_context)
     kept_R = (trace.round_root_R >= first) & (trace.round_root_R + trace.num_accepted_R < last)
+    return _part(trace, begin, last, answer_start=first + 1 - begin, kept_R=kept_R)
+
+
+def _part(trace: Trace, begin: int, end: int, *, answer_start: int, kept_R: Tensor) -> Trace:
+    """The positions begin, …, end - 1, with some of the rounds."""
     kept_N = torch.repeat_interleave(kept_R, trace.num_rejected_R)
+    rounds = {name: getattr(trace, name)[kept_R] for name in ROUND_FIELDS}
+    rounds["round_root_R"] = rounds["round_root_R"] - begin
     return replace(
         trace,
         first_position=trace.first_position + begin,
-        answer_start=first + 1 - begin,
-        token_ids_T=trace.token_ids_T[begin:last],
-        aux_T3H=trace.aux_T3H[begin:last],
-        last_TH=trace.last_TH[begin:last],
-        lse_T=None if trace.lse_T is None else trace.lse_T[begin:last],
-        round_root_R=trace.round_root_R[kept_R] - begin,
+        answer_start=answer_start,
+        token_ids_T=trace.token_ids_T[begin:end],
+        aux_T3H=trace.aux_T3H[begin:end],
+        last_TH=trace.last_TH[begin:end],
+        lse_T=None if trace.lse_T is None else trace.lse_T[begin:end],
         rejected_last_NH=trace.rejected_last_NH[kept_N],
-        **{name: getattr(trace, name)[kept_R] for name in _OTHER_ROUND_FIELDS},
+        **rounds,
     )
 
 
