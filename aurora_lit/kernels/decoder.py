@@ -201,28 +201,16 @@ class Decoder:
 
     def move(
         self,
-        *,
-        keys: Sequence[torch.Tensor],
-        values: Sequence[torch.Tensor],
-        slots_M: torch.Tensor,
-        from_M: torch.Tensor,
-        to_M: torch.Tensor,
-    ) -> None:
-        """Copy keys and values of position `from_M` to position `to_M` of slot `slots_M`, one by one; all int64."""
-        self.move_columns(keys, values, slots=slots_M.tolist(), froms=from_M.tolist(), tos=to_M.tolist())
-
-    def move_columns(
-        self,
         keys: Sequence[torch.Tensor],
         values: Sequence[torch.Tensor],
         *,
-        slots: Sequence[int],
+        slot: int,
         froms: Sequence[int],
         tos: Sequence[int],
     ) -> None:
-        """As `move`, of numbers: after a pass a tensor takes longer to make than to use."""
-        call, count = self.call_on(keys, values), len(slots)
-        numbers = (ctypes.c_int64 * (3 * count))(*slots, *froms, *tos)
+        """Copy keys and values of positions `froms` of a slot to positions `tos`, one by one."""
+        call, count = self.call_on(keys, values), len(froms)
+        numbers = (ctypes.c_int64 * (3 * count))(*[slot] * count, *froms, *tos)
         call.slots = ctypes.addressof(numbers)
         at = (ctypes.c_void_p(call.slots + 8 * count * part) for part in (1, 2))
         self._move(ctypes.byref(call), *at, ctypes.c_int64(count))

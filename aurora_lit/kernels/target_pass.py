@@ -208,7 +208,7 @@ class TargetPass:
         """
         moves = [(start + column, start + place) for place, column in enumerate(columns) if column > place]
         froms, tos = zip(*moves, strict=True)
-        self._decoder.move_columns(self._keys, self._values, slots=[slot] * len(moves), froms=froms, tos=tos)
+        self._decoder.move(self._keys, self._values, slot=slot, froms=froms, tos=tos)
         for table_SLX in (self._aux_SLF, self._last_SLH if keeps_last else None):
             if table_SLX is None:
                 continue

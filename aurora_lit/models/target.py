@@ -6,7 +6,7 @@ decoder layers record the auxiliary hidden states.
 Leaves out: where a model comes from (source.py), the cache (kv_cache.py), which models can be run so (target_check.py),
 and what is done with the logits (modules/sampling/choice.py).
 
-Shapes: B sequences, T positions, N positions of a flat batch, H hidden size, V vocabulary, M moves.
+Shapes: B sequences, T positions, N positions of a flat batch, H hidden size, V vocabulary.
 """
 
 from __future__ import annotations
@@ -265,13 +265,13 @@ class Target(nn.Module):
         """The fused decoder layers, or None if the model's own forward pass runs."""
         return self._decoder
 
-    def commit_tree_path(
-        self, *, kv_cache: KVCache, slots_M: torch.Tensor, from_M: torch.Tensor, to_M: torch.Tensor
-    ) -> None:
-        """Move keys and values from the tree's columns to the positions of the committed tokens, one by one."""
+    def commit_tree_path(self, *, kv_cache: KVCache, slot: int, froms: Sequence[int], tos: Sequence[int]) -> None:
+        """Move a slot's keys and values from the tree's columns to the positions of the committed tokens, one by one.
+
+        `froms`, `tos`: positions in the cache.
+        """
         assert self._decoder is not None
-        cached = {"keys": kv_cache.keys_SGCQPE, "values": kv_cache.values_SGMDE}
-        self._decoder.move(**cached, slots_M=slots_M, from_M=from_M, to_M=to_M)
+        self._decoder.move(kv_cache.keys_SGCQPE, kv_cache.values_SGMDE, slot=slot, froms=froms, tos=tos)
 
     def copy_prefix(self, *, kv_cache: KVCache, source: int, slot: int, length: int, start: int) -> None:
         """Copy the first `length` positions of slot `source` to `slot`, which has the first `start` of them."""

@@ -172,14 +172,14 @@ def test_moves_in_another_cache_do_not_disturb_the_next_pass(tmp_path: Path) -> 
     """What a pass points to is kept for the next pass over the same cache."""
     target = Target.load(save_model("llama", tmp_path), precision="fp32")
     kv_cache, other = (target.make_kv_cache(num_slots=1, capacity=64) for _ in range(2))
-    zero, forty = torch.tensor([0]), torch.tensor([40])
+    zero = torch.tensor([0])
     expected = run(target, torch.arange(1, 9)[None], starts=[0])[1]
     reused = []  # memory that is free again gets other contents
     for t in range(8):
         ids_11, starts_1 = torch.tensor([[t + 1]]), torch.tensor([t])
         _, last_11H = target.forward(ids_11, kv_cache=kv_cache, slots_B=zero, starts_B=starts_1)
         torch.testing.assert_close(last_11H[0, 0], expected[0, t], rtol=0, atol=0)
-        target.commit_tree_path(kv_cache=other, slots_M=zero, from_M=forty, to_M=forty + 1)
+        target.commit_tree_path(kv_cache=other, slot=0, froms=[40], tos=[41])
         reused += [bytearray(b"\xff" * size) for size in range(64, 4096, 8)]
 
 

@@ -95,10 +95,9 @@ class TargetRunner:
                 self._pass.keep_path(accepted, slot=row.sequence.slot, start=row.start, keeps_last=keeps_last)
             return
         if not in_order:
-            moves = [(column, place) for place, column in enumerate(accepted) if column > place]
-            from_M, to_M = (torch.tensor(each) + row.start for each in zip(*moves, strict=True))
-            slots_M = torch.full((len(moves),), row.sequence.slot, dtype=torch.int64)
-            self._target.commit_tree_path(kv_cache=self._kv_cache, slots_M=slots_M, from_M=from_M, to_M=to_M)
+            moves = [(row.start + column, row.start + place) for place, column in enumerate(accepted) if column > place]
+            froms, tos = zip(*moves, strict=True)
+            self._target.commit_tree_path(kv_cache=self._kv_cache, slot=row.sequence.slot, froms=froms, tos=tos)
         first = columns.begins[index]
         which = slice(first, first + len(accepted)) if in_order else [first + column for column in accepted]
         self._store(row, columns, which)

@@ -107,13 +107,9 @@ def test_every_node_is_a_plain_pass_over_its_path_bit_for_bit(models: TinyModels
         # The deepest path is committed; the slot then holds what the plain pass wrote there.
         path = max((path_of(parents[b], c) for c in range(columns)), key=len)
         target.forward(tree_BT[b : b + 1, path], kv_cache=plain, **one)
-        target.commit_tree_path(
-            kv_cache=slots,
-            slots_M=slots_B[b].repeat(len(path)),
-            from_M=start + torch.tensor(path),
-            to_M=start + torch.arange(len(path)),
-        )
         end, slot = start + len(path), int(slots_B[b])
+        froms = [start + column for column in path]
+        target.commit_tree_path(kv_cache=slots, slot=slot, froms=froms, tos=range(start, end))
         for mine, other in zip(slots.keys_SGCQPE, plain.keys_SGCQPE, strict=True):
             assert torch.equal(*(keys_by_position(keys)[slot, ..., :end] for keys in (mine, other)))
         for mine, other in zip(slots.values_SGMDE, plain.values_SGMDE, strict=True):
