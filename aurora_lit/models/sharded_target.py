@@ -136,22 +136,9 @@ class ShardedTarget(Target):
         assert logits_NV is not None
         return self.logit_transform.apply_softcap(logits_NV).view(*last_BTH.shape[:-1], -1)
 
-    def greedy_tokens(self, last_BTH: torch.Tensor) -> torch.Tensor:
-        """As `Target.greedy_tokens`; computes all logits, because every rank holds a part of the head."""
-        return self.logits(last_BTH).argmax(-1)
-
-    def choose(
-        self,
-        last_NH: torch.Tensor,
-        *,
-        temperature_N: torch.Tensor,
-        key_N: torch.Tensor,
-        position_N: torch.Tensor,
-        dense_N: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """As `Target.choose`; computes all logits, as `greedy_tokens`."""
-        draws = {"temperature_N": temperature_N, "key_N": key_N, "position_N": position_N}
-        return self._choose_from_logits(last_NH, **draws, dense_N=dense_N)
+    @property
+    def _choosing_head(self) -> None:
+        """None: every rank has a part of the head only, so all logits are computed."""
 
     @property
     def embedding(self) -> nn.Module:

@@ -229,10 +229,8 @@ class Target(nn.Module):
 
         `aux_SLF`, `last_SLH`: where states are stored too (see `TargetPass`).
         """
-        if self._decoder is None or not self.logit_transform.is_identity:
-            return None
-        head, table = self.head, embedding_table(self.embedding)
-        if not isinstance(head, PackedLinear) or head.bias is not None or table is None:
+        head, table = self._choosing_head, embedding_table(self.embedding)
+        if self._decoder is None or head is None or table is None:
             return None
         return TargetPass(
             self._decoder,
@@ -301,9 +299,8 @@ class Target(nn.Module):
 
     def greedy_tokens(self, last_BTH: torch.Tensor) -> torch.Tensor:
         """The token with the largest logit at each position [B, T]; the kernels do not store the other logits."""
-        if isinstance(self.head, PackedLinear) and self.logit_transform.is_identity:
-            return self.head.argmax(last_BTH)
-        return self.logits(last_BTH).argmax(-1)
+        head = self._choosing_head
+        return self.logits(last_BTH).argmax(-1) if head is None else head.argmax(last_BTH)
 
     def choose(
         self,
@@ -320,13 +317,8 @@ class Target(nn.Module):
         of the positions that `dense_N` numbers, whose tokens are arbitrary.
         """
         draws = {"temperature_N": temperature_N, "key_N": key_N, "position_N": position_N}
-        if isinstance(self.head, PackedLinear) and self.logit_transform.is_identity:
-            return self.head.choose(last_NH, **draws, dense_N=dense_N)
-        return self._choose_from_logits(last_NH, **draws, dense_N=dense_N)
-
-    def _choose_from_logits(
-        self, last_NH: torch.Tensor, *, dense_N: torch.Tensor | None, **draws: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if (head := self._choosing_head) is not None:
+            return head.choose(last_NH, **draws, dense_N=dense_N)
         logits_NV = self.logits(last_NH)
         if dense_N is None:
             return choose(logits_NV, **draws), logits_NV[:0]
@@ -360,6 +352,12 @@ class Target(nn.Module):
 
     @property
     def head(self) -> nn.Module:
+    @property
+    def _choosing_head(self) -> PackedLinear | None:
+        """The head, if its kernels can choose tokens without storing logits."""
+        head = self.head
+        return head if isinstance(head, PackedLinear) and self.logit_transform.is_identity else None
+
         """The output embedding."""
         head = self.model.get_output_embeddings()  # type: ignore[no-untyped-call]
         assert isinstance(head, nn.Module)
