@@ -46,6 +46,10 @@ _READERS = {
     "gptq": ("gptqmodel", "optimum"),
 }
 """The packages without which transformers does not read weights of a quantisation method."""
+_SCALE = re.compile(r"(?P<weight>.*(weight|proj))_scale(_inv)?")
+"""Names in files of the scales of a quantised weight, which transformers may read without them."""
+_PACKED = (".qweight", ".qzeros", ".scales")
+"""How names in files end that stand for a weight of a model."""
 
 
 def cache_root(cache_dir: str | None) -> Path:
@@ -110,6 +114,21 @@ def unreadable_weights(folder: Path) -> str | None:
     if not missing:
         return None
     return f"has weights that are quantised with {method}, for which transformers needs {' and '.join(missing)}"
+
+
+def check_names(folder: Path, *, missing: set[str], unread: set[str]) -> None:
+    """Raise SourceError if a model has weights that its files lack, or if their scales were not read.
+
+    `unread`: names in the files that the model has not. Layers for other purposes are legitimate, with their scales.
+    """
+    scales = [name for name in unread if (own := _SCALE.fullmatch(name)) and own["weight"] not in unread]
+    if missing:
+        scales += [name for name in unread if name.endswith(_PACKED)]
+    if scales:
+        raise SourceError(f"target.source: {folder} has weights that are quantised ({min(scales)} …); {UNQUANTISED}")
+    if missing:
+        names = ", ".join(sorted(missing)[:3])
+        raise SourceError(f"target.source: {folder} lacks weights ({names} …); copy it again")
 
 
 def _quant_method(folder: Path) -> str | None:

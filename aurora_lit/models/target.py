@@ -12,7 +12,6 @@ Shapes: B sequences, T positions, N positions of a flat batch, H hidden size, V 
 from __future__ import annotations
 
 import itertools
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,7 +27,7 @@ from aurora_lit.kernels.target_pass import TargetPass
 from aurora_lit.models.attention import ATTENTION_NAME, KVCacheView, register_attention
 from aurora_lit.models.fused_layers import embedding_table, fuse_target
 from aurora_lit.models.kv_cache import KVCache
-from aurora_lit.models.source import UNQUANTISED, loading_error, unreadable_weights
+from aurora_lit.models.source import UNQUANTISED, check_names, loading_error, unreadable_weights
 from aurora_lit.models.target_check import check_target, probe_states
 from aurora_lit.modules.draft.logit_transform import LogitTransform
 from aurora_lit.modules.sampling.choice import choose
@@ -37,10 +36,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 CPU = torch.device("cpu")
-_SCALE = re.compile(r"(?P<weight>.*(weight|proj))_scale(_inv)?")
-"""Names in files of the scales of a quantised weight, which transformers may read without them."""
-_PACKED = (".qweight", ".qzeros", ".scales")
-"""How names in files end that stand for a weight of a model."""
 
 
 def aux_layer_ids(num_layers: int) -> tuple[int, int, int]:
@@ -129,7 +124,7 @@ class Target(nn.Module):
         except Exception as error:  # families and quantisers raise exceptions of all kinds
             raise loading_error(folder, error) from error
         model, loading = loaded
-        _check_names(folder, missing=loading["missing_keys"], unread=loading["unexpected_keys"])
+        check_names(folder, missing=loading["missing_keys"], unread=loading["unexpected_keys"])
         if packing:
             pack_model(model, precision=precision, head=model.get_output_embeddings())
         target = cls(model.to(device), kv_dtype=dtype)
@@ -352,16 +347,16 @@ class Target(nn.Module):
 
     @property
     def head(self) -> nn.Module:
+        """The output embedding."""
+        head = self.model.get_output_embeddings()  # type: ignore[no-untyped-call]
+        assert isinstance(head, nn.Module)
+        return head
+
     @property
     def _choosing_head(self) -> PackedLinear | None:
         """The head, if its kernels can choose tokens without storing logits."""
         head = self.head
         return head if isinstance(head, PackedLinear) and self.logit_transform.is_identity else None
-
-        """The output embedding."""
-        head = self.model.get_output_embeddings()  # type: ignore[no-untyped-call]
-        assert isinstance(head, nn.Module)
-        return head
 
     @property
     def embedding(self) -> nn.Module:
@@ -382,21 +377,6 @@ class Target(nn.Module):
             self._aux_hidden[layer_id] = args[0] if args else kwargs["hidden_states"]
 
         return record_input
-
-
-def _check_names(folder: Path, *, missing: set[str], unread: set[str]) -> None:
-    """Raise SourceError if a model has weights that its files lack, or if their scales were not read.
-
-    `unread`: names in the files that the model has not. Layers for other purposes are legitimate, with their scales.
-    """
-    scales = [name for name in unread if (own := _SCALE.fullmatch(name)) and own["weight"] not in unread]
-    if missing:
-        scales += [name for name in unread if name.endswith(_PACKED)]
-    if scales:
-        raise SourceError(f"target.source: {folder} has weights that are quantised ({min(scales)} …); {UNQUANTISED}")
-    if missing:
-        names = ", ".join(sorted(missing)[:3])
-        raise SourceError(f"target.source: {folder} lacks weights ({names} …); copy it again")
 
 
 def _end_of_text_ids(model: PreTrainedModel) -> frozenset[int]:
