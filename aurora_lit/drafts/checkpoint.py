@@ -24,7 +24,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from aurora_lit.drafts.public_forms import ARCHITECTURE, common_config, common_tensors, eagle_config
+from aurora_lit.drafts.public_forms import ARCHITECTURE, LAYER_IDS, common_config, common_tensors, eagle_config
 from aurora_lit.durable import exchange, sync
 from aurora_lit.errors import CheckpointError
 from aurora_lit.modules.draft.eagle3 import Eagle3Config, Eagle3Draft
@@ -127,7 +127,7 @@ def check_fits(folder: Path, config: Eagle3Config, target: TargetShape) -> None:
         "vocab_size": (config.vocab_size, target.vocab_size),
         "target_hidden_size": (config.target_hidden_size, target.hidden_size),
         "hidden_size": (config.hidden_size, target.hidden_size),  # the embedding is shared
-        "eagle_aux_hidden_state_layer_ids": (config.aux_layer_ids, target.aux_layer_ids),
+        LAYER_IDS: (config.aux_layer_ids, target.aux_layer_ids),
     }
     for name, (found, wanted) in expected.items():
         if found != wanted:
@@ -176,12 +176,13 @@ def _load_draft(folder: Path, target: TargetShape) -> Eagle3Draft:
 
 def read_config(folder: Path) -> Eagle3Config:
     """The configuration of a stored draft. Raises CheckpointError."""
+    fields = _read_json(folder, CONFIG_NAME)
     try:
-        raw = common_config(_read_json(folder, CONFIG_NAME))
-        if not (layers := raw.get("eagle_aux_hidden_state_layer_ids")):
+        raw = common_config(fields)
+        if not (layers := raw.get(LAYER_IDS)):
             raise CheckpointError(
-                "it does not say which layers of the target it reads; add eagle_aux_hidden_state_layer_ids to "
-                f"{CONFIG_NAME}: of n layers most drafts read [2, n // 2, n - 3]"
+                f"it does not say which layers of the target it reads; add {LAYER_IDS} to {CONFIG_NAME}: of n layers "
+                "most drafts read [2, n // 2, n - 3]"
             )
         low, middle, high = layers
         return Eagle3Config(
@@ -205,8 +206,6 @@ def read_config(folder: Path) -> Eagle3Config:
             fc_norm=bool(raw.get("fc_norm")),
         )
     except CheckpointError as error:
-        if str(error).startswith("draft.checkpoint"):  # the file could not be read
-            raise
         raise _refusal(folder, str(error)) from error
     except (KeyError, TypeError, ValueError) as error:
         raise _refusal(folder, f"a field of {CONFIG_NAME} is missing or invalid: {error!r}") from error
@@ -244,7 +243,7 @@ def _config_json(config: Eagle3Config, dtype: torch.dtype) -> dict[str, Any]:
         "tie_word_embeddings": False,
         "attention_bias": False,
         "torch_dtype": str(dtype).removeprefix("torch."),
-        "eagle_aux_hidden_state_layer_ids": layers,
+        LAYER_IDS: layers,
         "eagle_config": eagle_config(layers),
         **norms,
     }

@@ -29,12 +29,10 @@ from aurora_lit.drafts.checkpoint import (
     read_tensors,
     without_identity,
 )
-from aurora_lit.drafts.public_forms import eagle_config
+from aurora_lit.drafts.public_forms import LAYER_IDS, eagle_config
 from aurora_lit.drafts.versions import DraftStore, version_name
 from aurora_lit.durable import sync
 from aurora_lit.errors import CheckpointError
-
-_LAYER_IDS = "eagle_aux_hidden_state_layer_ids"
 
 
 def export(config: AuroraConfig, *, out: Path, version: int | None) -> None:
@@ -50,7 +48,7 @@ def export(config: AuroraConfig, *, out: Path, version: int | None) -> None:
     fields = json.loads((source / CONFIG_NAME).read_text(encoding="utf-8"))
     # Whatever form it has: SGLang reads layers in eagle_config, vLLM beside it.
     fields["eagle_config"] = {**(fields.get("eagle_config") or {}), **eagle_config(shape.aux_layer_ids)}
-    fields[_LAYER_IDS] = list(shape.aux_layer_ids)
+    fields[LAYER_IDS] = list(shape.aux_layer_ids)
     out = out.absolute()  # "." has no name
     temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -87,7 +85,7 @@ def loadable(draft: Path, folder: Path) -> Path:
     stored = read_tensors(draft) if shape.draft_vocab_size == shape.vocab_size else {}
     kept = without_identity(stored)
     fields = json.loads((draft / CONFIG_NAME).read_text(encoding="utf-8"))
-    if not (draft / VALUE_NAME).exists() and kept is stored and fields.get(_LAYER_IDS):
+    if not (draft / VALUE_NAME).exists() and kept is stored and fields.get(LAYER_IDS):
         return draft
     folder.mkdir(parents=True, exist_ok=True)
     for path in draft.glob("*"):
@@ -99,8 +97,8 @@ def loadable(draft: Path, folder: Path) -> Path:
         (folder / WEIGHTS_NAME).unlink()
         save_file(kept, folder / WEIGHTS_NAME, metadata={"format": "pt"})
         shutil.copymode(draft / CONFIG_NAME, folder / WEIGHTS_NAME)
-    if not fields.get(_LAYER_IDS):
-        fields[_LAYER_IDS] = list(shape.aux_layer_ids)
+    if not fields.get(LAYER_IDS):
+        fields[LAYER_IDS] = list(shape.aux_layer_ids)
         (folder / CONFIG_NAME).unlink()
         (folder / CONFIG_NAME).write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
     return folder

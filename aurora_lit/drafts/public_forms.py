@@ -19,7 +19,7 @@ import torch
 from aurora_lit.errors import CheckpointError
 from aurora_lit.modules.draft.eagle3 import Llama3Scaling
 
-_LAYER_IDS = "eagle_aux_hidden_state_layer_ids"
+LAYER_IDS = "eagle_aux_hidden_state_layer_ids"
 ARCHITECTURE = "LlamaForCausalLMEagle3"
 _OWN_EMBEDDING = "embed_tokens.weight"
 _UNSUPPORTED = {
@@ -58,11 +58,11 @@ def common_config(raw: dict[str, Any]) -> dict[str, Any]:
     eagle = _object(fields, "eagle_config")
     if fields.get("norm_before_fc") is None and "norm_before_fc" in eagle:
         fields["norm_before_fc"] = eagle["norm_before_fc"]
-    if fields.get(_LAYER_IDS):
-        _check_layer_ids(fields[_LAYER_IDS], _LAYER_IDS)
-    elif fields.get(_LAYER_IDS) is None and eagle.get(_LAYER_IDS):
-        _check_layer_ids(eagle[_LAYER_IDS], f"eagle_config.{_LAYER_IDS}")
-        fields[_LAYER_IDS] = [layer + 1 for layer in eagle[_LAYER_IDS]]
+    if fields.get(LAYER_IDS):
+        _check_layer_ids(fields[LAYER_IDS], LAYER_IDS)
+    elif fields.get(LAYER_IDS) is None and eagle.get(LAYER_IDS):
+        _check_layer_ids(eagle[LAYER_IDS], f"eagle_config.{LAYER_IDS}")
+        fields[LAYER_IDS] = [layer + 1 for layer in eagle[LAYER_IDS]]
     rope = _object(fields, "rope_parameters")
     fields.setdefault("rope_theta", rope.get("rope_theta", 10_000.0))
     fields["rope_scaling"] = _rope_scaling(_object(fields, "rope_scaling") or rope)
@@ -74,7 +74,7 @@ def common_config(raw: dict[str, Any]) -> dict[str, Any]:
 
 def eagle_config(aux_layer_ids: Sequence[int]) -> dict[str, Any]:
     """What SGLang reads of a config.json: it takes the outputs of layers, and we the inputs of those after them."""
-    return {"use_aux_hidden_state": True, _LAYER_IDS: [layer - 1 for layer in aux_layer_ids]}
+    return {"use_aux_hidden_state": True, LAYER_IDS: [layer - 1 for layer in aux_layer_ids]}
 
 
 def common_tensors(tensors: dict[str, torch.Tensor], *, vocab_size: int) -> dict[str, torch.Tensor]:
