@@ -43,8 +43,6 @@ class ClusterAssignment:
 
     name: str | None
     """None: no cluster."""
-    distance: float
-    """1 − cosine to the nearest centroid; 2 if there are no clusters."""
     founded_novelty: float = 0.0
     """Above 0 if it founded its cluster: the new centroid's distance to everything seen before, at most 1."""
     merged: tuple[str, str] | None = None
@@ -89,25 +87,25 @@ class OnlineClusters:
         distance = float(distance_D[nearest]) if self.names else 2.0
         if fixed_name is not None:
             if fixed_name in self.names:
-                return self._join(self.names.index(fixed_name), x_E, distance)
+                return self._join(self.names.index(fixed_name), x_E)
             if sum(self._is_fixed) < self._max_fixed and (merged := self._make_room(distance)) is not None:
-                return self._found(fixed_name, x_E, distance, is_fixed=True, size=1, merged=merged)
+                return self._found(fixed_name, x_E, is_fixed=True, size=1, merged=merged)
         if self._num_requests <= WARMUP_REQUESTS:
             self._outliers.append(x_E)
-            return self._leave_unassigned(x_E, distance)
+            return self._leave_unassigned(x_E)
         if distance <= self._novelty_threshold:
-            return self._join(nearest, x_E, distance)
+            return self._join(nearest, x_E)
         near = self._outliers_near(x_E)
         if len(near) + 1 < _MIN_FOUNDERS or (merged := self._make_room(distance)) is None:
             self._outliers.append(x_E)
-            return self._leave_unassigned(x_E, distance)
+            return self._leave_unassigned(x_E)
         # Those near the first founders' centre too: a centre of few is a poor one.
         near = self._outliers_near(torch.stack([x_E, *(self._outliers[index] for index in near)]).mean(0))
         founders = [x_E, *(self._outliers[index] for index in near)]
         self._outliers = deque((x for index, x in enumerate(self._outliers) if index not in near), maxlen=_MAX_OUTLIERS)
         centre_E = torch.stack(founders).mean(0)
         self._take_from_unassigned(founders[1:])
-        return self._found(new_name, centre_E, distance, is_fixed=False, size=len(founders), merged=merged)
+        return self._found(new_name, centre_E, is_fixed=False, size=len(founders), merged=merged)
 
     def names_of(self, x_NE: Tensor) -> list[str | None]:
         """The clusters that embeddings without a fixed name belong to now; nothing is learned from them."""
@@ -188,17 +186,17 @@ class OnlineClusters:
         share = float((self._variance_E / self._scale_E.clamp_min(1e-8)).mean()) if len(self._scale_E) else 0.0
         self._common = len(self._scale_E) * share * (1 - share) ** 3
 
-    def _join(self, index: int, x_E: Tensor, distance: float) -> ClusterAssignment:
+    def _join(self, index: int, x_E: Tensor) -> ClusterAssignment:
         self._sizes[index] += 1
         rate = max(1 / self._sizes[index], 1 / _CENTROID_REQUESTS)
         self._centroid_DE[index] += rate * (x_E - self._centroid_DE[index])
-        return ClusterAssignment(name=self.names[index], distance=distance)
+        return ClusterAssignment(name=self.names[index])
 
-    def _leave_unassigned(self, x_E: Tensor, distance: float) -> ClusterAssignment:
+    def _leave_unassigned(self, x_E: Tensor) -> ClusterAssignment:
         self._num_unassigned += 1
         rate = max(1 / self._num_unassigned, 1 / _CENTROID_REQUESTS)
         self._unassigned_mean_E = self._unassigned_mean_E + rate * (x_E - self._unassigned_mean_E)
-        return ClusterAssignment(name=None, distance=distance)
+        return ClusterAssignment(name=None)
 
     def _take_from_unassigned(self, x_NE: list[Tensor]) -> None:
         """Remove embeddings that have a cluster now from the mean of those without."""
@@ -218,7 +216,7 @@ class OnlineClusters:
         return [int(index) for index in (cosine_N >= 1 - self._novelty_threshold).nonzero()[:, 0]]
 
     def _found(
-        self, name: str, centre_E: Tensor, distance: float, *, is_fixed: bool, size: int, merged: tuple[str, ...]
+        self, name: str, centre_E: Tensor, *, is_fixed: bool, size: int, merged: tuple[str, ...]
     ) -> ClusterAssignment:
         seen_DE = self._centroid_DE
         if self._num_unassigned:
@@ -231,7 +229,7 @@ class OnlineClusters:
         self._sizes.append(size)
         self._centroid_DE = torch.cat([self._centroid_DE, centre_E[None]])
         pair = (merged[0], merged[1]) if merged else None
-        return ClusterAssignment(name=name, distance=distance, founded_novelty=max(1e-3, novelty), merged=pair)
+        return ClusterAssignment(name=name, founded_novelty=max(1e-3, novelty), merged=pair)
 
     def _make_room(self, distance: float) -> tuple[str, ...] | None:
         """Make room for a cluster at this distance from its nearest, by merging if necessary.

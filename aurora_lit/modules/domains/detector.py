@@ -56,8 +56,6 @@ class DomainAssignment:
     """The domain of one trace."""
 
     domain: str
-    distance: float = 0.0
-    """1 − cosine to the nearest centroid; 2 if there are no clusters, 0 for a trace without a prompt."""
     founded_novelty: float = 0.0
     """Above 0 if this request founded its domain: the domain's distance to everything seen before, at most 1."""
     shift: Shift | None = None
@@ -140,7 +138,6 @@ class DomainDetector:
         self.num_shifts += shift is not None
         return DomainAssignment(
             domain=name,
-            distance=cluster.distance,
             founded_novelty=cluster.founded_novelty,
             shift=shift,
             merged=cluster.merged,
