@@ -29,11 +29,11 @@ _GIB = 1 << 30
 _DOWNLOAD_BYTES = 2 * _GIB
 """Disk space for downloading and converting a small model; a guess, since the file's size is not known yet."""
 _MEMORY_FILES = {
-    1: ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
-    2: ("memory.max", "memory.current", "inactive_file"),
+    1: ("memory.limit_in_bytes", "memory.usage_in_bytes", ("total_inactive_file", "total_active_file")),
+    2: ("memory.max", "memory.current", ("inactive_file", "active_file")),
 }
-"""By version of cgroups: the files of a group's limit and of what it uses, and what memory.stat calls that part of it
-which is of files and can be dropped."""
+"""By version of cgroups: the files of a group's limit and of what it uses, and what memory.stat calls those parts of it
+which are of files and can be dropped: pages read once, and pages read again."""
 _FAST_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
 
 
@@ -325,14 +325,15 @@ def check_draft(config: AuroraConfig) -> Check:
 def available_bytes(*, root: Path = Path("/")) -> int:
     """Free main memory, or what the limits of this process's cgroups leave of it if that is less.
 
-    What the kernel caches of files counts as free, as long as it is not in use. `root`: see `own_groups`.
+    What the kernel caches of files counts as free, as in the whole machine's memory: it is dropped before the limit
+    ends a process. `root`: see `own_groups`.
     """
     left = [int(psutil.virtual_memory().available)]
     for folder, version in own_groups("memory", root=root):
         limit, usage, cached = _MEMORY_FILES[version]
         try:
             statistics = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
-            used = int((folder / usage).read_text()) - int(statistics[cached])
+            used = int((folder / usage).read_text()) - sum(int(statistics[name]) for name in cached)
             left.append(int((folder / limit).read_text()) - used)
         except (OSError, ValueError, KeyError):  # the group is not visible here, or has no limit: "max"
             continue

@@ -364,11 +364,16 @@ def test_memory_that_a_cgroup_leaves_counts_what_is_cached_as_free(
     write("proc/self/cgroup", "0::/box/app" if version == 2 else "3:cpu:/other\n4:memory:/box/app")
     write("proc/self/mountinfo", f"31 23 0:28 / {mount} rw,relatime - {kind}")
     assert checks_module.available_bytes(root=tmp_path) == 64 << 30, "no group is visible"
-    limit, usage, cached = checks_module._MEMORY_FILES[version]
-    for group, most, used, inactive in (("box", 8 << 30, 7 << 30, 5 << 30), ("box/app", None, 6 << 30, 0)):
+    limit, usage, prefix = {
+        1: ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_"),
+        2: ("memory.max", "memory.current", ""),
+    }[version]
+    for group, most, used, cached in (("box", 8 << 30, 7 << 30, 5 << 30), ("box/app", None, 6 << 30, 0)):
         write(f"{mount[1:]}/{group}/{limit}", str(most or ("max" if version == 2 else (1 << 63) - 4096)))
         write(f"{mount[1:]}/{group}/{usage}", str(used))
-        write(f"{mount[1:]}/{group}/memory.stat", f"anon 5\ninactive_file 3\n{cached} {inactive}")
+        read_once = cached // 2
+        parts = f"{prefix}inactive_file {read_once}\n{prefix}active_file {cached - read_once}"
+        write(f"{mount[1:]}/{group}/memory.stat", f"anon 5\ninactive_file 3\nactive_file 4\n{parts}")
     assert checks_module.available_bytes(root=tmp_path) == 6 << 30
     write(f"{mount[1:]}/box/{usage}", str(20 << 30))
     assert checks_module.available_bytes(root=tmp_path) == 0
