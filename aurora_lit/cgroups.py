@@ -1,6 +1,6 @@
 """The cgroups that limit this process: its own and all their parents, in version 1 and 2 (cgroups(7)).
 
-Leaves out what a limit means: cores.py reads that of the processor, cli/checks.py that of memory.
+Leaves out what a limit means: cores.py reads that of the processor, free_memory.py that of memory.
 
     for folder, version in own_groups("cpu"):
         limit = (folder / "cpu.max").read_text()

@@ -16,24 +16,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import psutil
-
-from aurora_lit.cgroups import own_groups
 from aurora_lit.config import AuroraConfig, draft_folder
 from aurora_lit.cores import available_cores
 from aurora_lit.errors import AuroraError, CheckpointError, ConfigError
+from aurora_lit.free_memory import available_bytes
 from aurora_lit.models.source import UNQUANTISED, cache_root, cached, unreadable_weights
 from aurora_lit.placement import describe, uses_gpus
 
 _GIB = 1 << 30
 _DOWNLOAD_BYTES = 2 * _GIB
 """Disk space for downloading and converting a small model; a guess, since the file's size is not known yet."""
-_MEMORY_FILES = {
-    1: ("memory.limit_in_bytes", "memory.usage_in_bytes", ("total_inactive_file", "total_active_file")),
-    2: ("memory.max", "memory.current", ("inactive_file", "active_file")),
-}
-"""By version of cgroups: the files of a group's limit and of what it uses, and what memory.stat calls those parts of it
-which are of files and can be dropped: pages read once, and pages read again."""
 _FAST_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
 
 
@@ -320,21 +312,3 @@ def check_draft(config: AuroraConfig) -> Check:
             "set learn.from_scratch=false to begin with its weights",
         )
     return _ok("draft", str(folder))
-
-
-def available_bytes(*, root: Path = Path("/")) -> int:
-    """Free main memory, or what the limits of this process's cgroups leave of it if that is less.
-
-    What the kernel caches of files counts as free, as in the whole machine's memory: it is dropped before the limit
-    ends a process. `root`: see `own_groups`.
-    """
-    left = [int(psutil.virtual_memory().available)]
-    for folder, version in own_groups("memory", root=root):
-        limit, usage, cached = _MEMORY_FILES[version]
-        try:
-            statistics = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
-            used = int((folder / usage).read_text()) - sum(int(statistics[name]) for name in cached)
-            left.append(int((folder / limit).read_text()) - used)
-        except (OSError, ValueError, KeyError):  # the group is not visible here, or has no limit: "max"
-            continue
-    return max(0, min(left))

@@ -30,6 +30,13 @@ def padded_positions(capacity: int) -> int:
     return -(-capacity // native.KEY_BLOCK) * native.KEY_BLOCK
 
 
+def cache_bytes(
+    *, num_layers: int, num_slots: int, num_kv_heads: int, head_dim: int, capacity: int, dtype: torch.dtype
+) -> int:
+    """Memory that a `KVCache` of these sizes takes once all of it has been written."""
+    return 2 * num_layers * num_slots * num_kv_heads * head_dim * padded_positions(capacity) * dtype.itemsize
+
+
 class KVCache:
     """Keys and values of every layer for `num_slots` sequences of up to `capacity` positions each."""
 

@@ -6,6 +6,7 @@ Only connects parts; what they do is in their own files.
 from __future__ import annotations
 
 import dataclasses
+import errno
 import hashlib
 import logging
 import platform
@@ -21,12 +22,14 @@ from aurora_lit.cores import available_cores, use_threads
 from aurora_lit.drafts.centroid_file import read_centroids
 from aurora_lit.drafts.checkpoint import check_fits, load_draft, read_config
 from aurora_lit.errors import ConfigError, RingError
+from aurora_lit.free_memory import available_bytes
 from aurora_lit.grammars.matcher import GrammarCompiler
 from aurora_lit.ipc.learner_status import LEARNER_STATUS_NAME, LearnerStatusPage
 from aurora_lit.ipc.ring import RingWriter
 from aurora_lit.ipc.run_folder import RING_NAME
 from aurora_lit.kernels import native
 from aurora_lit.models import packed_target
+from aurora_lit.models.kv_cache import cache_bytes
 from aurora_lit.models.source import cache_root, find_target, read_model_config
 from aurora_lit.models.target import CPU, Target
 from aurora_lit.models.tokenizer import Tokenizer, keep_tokenizer, tokenizer_json, transformers_tokenizer
@@ -56,6 +59,7 @@ UNTRAINED_VERSION = "untrained"
 _UNTRAINED_VOCABULARY_SIZE = 4096
 _TIMED_CODE = ("kernels", "models", "modules/sampling", "serve/engine", "serve/speculation")
 """Folders whose code determines what passes and draft steps cost."""
+_GIB = 1 << 30
 _log = logging.getLogger(__name__)
 
 
@@ -246,9 +250,45 @@ def _engine(
     if (backend := getattr(tokenizer, "backend_tokenizer", None)) is not None:
         state = partial(tokenizer_json, backend, vocab_size=target.vocab_size)
         grammars = GrammarCompiler(state, vocab_size=target.vocab_size, eos_token_ids=options.eos_token_ids)
-    return Engine(
-        target, draft, options, draft_version=version, observer=observer, kept_costs=kept_costs, grammars=grammars
-    )
+    _check_memory(config, target, draft, capacity=options.slot_capacity)
+    try:
+        return Engine(
+            target, draft, options, draft_version=version, observer=observer, kept_costs=kept_costs, grammars=grammars
+        )
+    except OSError as error:
+        if error.errno != errno.ENOMEM:
+            raise
+        # It promises no more than there is (vm.overcommit_memory=2), or no more to this process (ulimit -v).
+        raise ConfigError(f"{_slots(config)}: the system gives no memory for them; lower one of the two") from error
+
+
+def _check_memory(config: AuroraConfig, target: Target, draft: Eagle3Draft | None, *, capacity: int) -> None:
+    """Raise ConfigError if the keys and values of slots of `capacity` positions cannot fit into main memory.
+
+    The system promises more than there is, and ends a process, this one or another, when slots are written.
+    """
+    if target.device.type != "cpu":
+        return
+    engine, heads = config.engine, target.num_kv_heads
+    if engine.strategy == "tensor_parallel":  # all ranks are on this machine, and have these heads together
+        text = target.model.config.get_text_config()
+        heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    elif engine.strategy == "fsdp":  # each of them has all heads
+        heads *= engine.devices
+    slots = partial(cache_bytes, num_slots=engine.max_batch_size, capacity=capacity, dtype=target.kv_dtype)
+    needed = slots(num_layers=target.num_layers, num_kv_heads=heads, head_dim=target.head_dim)
+    if draft is not None and engine.max_draft_tokens:
+        shape = draft.config
+        needed += slots(num_layers=1, num_kv_heads=shape.num_key_value_heads, head_dim=shape.head_dim)
+    if needed > (free := available_bytes()):
+        raise ConfigError(
+            f"{_slots(config)}: their keys and values take {needed / _GIB:.1f} GiB of main memory, of which "
+            f"{free / _GIB:.1f} GiB are free; lower one of the two"
+        )
+
+
+def _slots(config: AuroraConfig) -> str:
+    return f"engine.max_batch_size={config.engine.max_batch_size}, engine.max_seq_len={config.engine.max_seq_len}"
 
 
 def _kept_costs(config: AuroraConfig, target: Target) -> KeptCosts:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,6 +16,7 @@ from support.tiny_models import random_draft, request, run, save_model
 from aurora_lit.config import load_config
 from aurora_lit.drafts.checkpoint import save_draft
 from aurora_lit.errors import CheckpointError, ConfigError
+from aurora_lit.models.kv_cache import KVCache
 from aurora_lit.models.target import Target
 from aurora_lit.request import StructuredOutputsParams
 from aurora_lit.serve.worker import build
@@ -97,6 +100,57 @@ def test_a_named_draft_is_used_where_nothing_learns_and_told_of_where_it_is_not(
     assert "from_scratch" not in caplog.text
     assert build.starting_draft(config, target)[1] == build.UNTRAINED_VERSION, "a server's learner trains it"
     assert f"draft.checkpoint={tmp_path / 'mine'} are not used" in caplog.text
+
+
+@pytest.mark.parametrize(("strategy", "copies"), [("single", 1), ("tensor_parallel", 3), ("fsdp", 2)])
+def test_slots_whose_keys_and_values_do_not_fit_into_memory_are_refused_and_others_are_not(
+    strategy: str, copies: int, target: Target, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A byte decides. The draft's keys and values count, and those of every process that holds a part of the target.
+
+    `copies`: of the one head that this process holds, in all processes.
+    """
+    assert target.num_kv_heads == 1
+    if strategy == "tensor_parallel":
+        target.model.config.num_key_value_heads = copies
+    settings = ["engine.max_batch_size=3", "engine.max_seq_len=256", "engine.prefill_chunk_tokens=32"]
+    ranks = [f"engine.strategy={strategy}", f"engine.devices={1 if strategy == 'single' else 2}"]
+    more = ["target.precision=fp32", "draft.checkpoint=null", "learn.from_scratch=true"]
+    config = load_config(None, [*settings, *ranks, *more])
+    monkeypatch.setattr(build, "Engine", lambda *_, **__: "an engine")
+    of_target = KVCache(num_layers=4, num_slots=3, num_kv_heads=1, head_dim=target.head_dim, capacity=320)
+    heads = target.hidden_size // target.head_dim
+    of_draft = KVCache(num_layers=1, num_slots=3, num_kv_heads=heads, head_dim=target.head_dim, capacity=320)
+    needed = copies * num_bytes(of_target) + num_bytes(of_draft)
+    monkeypatch.setattr(build, "available_bytes", lambda: needed)
+    assert build._engine(config, target, tiny_tokenizer(), observer=None) == "an engine"
+    monkeypatch.setattr(build, "available_bytes", lambda: needed - 1)
+    told = r"engine.max_batch_size=3, engine.max_seq_len=256: .* [0-9.]+ GiB .*; lower one of the two"
+    with pytest.raises(ConfigError, match=told):
+        build._engine(config, target, tiny_tokenizer(), observer=None)
+
+
+def num_bytes(cache: KVCache) -> int:
+    return sum(tensor.nbytes for tensor in (*cache.keys_SGCQPE, *cache.values_SGMDE))
+
+
+def test_memory_that_the_system_does_not_reserve_is_told_with_the_settings(
+    target: Target, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where it promises no more than there is, or to this process (`ulimit -v`)."""
+
+    def refuses(*_: Any, **__: Any) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("mmap.mmap", refuses)
+    settings = ["engine.max_batch_size=64", "draft.checkpoint=null", "learn.enabled=false"]
+    config = load_config(None, settings)
+    number = errno.ENOMEM
+    with pytest.raises(ConfigError, match=r"max_batch_size=64, engine.max_seq_len=2048: .* no memory .*; lower one"):
+        build._engine(config, target, tiny_tokenizer(), observer=None)
+    number = errno.EPERM
+    with pytest.raises(PermissionError):
+        build._engine(config, target, tiny_tokenizer(), observer=None)
 
 
 def test_structured_outputs_are_served_though_the_tokenizer_has_a_token_more_than_the_target(tmp_path: Path) -> None:
