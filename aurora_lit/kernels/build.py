@@ -93,8 +93,12 @@ def _share(openmp: str | None) -> None:
 
 
 def _folder() -> Path:
-    """In the cache folder, as models/source.py has it without a setting."""
-    return Path(os.environ.get("AURORA_LIT_CACHE") or "~/.cache/aurora-lit").expanduser().absolute() / "kernels"
+    """In the cache folder, as models/source.py has it without a setting. Raises OSError if it cannot be named."""
+    try:
+        root = Path(os.environ.get("AURORA_LIT_CACHE") or "~/.cache/aurora-lit").expanduser()
+    except RuntimeError as error:  # neither HOME nor an account says where it is
+        raise OSError("the home folder is not known") from error
+    return root.absolute() / "kernels"
 
 
 def first_errors(error: subprocess.CalledProcessError) -> str:

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING
 from safetensors import SafetensorError
 
 from aurora_lit.config import AuroraConfig, model_name
-from aurora_lit.errors import SourceError
+from aurora_lit.errors import ConfigError, SourceError
 from aurora_lit.ipc.process_lifetime import sigterm_ends_at_once
 from aurora_lit.models.wheel import is_complete, parse_wheel_source, resolve_wheel
 
@@ -53,9 +53,18 @@ _PACKED = (".qweight", ".qzeros", ".scales")
 
 
 def cache_root(cache_dir: str | None) -> Path:
-    """The cache folder: the setting target.cache_dir, else $AURORA_LIT_CACHE, else ~/.cache/aurora-lit."""
+    """The cache folder: the setting target.cache_dir, else $AURORA_LIT_CACHE, else ~/.cache/aurora-lit.
+
+    Raises ConfigError if it is in a home folder that is not known.
+    """
     chosen = cache_dir or os.environ.get("AURORA_LIT_CACHE") or "~/.cache/aurora-lit"
-    return Path(chosen).expanduser().absolute()
+    try:
+        return Path(chosen).expanduser().absolute()
+    except RuntimeError as error:  # neither HOME nor an account says where it is
+        raise ConfigError(
+            f"the cache folder {chosen}: the home folder is not known; set HOME, target.cache_dir, or "
+            "AURORA_LIT_CACHE for the kernels too, to a writable folder"
+        ) from error
 
 
 def find_target(config: AuroraConfig) -> Path:

@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from support.fake_engine import tiny_tokenizer
@@ -155,3 +156,17 @@ Target.load(Path("{model}"), precision="{precision}")
     assert f"target.precision={precision} needs the native kernels: they cannot be loaded" in last_line
     assert "or use bf16" in last_line
     assert json.loads(result.stdout)["state"] == "fail", "serving would not start"
+
+
+@pytest.mark.parametrize("command", [pytest.param("g++", marks=needs_compiler), None])
+def test_no_home_folder_is_said_with_the_variable_that_replaces_it(
+    command: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A service may run as a user without an account, in an empty environment."""
+    for name in ("HOME", "AURORA_LIT_CACHE", "AURORA_LIT_NATIVE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("pwd.getpwuid", dict[int, Any]().__getitem__)
+    monkeypatch.setattr(native, "compiler", lambda: command)
+    absent = native._load.__wrapped__()
+    assert "the home folder is not known" in absent.reason
+    assert "set AURORA_LIT_CACHE" in absent.remedy

@@ -29,7 +29,7 @@ from support.fork_host import ForkedProcess, fork
 from transformers import AutoModelForCausalLM
 
 from aurora_lit.config import load_config, model_name
-from aurora_lit.errors import SourceError
+from aurora_lit.errors import ConfigError, SourceError
 from aurora_lit.ipc.process_lifetime import sigterm_as_exit
 from aurora_lit.models import package_index
 from aurora_lit.models import source as source_module
@@ -511,6 +511,16 @@ def test_cache_root_precedence(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
     assert cache_root(None) == tmp_path
     monkeypatch.delenv("AURORA_LIT_CACHE")
     assert cache_root(None) == Path.home() / ".cache" / "aurora-lit"
+
+
+def test_a_cache_in_a_home_folder_that_is_not_known_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("HOME", "AURORA_LIT_CACHE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("pwd.getpwuid", dict[int, Any]().__getitem__)
+    for given, folder in ((None, "~/.cache/aurora-lit"), ("~/models", "~/models")):
+        with pytest.raises(ConfigError, match=f"{folder}: .*; set HOME, target.cache_dir, or AURORA_LIT_CACHE"):
+            cache_root(given)
+    assert cache_root("/elsewhere") == Path("/elsewhere")
 
 
 @pytest.mark.slow
