@@ -111,8 +111,9 @@ def _load() -> ctypes.CDLL | Absence:
     try:
         return ctypes.CDLL(str(path))
     except OSError as error:
-        remedy = f"delete {path} and start again, or {another}" if command else "install a C++ compiler, such as g++"
-        return Absence(f"they cannot be loaded ({error})", remedy)
+        remedy = f"delete {path} and start again, {another}" if command else "install a C++ compiler, such as g++"
+        elsewhere = "set AURORA_LIT_CACHE to a folder from which code may be loaded"
+        return Absence(f"they cannot be loaded ({error})", f"{remedy}, or {elsewhere}")
 
 
 def build_digest() -> str:

@@ -170,3 +170,18 @@ def test_no_home_folder_is_said_with_the_variable_that_replaces_it(
     absent = native._load.__wrapped__()
     assert "the home folder is not known" in absent.reason
     assert "set AURORA_LIT_CACHE" in absent.remedy
+
+
+@pytest.mark.parametrize("command", ["g++", None])
+def test_a_library_that_cannot_be_loaded_may_be_kept_elsewhere(
+    command: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From a file system without exec no library can be loaded, whoever compiles it and however often."""
+    (tmp_path / "kernels.so").write_text("garbage")
+    monkeypatch.delenv("AURORA_LIT_NATIVE", raising=False)
+    monkeypatch.setattr(native, "compiler", lambda: command)
+    monkeypatch.setattr(native, "built_library", lambda _: tmp_path / "kernels.so")
+    monkeypatch.setattr(native, "kept_library", lambda: tmp_path / "kernels.so")
+    absent = native._load.__wrapped__()
+    assert "cannot be loaded" in absent.reason
+    assert "or set AURORA_LIT_CACHE to a folder from which code may be loaded" in absent.remedy
