@@ -87,11 +87,18 @@ def mlp_shares(attention_share: float, heads: Sequence[int]) -> list[float]:
 
 
 def tensor_parallel_plan(config: Any) -> dict[str, str]:
-    """Transformers' plan of a model's layers. Raises ConfigError if there is none, or if it has unknown kinds."""
+    """Transformers' plan of a model's layers.
+
+    Raises ConfigError if there is none, if it has unknown kinds, or if it leaves out weights of every head.
+    """
     plan: dict[str, str] = getattr(config, "base_model_tp_plan", None) or {}
     unknown = {kind for kind in plan.values() if kind not in _PARTITIONED_KINDS and not kind.startswith("replicated")}
-    if not plan or unknown:
-        reason = f"its plan has {', '.join(sorted(unknown))}" if unknown else "transformers has no plan for it"
+    reason = "" if plan else "transformers has no plan for it"
+    if unknown:
+        reason = f"its plan has {', '.join(sorted(unknown))}"
+    elif config.model_type == "cohere" and config.use_qk_norm:
+        reason = "its plan leaves out the norms of use_qk_norm, which have weights of every head"
+    if reason:
         raise ConfigError(
             f"engine.strategy=tensor_parallel cannot partition a {config.model_type} ({reason}); "
             "use engine.strategy=fsdp"

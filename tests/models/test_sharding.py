@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from support.tiny_models import VOCAB, make_engine, request, run, save_model
 from support.two_ranks import MAX_TOKENS, PROMPTS, SHAPE, Case, num_weights, run_cases
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, CohereConfig
 
 from aurora_lit.errors import ConfigError, SourceError
 from aurora_lit.kernels import native
@@ -249,6 +249,13 @@ def test_a_plan_with_unknown_kinds_is_refused():
     config = SimpleNamespace(model_type="phi3", base_model_tp_plan=plan)
     with pytest.raises(ConfigError, match=r"phi3 \(its plan has colwise_gather_output\)"):
         tensor_parallel_plan(config)
+
+
+def test_norms_with_weights_of_every_head_which_the_plan_leaves_out_are_refused():
+    """Command R+: every rank would hold the weights of all heads, and the queries of its own."""
+    assert tensor_parallel_plan(CohereConfig(use_qk_norm=False))
+    with pytest.raises(ConfigError, match=r"cannot partition a cohere \(.*use_qk_norm.*\); use engine.strategy=fsdp"):
+        tensor_parallel_plan(CohereConfig(use_qk_norm=True))
 
 
 def test_the_reader_reads_parts_of_stored_weights(llama):
