@@ -9,6 +9,7 @@ checkpoint (drafts/checkpoint.py).
 
 import dataclasses
 import difflib
+import functools
 import re
 import typing
 from collections.abc import Mapping, Sequence
@@ -49,7 +50,7 @@ def load_config(path: Path | Sequence[Path] | None, overrides: Sequence[str]) ->
         for layer in layers:
             merged = OmegaConf.merge(merged, layer)
         _check_given(merged)
-        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(AuroraConfig), merged))
+        config = OmegaConf.to_object(OmegaConf.merge(_schema(), merged))
     except OmegaConfBaseException as error:
         raise ConfigError(_explain(error)) from error
     assert isinstance(config, AuroraConfig)
@@ -181,6 +182,12 @@ def draft_folder(config: AuroraConfig) -> Path | None:
 def versions_folder(config: AuroraConfig) -> Path:
     """The folder with this deployment's draft versions: checkpoint.dir/checkpoint.run."""
     return Path(config.checkpoint.dir).expanduser() / config.checkpoint.run
+
+
+@functools.cache
+def _schema() -> Any:
+    """Every setting's type and default; OmegaConf.merge copies it."""
+    return OmegaConf.structured(AuroraConfig)
 
 
 def _read_yaml(path: Path) -> Mapping[str, Any]:

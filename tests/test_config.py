@@ -363,6 +363,7 @@ def test_overrides_win_over_the_file_and_the_last_wins(tmp_path: Path) -> None:
     config = load_config(path, ["engine.max_batch_size=3", "engine.max_batch_size=4"])
     assert (config.engine.max_batch_size, config.engine.threads, config.engine.compile) == (4, 1, "off")
     assert config.draft.checkpoint is None, "a file of one's own does not inherit the shipped one"
+    assert load_config(path, []).engine.max_batch_size == 2, "nothing of one call is left in the next"
 
 
 def test_of_several_files_a_later_one_changes_what_it_names(tmp_path: Path) -> None:
