@@ -16,7 +16,7 @@ from support.fake_server import MODEL, FakeServer
 
 from aurora_lit.errors import ConfigError
 from aurora_lit.ipc.engine_status import STATUS_NAME, EngineStatusPage
-from aurora_lit.serve.server import WORKER_GRACE_S, check_address
+from aurora_lit.serve.server import check_address
 
 
 def body(prompt="abc", **options):
@@ -184,11 +184,7 @@ def test_sigterm_ends_what_takes_longer_than_drain_s():
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_to_the_whole_group_still_drains(number):
     """As Ctrl-C in a terminal, a service manager and a terminal that is closed send it."""
-    # A new process, since the tests themselves may run under nohup, which has servers ignore SIGHUP.
-    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
-    server = FakeServer(spawn=number == signal.SIGHUP, options={"round_s": 0.03})
-    signal.signal(signal.SIGHUP, before)
-    with server:
+    with FakeServer(options={"round_s": 0.03}) as server:
         stream = Stream(server, max_tokens=60).begun()
         for pid in server.family[1:]:
             os.kill(pid, number)
@@ -199,13 +195,13 @@ def test_a_signal_to_the_whole_group_still_drains(number):
 
 def test_an_http_process_that_stalls_does_not_stop_the_rounds_and_then_delivers_all_of_them():
     """Stalls it while the worker sends more than the socket's buffer holds."""
-    options = {"round_s": 0.001, "tokens_per_round": 1, "max_seq_len": 8192}
+    options = {"round_s": 0.0005, "tokens_per_round": 1, "max_seq_len": 8192}
     with FakeServer(options=options) as server:
         mapped = {mapping.path for mapping in psutil.Process(server.process.pid).memory_maps()}
         (folder,) = {os.path.dirname(path) for path in mapped if "aurora-lit-run-" in path}
         page = EngineStatusPage.open(Path(folder) / STATUS_NAME)
-        stream = Stream(server, max_tokens=3000).begun()
         (http,) = {pid for pid in server.family[1:] if pid != page.read().worker_pid}
+        stream = Stream(server, max_tokens=3000).begun()
         os.kill(http, signal.SIGSTOP)
         stopped, until = page.read().rounds, time.monotonic() + 20
         assert stopped < 1000, "the answer must be longer than what was sent before"
@@ -283,9 +279,9 @@ def test_a_used_port_is_named():
 
 
 def test_a_server_without_worker_ends_by_itself():
-    with FakeServer() as server:
+    with FakeServer(options={"worker_grace_s": 0.2}) as server:
         os.kill(server.status()["worker"]["pid"], signal.SIGKILL)
-        assert server.wait(WORKER_GRACE_S + 10) == 2
+        assert server.wait(10) == 2
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -293,7 +289,7 @@ def test_a_signal_while_the_model_loads(number):
     server = FakeServer(options={"build_s": 30})
     while not (children := psutil.Process(server.process.pid).children(recursive=True)):  # the engine worker
         time.sleep(0.05)
-    time.sleep(0.5)
+    time.sleep(0.2)
     code, stderr = server.end(number)
     assert code == 0, stderr
     assert psutil.wait_procs(children, timeout=5)[1] == [], "nothing is left behind"

@@ -155,6 +155,7 @@ def _running(pids: list[int]) -> list[psutil.Process]:
 
 
 def serve_forked(arguments: dict[str, Any]) -> None:
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests may run under nohup, which has servers ignore it
     fork_engine_workers()
     serve_fake(arguments)
 
