@@ -296,8 +296,9 @@ def test_a_version_that_accepts_less_is_rolled_back(deployment: Deployment) -> N
 
 
 def test_a_verdict_of_the_engine_before_does_not_retire_a_version_that_was_promoted_since(
-    deployment: Deployment,
+    deployment: Deployment, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(follower, "LOOK_EVERY_S", 0.01)
     ranks, store = MadeRanks(), store_of(deployment)
     name = store.publish(Eagle3Draft(SHAPE), record={})
     page = EngineStatusPage.open(deployment.run_folder / STATUS_NAME, writable=True)
@@ -306,7 +307,7 @@ def test_a_verdict_of_the_engine_before_does_not_retire_a_version_that_was_promo
 
     async def scenario() -> None:
         await until(lambda: len(ranks.swaps) == 1)
-        await asyncio.sleep(0.5)
+        await asyncio.sleep(0.1)
         assert store.current() == name
         store.publish(later, record={})
         await until(lambda: len(ranks.swaps) == 2)
