@@ -8,8 +8,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from support import child_environment
+from support.fork_host import run_program
 
+from aurora_lit import cores
 from aurora_lit.cores import available_cores
 
 CORES = sorted(os.sched_getaffinity(0))
@@ -18,13 +21,11 @@ V1 = "32 23 0:29 {root} {folder} rw,relatime shared:9 - cgroup cgroup rw,cpu,cpu
 V1_MEMORY = "33 23 0:30 / /sys/fs/cgroup/memory rw,relatime - cgroup cgroup rw,memory"
 
 
-def run(code: str, cores: list[int], **environment: str) -> str:
+def run(code: str, allowed: list[int]) -> str:
     """What a process prints that may use only these cores."""
-    code = f"import os\nos.sched_setaffinity(0, {cores})\n{code}"
-    child = {**child_environment(), **environment}
-    for name in [name for name, value in child.items() if not value]:
-        del child[name]
-    return subprocess.run([sys.executable, "-c", code], env=child, capture_output=True, text=True, check=True).stdout
+    code = f"import os\nos.sched_setaffinity(0, {allowed})\n{code}"
+    command = [sys.executable, "-c", code]
+    return subprocess.run(command, env=child_environment(), capture_output=True, text=True, check=True).stdout
 
 
 class FakeMachine:
@@ -54,46 +55,51 @@ def test_affinity_limits_the_cores_of_a_real_process() -> None:
 
 
 def test_threads_budgets_and_niceness_follow_affinity_in_a_real_process() -> None:
-    code = """
+    code = f"""
+import os
+import torch
+torch.set_num_threads(4)
+os.sched_setaffinity(0, {CORES[:1]})
 from aurora_lit.cores import use_threads
 use_threads(0)
-import torch
 from aurora_lit.learn.online.budget import Budget
 from aurora_lit.serve.worker.thread_budget import ThreadBudget
 budget = Budget(idle_share=0.5, share=0.5, full_load_share=0.5, minimum_share=0.5)
 print(torch.get_num_threads(), budget._cpus, ThreadBudget(None, None, threads=1)._cores)
 """
-    assert run(code, CORES[:1], OMP_NUM_THREADS="") == "1 1 1\n"
-
-
-def test_threads_are_divided_among_processes_and_never_more_than_torch_would_use() -> None:
-    code = """
-from aurora_lit import cores
-cores.available_cores = lambda: 6
-import torch
-for default in (8, 2):
-    for threads, processes in ((0, 1), (0, 2), (0, 16), (5, 2)):
-        torch.set_num_threads(default)
-        cores.use_threads(threads, processes=processes)
-        print(torch.get_num_threads(), end=" ")
-    print()
-"""
-    of_8, of_2 = run(code, CORES).splitlines()
-    assert of_8 == "6 3 1 5 "
-    assert of_2 == "2 2 1 5 ", "OMP_NUM_THREADS=2, or two physical cores"
+    assert run_program(code).stdout == "1 1 1\n"
 
 
 @pytest.mark.parametrize(
-    ("limit", "cores"),
+    ("default", "used"),
+    [(8, [6, 3, 1, 5]), (2, [2, 2, 1, 5])],  # 2: OMP_NUM_THREADS=2, or two physical cores
+)
+def test_threads_are_divided_among_processes_and_never_more_than_torch_would_use(
+    default: int, used: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cores, "available_cores", lambda: 6)
+    before, found = torch.get_num_threads(), list[int]()
+    try:
+        for threads, processes in ((0, 1), (0, 2), (0, 16), (5, 2)):
+            torch.set_num_threads(default)
+            cores.use_threads(threads, processes=processes)
+            found.append(torch.get_num_threads())
+    finally:
+        torch.set_num_threads(before)
+    assert found == used
+
+
+@pytest.mark.parametrize(
+    ("limit", "expected"),
     [("max 100000", 16), ("250000 100000", 2), ("50000 100000", 1), ("400000 50000", 8), ("9900000 100000", 16)],
 )
 def test_the_limit_of_a_cgroup_of_version_2(
-    limit: str, cores: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    limit: str, expected: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     mounts = [V2.format(root="/", folder="/sys/fs/cgroup")]
     machine = FakeMachine(tmp_path, groups="0::/app.slice/server", mounts=mounts)
     machine.write("sys/fs/cgroup/app.slice/server/cpu.max", limit)
-    assert cores_of(machine, monkeypatch) == cores
+    assert cores_of(machine, monkeypatch) == expected
 
 
 def test_a_parents_limit_holds_too_and_another_groups_does_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -116,17 +122,17 @@ def test_inside_a_container_the_group_is_the_root_of_what_is_mounted(
     assert cores_of(machine, monkeypatch) == 2
 
 
-@pytest.mark.parametrize(("quota", "cores"), [("-1", 16), ("350000", 3), ("1000", 1)])
+@pytest.mark.parametrize(("quota", "expected"), [("-1", 16), ("350000", 3), ("1000", 1)])
 @pytest.mark.parametrize("root", ["/", "/docker/abc"])
 def test_the_limit_of_a_cgroup_of_version_1(
-    root: str, quota: str, cores: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    root: str, quota: str, expected: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     mounts = [V1_MEMORY, V1.format(root=root, folder="/sys/fs/cgroup/cpu,cpuacct")]
     machine = FakeMachine(tmp_path, groups="9:memory:/x\n4:cpu,cpuacct:/docker/abc/server\n0::/", mounts=mounts)
     folder = "sys/fs/cgroup/cpu,cpuacct" + ("/docker/abc/server" if root == "/" else "/server")
     machine.write(f"{folder}/cpu.cfs_quota_us", quota)
     machine.write(f"{folder}/cpu.cfs_period_us", "100000")
-    assert cores_of(machine, monkeypatch) == cores
+    assert cores_of(machine, monkeypatch) == expected
 
 
 def test_a_group_that_is_not_visible_in_a_container_falls_back_to_the_container(

@@ -321,9 +321,8 @@ def test_doctor_exits_with_code_1_if_serving_would_not_start(can_serve: bool, mo
     assert run("doctor").exit_code == (0 if can_serve else 1)
 
 
-@pytest.mark.parametrize(
-    "args",
-    [
+def test_torch_is_not_loaded_by_commands_that_need_no_model() -> None:
+    commands = [
         ["--help"],
         ["serve", "--help"],
         ["serve", "--print-config"],
@@ -333,16 +332,19 @@ def test_doctor_exits_with_code_1_if_serving_would_not_start(can_serve: bool, mo
         ["drafts", "list"],
         ["replay", "--help"],
         ["bench", "ablation", "--help"],
-    ],
-)
-def test_torch_is_not_loaded_by_commands_that_need_no_model(args: list[str]) -> None:
-    code = (
-        "import sys; from aurora_lit.cli.main import main\n"
-        f"try: main({args!r})\n"
-        "except SystemExit: pass\n"
-        "heavy = {'torch', 'transformers', 'lightning', 'litserve'} & set(sys.modules)\n"
-        "sys.exit(f'loaded {heavy}' if heavy else 0)"
-    )
+    ]
+    code = f"""
+import sys
+from aurora_lit.cli.main import main
+for args in {commands}:
+    try:
+        main(args)
+    except SystemExit:
+        pass
+    heavy = {{"torch", "transformers", "lightning", "litserve"}} & set(sys.modules)
+    if heavy:
+        sys.exit(f"{{args}} loaded {{heavy}}")
+"""
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 

@@ -60,13 +60,13 @@ print(json.dumps(asdict(check_compiler(load_config(None, {list(overrides)})))))
 """
 
 
-def engine_twice(folder: Path) -> str:
-    """Code that builds an engine, as `generate` and the engine worker do, and then another one, and asks doctor."""
+def engines(folder: Path, count: int) -> str:
+    """Code that builds engines, as `generate` and the engine worker do, one after the other, and asks doctor."""
     return f"""
 from aurora_lit.config import load_config
 from aurora_lit.serve.worker.build import build_engine
 overrides = ["target.source={folder}", "draft.checkpoint=null", "learn.enabled=false", "engine.max_seq_len=256"]
-for _ in range(2):
+for _ in range({count}):
     engine, _ = build_engine(load_config(None, overrides))
 print(engine.target.supports_trees)
 {doctors_check()}"""
@@ -92,7 +92,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_build_that_fails_is_said_once_with_the_compilers_error(
     model: Path, compiler: Callable[[str], Environment]
 ) -> None:
-    result = run(engine_twice(model), compiler(FAILS))
+    result = run(engines(model, 2), compiler(FAILS))
     check = check_beside_an_engine(result)
     assert result.stderr.count("native kernels are not in use") == 1
     for said in (result.stderr, check["found"]):
@@ -105,7 +105,7 @@ def test_a_build_that_fails_is_said_once_with_the_compilers_error(
 def test_a_library_that_cannot_be_loaded_is_said_with_its_path(
     model: Path, compiler: Callable[[str], Environment], tmp_path: Path
 ) -> None:
-    result = run(engine_twice(model), compiler(MAKES_GARBAGE))
+    result = run(engines(model, 2), compiler(MAKES_GARBAGE))
     assert "cannot be loaded" in check_beside_an_engine(result)["found"]
     (library,) = (tmp_path / "cache/kernels").glob("kernels-*.so")
     assert result.stderr.count("native kernels are not in use: they cannot be loaded") == 1
@@ -113,7 +113,7 @@ def test_a_library_that_cannot_be_loaded_is_said_with_its_path(
 
 
 def test_no_compiler_is_said(model: Path, no_compiler: Environment) -> None:
-    result = run(engine_twice(model), no_compiler)
+    result = run(engines(model, 1), no_compiler)
     assert "no C++ compiler" in check_beside_an_engine(result)["found"]
     assert result.stderr.count("no C++ compiler was found") == 1
     assert "apt-get install g++" in result.stderr
@@ -130,7 +130,7 @@ def test_kept_kernels_are_used_without_a_compiler(no_compiler: Environment) -> N
 
 
 def test_kernels_that_are_turned_off_are_mentioned_by_doctor_only(model: Path) -> None:
-    result = run(engine_twice(model), {"AURORA_LIT_NATIVE": "0"})
+    result = run(engines(model, 1), {"AURORA_LIT_NATIVE": "0"})
     check = check_beside_an_engine(result)
     assert "kernels" not in result.stderr
     assert "AURORA_LIT_NATIVE=0" in check["found"]
