@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import psutil
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -434,8 +435,8 @@ def time_live(deployment: Deployment, traces: list[Trace], *, seconds: float, ra
 
 def memory_mb() -> tuple[float, float]:
     """This process's resident memory and its proportional share now, in MiB."""
-    fields = dict(line.split(":", 1) for line in Path("/proc/self/smaps_rollup").read_text().splitlines()[1:])
-    return tuple(int(fields[name].split()[0]) / 1024 for name in ("Rss", "Pss"))  # type: ignore[return-value]
+    memory = psutil.Process().memory_full_info()
+    return memory.rss / _MIB, memory.pss / _MIB
 
 
 def main() -> int:

@@ -254,6 +254,20 @@ def _p99_ms(pauses_s: Sequence[float]) -> float | None:
     return 1000 * float(np.percentile(pauses_s, 99)) if pauses_s else None
 
 
+def arms_of(options: argparse.Namespace, temperature: float | None) -> tuple[Arm, Arm]:
+    """How the two halves of each pair are sent."""
+    arm = Arm(True, temperature, True, streams=options.stream)
+    if options.other or options.other_code:
+        return arm, arm._replace(server=1)
+    plain = arm._replace(speculate=False)
+    return {
+        "off": (arm, plain),
+        "off-greedy": (plain._replace(remembers=False), plain._replace(temperature=0.0, remembers=False)),
+        "plain-neighbour": (arm._replace(neighbour="logprobs and penalties"), arm._replace(neighbour="plain")),
+        "no-learner": (arm, arm._replace(learns=False)),
+    }[options.against]
+
+
 def main() -> int:
     """Measure and print; exit code 1 if the two answers of a pair differ."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -315,19 +329,7 @@ def main() -> int:
             servers.enter_context(running_server(config, log, code=options.other_code if number else None))
         time.sleep(_SETTLE_S)
         for temperature, clients in itertools.product(options.temperatures, options.clients):
-            arms = Arm(True, temperature, True), Arm(False, temperature, True)
-            if options.against == "off-greedy":
-                arms = Arm(False, temperature, False), Arm(False, 0.0, False)
-            if options.against == "plain-neighbour":
-                arms = (
-                    Arm(True, temperature, True, neighbour="logprobs and penalties"),
-                    Arm(True, temperature, True, neighbour="plain"),
-                )
-            if has_learner:
-                arms = Arm(True, temperature, True), Arm(True, temperature, True, learns=False)
-            if has_second:
-                arms = Arm(True, temperature, True), Arm(True, temperature, True, server=1)
-            arms = arms[0]._replace(streams=options.stream), arms[1]._replace(streams=options.stream)
+            arms = arms_of(options, temperature)
             found = measure(ports, turns, arms, clients, options)
             rows.append({"temperature": temperature, "clients": clients, **found})
             one, other = found["tokens_per_s"]

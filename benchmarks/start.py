@@ -62,9 +62,8 @@ def memory_mb(main_pid: int) -> dict[str, float]:
     """Pss of each process of a server, MB."""
     found: dict[str, float] = {}
     for process in [psutil.Process(main_pid), *psutil.Process(main_pid).children(recursive=True)]:
-        rollup = Path(f"/proc/{process.pid}/smaps_rollup").read_text()
-        kilobytes = next(int(line.split()[1]) for line in rollup.splitlines() if line.startswith("Pss:"))
-        found[role(process, main_pid)] = found.get(role(process, main_pid), 0.0) + kilobytes * 1024 / 1e6
+        name = role(process, main_pid)
+        found[name] = found.get(name, 0.0) + process.memory_full_info().pss / 1e6
     return found
 
 
