@@ -14,7 +14,7 @@ import json
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
@@ -23,7 +23,7 @@ from aurora_lit.config import PROJECT_FOLDER, AuroraConfig, copied_tokens, draft
 from aurora_lit.drafts.checkpoint import read_config
 from aurora_lit.drafts.initial import DRAFT_VOCABULARY_SIZE
 from aurora_lit.errors import ConfigError, SourceError
-from aurora_lit.models.kv_cache import padded_positions
+from aurora_lit.models.kv_cache import head_dim_of, kv_heads_of, padded_positions
 from aurora_lit.models.source import OWN_CODE, needs_own_code
 from aurora_lit.models.target import aux_layer_ids, decoder_layers
 from aurora_lit.modules.draft.eagle3 import Eagle3Config, Eagle3Draft
@@ -137,10 +137,9 @@ def needs(config: AuroraConfig, shape: PretrainedConfig, *, devices: int) -> lis
     weight_bytes = _BYTES_PER_WEIGHT[config.target.precision]
     parameters, largest_layer, _ = _parameters(shape.to_json_string())
     slots, capacity = engine.max_batch_size, _slot_capacity(config)
-    kv_heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-    kv_heads = math.ceil(kv_heads / devices) if by_heads else kv_heads
+    kv_heads = math.ceil(kv_heads_of(text) / devices) if by_heads else kv_heads_of(text)
     kept_positions = slots * padded_positions(capacity)
-    H, L, D = text.hidden_size, text.num_hidden_layers, _head_dim(text)
+    H, L, D = text.hidden_size, text.num_hidden_layers, head_dim_of(text)
 
     lines = [
         Need(
@@ -257,7 +256,7 @@ def fewest_devices(config: AuroraConfig, shape: PretrainedConfig, *, card_gb: in
     text = shape.get_text_config()
     most = {
         "single": 1,
-        "tensor_parallel": getattr(text, "num_key_value_heads", None) or text.num_attention_heads,
+        "tensor_parallel": kv_heads_of(text),
         "fsdp": _MOST_DEVICES,
     }[config.engine.strategy]
     room = _USABLE * card_gb * 10**9
@@ -283,7 +282,7 @@ def draft_shape(config: AuroraConfig, text: PretrainedConfig) -> Eagle3Config:
         intermediate_size=getattr(text, "intermediate_size", None) or 4 * text.hidden_size,
         num_attention_heads=text.num_attention_heads,
         num_key_value_heads=text.num_attention_heads,
-        head_dim=_head_dim(text),
+        head_dim=head_dim_of(text),
         vocab_size=text.vocab_size,
         draft_vocab_size=min(DRAFT_VOCABULARY_SIZE, text.vocab_size),
         aux_layer_ids=aux_layer_ids(text.num_hidden_layers),
@@ -378,10 +377,6 @@ def _pass_bytes(config: AuroraConfig, text: PretrainedConfig, *, devices: int) -
     attention = 2 * heads * length * max(engine.prefill_chunk_tokens, verified)
     num_bytes: int = 4 * (logits + mlp + attention)
     return num_bytes
-
-
-def _head_dim(text: Any) -> int:
-    return int(getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
 
 
 def target_parameters(shape: PretrainedConfig) -> int:

@@ -17,6 +17,7 @@ from torch import nn
 from aurora_lit.kernels.decoder import Decoder, LayerWeights
 from aurora_lit.kernels.draft_steps import DraftSteps
 from aurora_lit.kernels.packed_linear import PackedEmbedding, PackedLinear
+from aurora_lit.models.kv_cache import head_dim_of
 from aurora_lit.modules.draft.eagle3 import Eagle3Draft
 
 if TYPE_CHECKING:
@@ -47,7 +48,7 @@ def decoder_parts(model: PreTrainedModel) -> dict[str, Any] | None:
     config = model.config.get_text_config()
     base: Any = model.base_model
     rope: dict[str, Any] = getattr(config, "rope_parameters", None) or {}
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    head_dim = head_dim_of(config)
     is_plain_llama = (
         config.model_type in _PLAIN_LLAMA_TYPES
         and config.hidden_act == "silu"

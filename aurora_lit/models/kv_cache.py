@@ -19,6 +19,7 @@ B sequences.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 
@@ -35,6 +36,16 @@ def cache_bytes(
 ) -> int:
     """Memory that a `KVCache` of these sizes takes once all of it has been written."""
     return 2 * num_layers * num_slots * num_kv_heads * head_dim * padded_positions(capacity) * dtype.itemsize
+
+
+def kv_heads_of(config: Any) -> int:
+    """Key-value heads of a model, by its (text) configuration."""
+    return int(getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
+
+
+def head_dim_of(config: Any) -> int:
+    """Size of a model's heads, by its (text) configuration."""
+    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
 
 class KVCache:

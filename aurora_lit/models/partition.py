@@ -32,6 +32,7 @@ from aurora_lit.distributed import Ranks
 from aurora_lit.errors import ConfigError
 from aurora_lit.kernels.packed_linear import PackedLinear
 from aurora_lit.kernels.weight_format import WeightFormat
+from aurora_lit.models.kv_cache import kv_heads_of
 from aurora_lit.models.shard_reader import ShardReader, partition_slices
 from aurora_lit.models.target import decoder_layers
 
@@ -68,7 +69,7 @@ class VocabParallelEmbedding(nn.Module):
 
 def kv_heads_of_rank(config: Any, *, rank: int, size: int) -> slice:
     """The key-value heads of a rank under tensor_parallel. Raises ConfigError if there are too few for all ranks."""
-    total = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    total = kv_heads_of(config)
     if size > total:
         raise ConfigError(
             f"engine.devices={size}: tensor_parallel gives each device whole key-value heads, and this target has "
@@ -210,8 +211,7 @@ class ModelPartitioner:
     def _part_of(self, total: int, heads: slice | None) -> slice:
         """This rank's part of a dimension: of its heads, or of an MLP if `heads` is None."""
         if heads is not None:
-            kv_heads = getattr(self._config, "num_key_value_heads", None) or self._config.num_attention_heads
-            unit = total // kv_heads
+            unit = total // kv_heads_of(self._config)
             return slice(unit * heads.start, unit * heads.stop)
         unit = _MLP_UNIT if total % _MLP_UNIT == 0 and total // _MLP_UNIT >= self._ranks.size else 1
         return partition_slices(total, self._ranks.size, unit=unit, shares=self._mlp_shares)[self._ranks.rank]

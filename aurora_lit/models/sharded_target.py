@@ -23,7 +23,7 @@ from aurora_lit.distributed import Op, Order, Ranks, Strategy
 from aurora_lit.errors import SourceError
 from aurora_lit.kernels import native
 from aurora_lit.kernels.weight_format import WeightFormat
-from aurora_lit.models.kv_cache import KVCache
+from aurora_lit.models.kv_cache import KVCache, kv_heads_of
 from aurora_lit.models.partition import ModelPartitioner, kv_heads_of_rank
 from aurora_lit.models.shard_reader import ShardReader
 from aurora_lit.models.source import loading_error, read_model_config
@@ -75,7 +75,7 @@ class ShardedTarget(Target):
                 "with weights in bf16, fp16 or fp32"
             )
         text = config.get_text_config()
-        kv_heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+        kv_heads = kv_heads_of(text)
         if strategy == "tensor_parallel":
             heads = kv_heads_of_rank(text, rank=ranks.rank, size=ranks.size)
             kv_heads = heads.stop - heads.start

@@ -26,7 +26,7 @@ from aurora_lit.kernels.packed_linear import PackedLinear, pack_model
 from aurora_lit.kernels.target_pass import TargetPass
 from aurora_lit.models.attention import ATTENTION_NAME, KVCacheView, register_attention
 from aurora_lit.models.fused_layers import embedding_table, fuse_target
-from aurora_lit.models.kv_cache import KVCache
+from aurora_lit.models.kv_cache import KVCache, head_dim_of, kv_heads_of
 from aurora_lit.models.source import UNQUANTISED, check_names, loading_error, unreadable_weights
 from aurora_lit.models.target_check import check_target, probe_states
 from aurora_lit.modules.draft.logit_transform import LogitTransform
@@ -75,8 +75,8 @@ class Target(nn.Module):
         self.vocab_size: int = config.vocab_size
         self.hidden_size: int = config.hidden_size
         self.num_layers: int = config.num_hidden_layers
-        self.num_kv_heads: int = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        self.head_dim: int = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        self.num_kv_heads: int = kv_heads_of(config)
+        self.head_dim: int = head_dim_of(config)
         self.rope = _rope_parameters(config)
         self.max_positions: int = getattr(config, "max_position_embeddings", 1 << 20)
         if self.rope.get("rope_type") == "longrope":

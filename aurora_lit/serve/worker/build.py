@@ -29,7 +29,7 @@ from aurora_lit.ipc.ring import RingWriter
 from aurora_lit.ipc.run_folder import RING_NAME
 from aurora_lit.kernels import native
 from aurora_lit.models import packed_target
-from aurora_lit.models.kv_cache import cache_bytes
+from aurora_lit.models.kv_cache import cache_bytes, kv_heads_of
 from aurora_lit.models.source import cache_root, find_target, read_model_config
 from aurora_lit.models.target import CPU, Target
 from aurora_lit.models.tokenizer import Tokenizer, keep_tokenizer, tokenizer_json, transformers_tokenizer
@@ -271,8 +271,7 @@ def _check_memory(config: AuroraConfig, target: Target, draft: Eagle3Draft | Non
         return
     engine, heads = config.engine, target.num_kv_heads
     if engine.strategy == "tensor_parallel":  # all ranks are on this machine, and have these heads together
-        text = target.model.config.get_text_config()
-        heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+        heads = kv_heads_of(target.model.config.get_text_config())
     elif engine.strategy == "fsdp":  # each of them has all heads
         heads *= engine.devices
     slots = partial(cache_bytes, num_slots=engine.max_batch_size, capacity=capacity, dtype=target.kv_dtype)
