@@ -21,14 +21,6 @@ DRAFT_VOCABULARY_SIZE = 16_384
 """Default size of a new draft's vocabulary."""
 
 
-def count_tokens(sequences: Iterable[torch.Tensor], vocab_size: int) -> torch.Tensor:
-    """Number of occurrences of each token id, [V]."""
-    counts = torch.zeros(vocab_size, dtype=torch.int64)
-    for ids in sequences:
-        counts += torch.bincount(ids.long(), minlength=vocab_size)
-    return counts
-
-
 def choose_vocabulary(counts_V: torch.Tensor, size: int, *, always: Iterable[int] = ()) -> torch.Tensor:
     """The `size` most frequent ids, always including `always`, sorted, [Vd]. Of equally frequent ids the lower wins."""
     counts_V = counts_V.clone()

@@ -70,7 +70,7 @@ class CopyPaths:
     """Copies along recorded answers, and the memory of those that ended.
 
     >>> paths = CopyPaths(most=15, segment_tokens=512)
-    >>> accepted_T = paths.accepted(trace)      # before the memory knows the trace
+    >>> found = paths.copied(trace)             # before the memory knows the trace
     >>> paths.remember(trace)                   # after it was scored
     >>> paths.along(traces)                     # both, for each trace in turn
     >>> paths.peek(traces)                      # the same without learning anything from these traces
@@ -112,10 +112,6 @@ class CopyPaths:
         other = copy.copy(self)
         other.reliability, other._open = copy.deepcopy(self.reliability), OrderedDict()
         return [other.copied(trace) for trace in traces]
-
-    def accepted(self, trace: Trace) -> list[int]:
-        """By root: how many copied tokens would be accepted [T], as `copied` says."""
-        return self.copied(trace).accepted_T
 
     def copied(self, trace: Trace) -> CopiedTokens:
         """What is copied along a trace.

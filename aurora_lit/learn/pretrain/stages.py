@@ -25,7 +25,7 @@ from transformers import PreTrainedTokenizerBase
 from aurora_lit.config import AuroraConfig
 from aurora_lit.cores import use_threads
 from aurora_lit.drafts.checkpoint import check_replaceable, load_draft, save_draft
-from aurora_lit.drafts.initial import DRAFT_VOCABULARY_SIZE, choose_vocabulary, count_tokens, initial_draft
+from aurora_lit.drafts.initial import DRAFT_VOCABULARY_SIZE, choose_vocabulary, initial_draft
 from aurora_lit.durable import is_as_begun
 from aurora_lit.errors import CheckpointError, ConfigError
 from aurora_lit.ipc.process_lifetime import sigterm_as_exit
@@ -271,8 +271,9 @@ def _vocabulary(
     counts = torch.zeros(target.vocab_size, dtype=torch.int64)
     for shard in shards:
         for trace in read_shard(traces / shard.name):
-            counts += count_tokens([trace.token_ids_T], target.vocab_size)
-            counts += 9 * count_tokens([trace.token_ids_T[trace.answer_start :]], target.vocab_size)
+            ids_T = trace.token_ids_T.long()
+            counts += torch.bincount(ids_T, minlength=target.vocab_size)
+            counts += 9 * torch.bincount(ids_T[trace.answer_start :], minlength=target.vocab_size)
     size = min(options.draft_vocab_size, target.vocab_size)
     ids = choose_vocabulary(counts, size, always=eos_token_ids(target, tokenizer))
     path.write_text(json.dumps(ids.tolist()))

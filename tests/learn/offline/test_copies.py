@@ -43,7 +43,7 @@ def copied_rounds(paths: CopyPaths, traces: Sequence[Trace]) -> list[RoundTotals
     """The rounds of each trace if only copies are proposed; each is remembered after its score."""
     walk, found = RoundWalk(reach=MOST), []
     for trace in traces:
-        copied_T = paths.accepted(trace)
+        copied_T = paths.copied(trace).accepted_T
         found.append(walk.walk(trace, torch.zeros(1, len(trace.token_ids_T)), copied_T))
         paths.remember(trace)
     return found
@@ -119,14 +119,14 @@ def test_an_answer_never_helps_itself_and_helps_the_next_once_it_was_scored() ->
     )
 
     def other(name: str) -> list[int]:
-        return paths.accepted(replace(numbered_trace(70, answer_start=10), request_id=name))
+        return paths.copied(replace(numbered_trace(70, answer_start=10), request_id=name)).accepted_T
 
     for segment, new in ((first, 30), (second, 30)):
         assert len(segment.token_ids_T) - segment.answer_start == new
-        assert not any(paths.accepted(segment))
+        assert not any(paths.copied(segment).accepted_T)
         paths.remember(segment)
         assert not any(other(f"while {new} are open")), "a segment may follow"
-    assert not any(paths.accepted(end))
+    assert not any(paths.copied(end).accepted_T)
     assert not any(other("not yet remembered"))
     paths.remember(end)
     copied_T = other("b")
@@ -152,7 +152,7 @@ def test_clients_share_nothing_if_the_scope_says_so() -> None:
     paths = copy_paths(own=False, by_client=True)
     for name, client, sees in (("1", "x", False), ("2", "y", False), ("3", "x", True), ("4", "", False)):
         trace = replace(numbered_trace(60, answer_start=10), request_id=name, client=client)
-        assert any(paths.accepted(trace)) == sees
+        assert any(paths.copied(trace).accepted_T) == sees
         paths.remember(trace)
 
 
@@ -174,7 +174,7 @@ def test_answers_of_the_domain_that_a_request_was_served_as_come_first(
         return replace(numbered_trace(40, answer_start=20), token_ids_T=token_ids_T, request_id=name, **domain)
 
     paths.along([answered(f"often {n}", 100, **other) for n in range(4)] + [answered("once", 200, **own)])
-    assert (paths.accepted(answered("next", 200, **own))[19] == MOST) == comes_first
+    assert (paths.copied(answered("next", 200, **own)).accepted_T[19] == MOST) == comes_first
 
 
 def test_copies_and_chain_accept_what_the_tree_that_the_server_makes_of_them_accepts() -> None:
