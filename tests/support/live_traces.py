@@ -56,8 +56,6 @@ def online_module(target: Target, draft: Eagle3Draft, **changes: Any) -> DraftMo
     fields: dict[str, Any] = {
         "num_steps": 3,
         "learning_rate": 4e-3,
-        "warmup_steps": 2,
-        "min_lr_factor": 1.0,
         "online": OnlineWeights(),
     }
     return draft_module(target, draft, **{**fields, **changes})

@@ -7,6 +7,7 @@ Leaves out the loss (modules/losses/draft_module.py), the data (learn/data/log_b
 from __future__ import annotations
 
 import itertools
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -32,6 +33,7 @@ from aurora_lit.traces.log import ShardInfo
 
 STATE_NAME = "training.safetensors"
 SAVE_EVERY_S = 60.0
+_MIN_LR_FACTOR = 0.05
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +46,17 @@ class TrainerOptions:
     max_length: int = 512
     prompt_share: float = 0.3
     learning_rate: float = 1e-3
+    warmup_steps: int = 100
+    """Optimiser steps, of `batch_positions` each, in which the learning rate rises."""
     seed: int = 0
+
+
+def lr_factor(step: int, *, warmup_steps: int, total_steps: int, min_lr_factor: float) -> float:
+    """Factor of the learning rate at an optimiser step: linear warm-up, then cosine decay to `min_lr_factor`."""
+    if step < warmup_steps:
+        return (step + 1) / warmup_steps
+    progress = min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))
+    return min_lr_factor + (1 - min_lr_factor) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
 class DraftTrainer:
@@ -61,11 +73,10 @@ class DraftTrainer:
         folder.mkdir(parents=True, exist_ok=True)
         self.fabric = one_process_fabric()
         module.learning_rate = options.learning_rate
-        module.total_steps = max(1, options.total_positions // options.batch_positions)
         self.positions_seen = 0
-        optimizers, _ = module.configure_optimizers()
+        optimizers = module.make_optimizers()
         # By positions, not steps: the number of trained positions of a batch is not known in advance.
-        self.schedules = [LambdaLR(each, lambda _: module.lr_factor(self._progress())) for each in optimizers]
+        self.schedules = [LambdaLR(each, lambda _: self._lr_factor()) for each in optimizers]
         self.module, *self.optimizers = self.fabric.setup(module, *optimizers)
         self.epoch = self.batches_taken = 0
         self._epoch_of: list[Any] = []
@@ -153,9 +164,15 @@ class DraftTrainer:
             }
         return report_by_domain
 
-    def _progress(self) -> int:
-        """Progress in whole batches of positions."""
-        return self.positions_seen // self.options.batch_positions
+    def _lr_factor(self) -> float:
+        """Factor of the learning rate now; whole batches of positions count as steps."""
+        options = self.options
+        return lr_factor(
+            self.positions_seen // options.batch_positions,
+            warmup_steps=options.warmup_steps,
+            total_steps=max(1, options.total_positions // options.batch_positions),
+            min_lr_factor=_MIN_LR_FACTOR,
+        )
 
     def save(self) -> None:
         """Save the whole training state durably, in place of the last one. Raises OSError."""
@@ -188,7 +205,7 @@ class DraftTrainer:
         self.batches_taken, self._epoch_of = state["batches_taken"], state["epoch_of"]
         for schedule in self.schedules:  # with this object's learning rate, not the saved one
             for group, base_lr in zip(schedule.optimizer.param_groups, schedule.base_lrs, strict=True):
-                group["lr"] = base_lr * self.module.lr_factor(self._progress())
+                group["lr"] = base_lr * self._lr_factor()
 
     def _batches(self, traces: Path, shards: Sequence[ShardInfo]) -> Iterator[OnlineBatch]:
         options = self.options

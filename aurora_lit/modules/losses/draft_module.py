@@ -11,14 +11,12 @@ V target vocabulary, Vd draft vocabulary, N = B·T rows, R rows that have a weig
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
-from typing import Any, overload
+from typing import overload
 
 import torch
 from lightning import LightningModule
 from torch import nn
-from torch.optim.lr_scheduler import LambdaLR
 
 from aurora_lit.modules.draft.eagle3 import Eagle3Draft
 from aurora_lit.modules.draft.logit_transform import IDENTITY, LogitTransform
@@ -55,13 +53,8 @@ class DraftModule(LightningModule):
         value_weight: float = 0.1,
         online: OnlineWeights | None = None,
         learning_rate: float = 1e-3,
-        warmup_steps: int = 100,
-        total_steps: int = 10_000,
-        min_lr_factor: float = 0.05,
     ) -> None:
-        """num_steps: K. step_decay: step j has the weight step_decay^j. value_weight: c_v. The next three are for
-        `configure_optimizers`: optimiser steps of warm-up and in all, and the learning rate's last factor.
-        """
+        """num_steps: K. step_decay: step j has the weight step_decay^j. value_weight: c_v."""
         super().__init__()
         self.draft = draft
         self.register_buffer("embedding_VH", embedding_VH, persistent=False)
@@ -73,9 +66,6 @@ class DraftModule(LightningModule):
         self.online = online or OnlineWeights()
         self._num_samples = 0
         self.learning_rate = learning_rate
-        self.warmup_steps = warmup_steps
-        self.total_steps = total_steps
-        self.min_lr_factor = min_lr_factor
         self.between_pieces: Callable[[], None] = lambda: None
         """Called between the pieces of an online step, forward and backward, where it can wait."""
 
@@ -291,11 +281,6 @@ class DraftModule(LightningModule):
             gae_lambda=self.online.gae_lambda,
         )
 
-    def configure_optimizers(self) -> Any:
-        """The optimizers, each with linear warm-up and cosine decay of its learning rate."""
-        optimizers = self.make_optimizers()
-        return optimizers, [LambdaLR(optimizer, self.lr_factor) for optimizer in optimizers]
-
     def make_optimizers(self) -> list[torch.optim.Optimizer]:
         """Muon by blocks for the layer's matrices, AdamW for norms and the value head; without schedules.
 
@@ -312,13 +297,6 @@ class DraftModule(LightningModule):
             torch.optim.AdamW(others, lr=rate, betas=(0.9, 0.95), weight_decay=0.0, fused=True),
             torch.optim.SparseAdam([head], lr=rate, betas=(0.9, 0.95)),
         ]
-
-    def lr_factor(self, step: int) -> float:
-        """Factor of the learning rate at an optimiser step: linear warm-up, then cosine decay to `min_lr_factor`."""
-        if step < self.warmup_steps:
-            return (step + 1) / self.warmup_steps
-        progress = min(1.0, (step - self.warmup_steps) / max(1, self.total_steps - self.warmup_steps))
-        return self.min_lr_factor + (1 - self.min_lr_factor) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
 def _scatter_rows(values_KR: torch.Tensor, row_R: torch.Tensor, num_rows: int) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
@@ -20,7 +21,7 @@ from aurora_lit.learn.data.log_batches import held_out_batches
 from aurora_lit.learn.data.training_state import read_state, write_state
 from aurora_lit.learn.pretrain import trainer as trainer_module
 from aurora_lit.learn.pretrain.generate_answers import PromptToAnswer, generate_answers
-from aurora_lit.learn.pretrain.trainer import DraftTrainer, TrainerOptions
+from aurora_lit.learn.pretrain.trainer import DraftTrainer, TrainerOptions, lr_factor
 from aurora_lit.models.target import Target
 from aurora_lit.modules.losses.batch import OnlineBatch
 from aurora_lit.modules.losses.objective import OnlineWeights, StepReport
@@ -41,10 +42,11 @@ def log(target: Target, tmp_path: Path) -> Path:
 
 
 def trainer(target: Target, folder: Path, *, learning_rate: float = 4e-3) -> DraftTrainer:
-    options = TrainerOptions(total_positions=40_000, batch_positions=512, max_length=64, learning_rate=learning_rate)
+    options = TrainerOptions(
+        total_positions=40_000, batch_positions=512, max_length=64, learning_rate=learning_rate, warmup_steps=5
+    )
     online = OnlineWeights(ppo_weight=0.0)
     module = draft_module(target, random_draft(target), num_steps=2, online=online)
-    module.warmup_steps = 5
     return DraftTrainer(module, folder, options)
 
 
@@ -52,13 +54,23 @@ def accepted_length(report: dict[str, dict[str, object]]) -> float:
     return float(report["chat"]["expected_accepted_length"])  # type: ignore[arg-type]
 
 
+def test_the_learning_rate_rises_in_a_line_and_falls_along_a_cosine() -> None:
+    shape = {"warmup_steps": 10, "total_steps": 110}
+    factors = {step: lr_factor(step, **shape, min_lr_factor=0.1) for step in (0, 4, 9, 10, 35, 60, 85, 110, 1000)}
+    half = math.sqrt(0.5)
+    assert factors == pytest.approx(
+        {0: 0.1, 4: 0.5, 9: 1, 10: 1, 35: 0.55 + 0.45 * half, 60: 0.55, 85: 0.55 - 0.45 * half, 110: 0.1, 1000: 0.1}
+    )
+
+
 def test_the_learning_rate_falls_with_positions_not_steps(target: Target, log: Path, tmp_path: Path) -> None:
     shards = read_index(log)
     learning = trainer(target, tmp_path / "fit")
-    peak, module = learning.options.learning_rate, learning.module
+    peak = learning.options.learning_rate
     learning.fit(log, shards, until_positions=4_000)
     seen = learning.positions_seen / learning.options.batch_positions
-    assert learning.schedules[0].get_last_lr()[0] == pytest.approx(peak * module.lr_factor(int(seen)), rel=1e-6)
+    factor = lr_factor(int(seen), warmup_steps=5, total_steps=40_000 // 512, min_lr_factor=0.05)
+    assert learning.schedules[0].get_last_lr()[0] == pytest.approx(peak * factor, rel=1e-6)
     assert learning.schedules[0].last_epoch > 1.2 * seen, (
         "prompts are not trained on, so there are more steps than batches of positions"
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -420,12 +419,3 @@ def test_moving_a_batch_moves_all_tensors(target: Target) -> None:
     for record in (moved, moved.traces, moved.rounds):
         assert all(v.device.type == "meta" for v in vars(record).values() if isinstance(v, Tensor))
     assert moved.traces.domains == ("chat",) * 3
-
-
-def test_the_learning_rate_rises_in_a_line_and_falls_along_a_cosine(target: Target) -> None:
-    made = module(target, warmup_steps=10, total_steps=110, min_lr_factor=0.1)
-    factors = {step: made.lr_factor(step) for step in (0, 4, 9, 10, 35, 60, 85, 110, 1000)}
-    half = math.sqrt(0.5)
-    assert factors == pytest.approx(
-        {0: 0.1, 4: 0.5, 9: 1, 10: 1, 35: 0.55 + 0.45 * half, 60: 0.55, 85: 0.55 - 0.45 * half, 110: 0.1, 1000: 0.1}
-    )
