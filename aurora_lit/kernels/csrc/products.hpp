@@ -58,8 +58,8 @@ struct Product<Bf16> {
     return ptrdiff_t(r) * k + i;
   }
   static constexpr bool ROUNDS_GROUPS = true;
-  static void round(const float* from, int count, uint16_t* to) {
-    int i = 0;
+  static void round(const float* from, int64_t count, uint16_t* to) {
+    int64_t i = 0;
 #if defined(__AVX512BF16__)
     for (; i + 16 <= count; i += 16)
       _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + i), (__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(from + i)));

@@ -48,7 +48,7 @@ inline void store_states(const DecoderCall& call, const float* states, int64_t w
     const int64_t first = s.first_of(b) * width, count = s.first_of(b + 1) * width - first;
     const int64_t place = call.slots[b] * table.slot + call.starts[b] * width;
     if (table.is_bf16) {
-      Product<Bf16>::round(states + first, int(count), static_cast<uint16_t*>(table.data) + place);
+      Product<Bf16>::round(states + first, count, static_cast<uint16_t*>(table.data) + place);
     } else {
       std::memcpy(static_cast<float*>(table.data) + place, states + first, size_t(count) * sizeof(float));
     }
