@@ -2,7 +2,8 @@
 // so that a block of weights is unpacked once to bf16 and multiplied by all of them. Inputs are rounded to bf16 too,
 // unlike what grouped.hpp does for decoding rows: which of the two computes a row depends on its kind alone, never on
 // the number of rows. Each output is summed over the inputs in one order, so a row's bits depend neither on the chunks
-// in which its prompt is read nor on other rows. With bf16 weights they equal those of bf16_tiles.hpp.
+// in which its prompt is read nor on other rows. With bf16 weights they equal those of bf16_tiles.hpp, but not where an
+// output is added to what is there: here the sum begins with that, there it is added last.
 #pragma once
 
 #include "bf16_tiles.hpp"
