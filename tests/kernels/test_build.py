@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -109,3 +111,12 @@ def test_the_cache_folder_is_that_of_models(
     if given is not None:
         monkeypatch.setenv("AURORA_LIT_CACHE", given)
     assert build._folder() == cache_root(None) / "kernels" == Path(os.path.expanduser(expected)) / "kernels"
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
+@pytest.mark.parametrize("name", ["choose.hpp", "sampler.hpp"])
+def test_a_header_includes_what_it_uses(name: str) -> None:
+    header = Path(build.__file__).parent / "csrc" / name
+    command = ["g++", *build._FLAGS, "-w", "-fsyntax-only", "-x", "c++", str(header)]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr

@@ -10,8 +10,6 @@ inline void store(float* to, float x) { *to = x; }
 inline void store(uint16_t* to, float x) { *to = to_bf16(x); }
 inline float load(const float* from) { return *from; }
 inline float load(const uint16_t* from) { return from_bf16(*from); }
-inline f16v load16(const float* from) { return *reinterpret_cast<const f16v*>(from); }
-inline f16v load16(const uint16_t* from) { return (f16v)(widen16(from) << 16); }
 
 // Two vectors of neighbouring values, as fp32. Those of bf16 are not in their order: the first vector has those at even
 // places and the second those at odd ones, which takes half as many instructions as widening.

@@ -109,6 +109,10 @@ inline u16v widen16(const uint16_t* from) {
 #endif
 }
 
+// 16 values, as fp32 from fp32 or bf16.
+inline f16v load16(const float* from) { return *reinterpret_cast<const f16v*>(from); }
+inline f16v load16(const uint16_t* from) { return (f16v)(widen16(from) << 16); }
+
 // LANES values, as fp32 from fp32 or bf16.
 inline fnv load_lanes(const float* from) { return *reinterpret_cast<const fnv*>(from); }
 inline fnv load_lanes(const uint16_t* from) {
