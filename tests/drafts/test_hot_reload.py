@@ -16,11 +16,15 @@ import pytest
 import torch
 from support.fake_drafts import SMALL_SHAPE
 
+from aurora_lit.drafts import hot_reload
 from aurora_lit.drafts.hot_reload import MOST_RETRY_S, RECORD_EVERY_S, RETRY_S, HotReloader, ReadyDraft
 from aurora_lit.drafts.versions import DraftStore
 from aurora_lit.errors import CheckpointError
 from aurora_lit.kernels import native
 from aurora_lit.modules.draft.eagle3 import Eagle3Config, Eagle3Draft
+
+QUIET_S = 0.1
+"""How long nothing may come, where CURRENT is looked at `often`."""
 
 
 class Loader:
@@ -29,10 +33,11 @@ class Loader:
     def __init__(self) -> None:
         self.bad: set[str] = set()
         self.loaded: list[str] = []
-        self.held = threading.Event()
+        self.begun, self.held = threading.Event(), threading.Event()
         self.held.set()
 
     def __call__(self, folder: Path | None) -> str:
+        self.begun.set()
         assert self.held.wait(10)
         name = "start" if folder is None else folder.name
         self.loaded.append(name)
@@ -58,6 +63,12 @@ def reloader(store: DraftStore, loader: Loader) -> Iterator[HotReloader]:
     reloader.close()
 
 
+@pytest.fixture
+def often(monkeypatch: pytest.MonkeyPatch) -> None:
+    """CURRENT is looked at ten times in QUIET_S."""
+    monkeypatch.setattr(hot_reload, "WATCH_S", QUIET_S / 10)
+
+
 def publish(store: DraftStore, count: int = 1) -> None:
     for _ in range(count):
         store.publish(Eagle3Draft(Eagle3Config(**SMALL_SHAPE)), record={})
@@ -72,7 +83,7 @@ def soon(reading: Callable[[], Any], timeout_s: float = 10) -> Any:
     return value
 
 
-def test_a_published_version_becomes_ready_once_and_the_loop_is_woken(store, loader, reloader):
+def test_a_published_version_becomes_ready_once_and_the_loop_is_woken(store, loader, reloader, often):
     assert reloader.first() is None
     woken = threading.Event()
     reloader.start(on_change=woken.set)
@@ -81,17 +92,17 @@ def test_a_published_version_becomes_ready_once_and_the_loop_is_woken(store, loa
     assert woken.wait(10)
     ready = reloader.poll()
     assert ready == ReadyDraft(draft="draft of draft-000001", version="draft-000001", trusted=False)
-    time.sleep(0.3)
+    time.sleep(QUIET_S)
     assert reloader.poll() is None
     assert loader.loaded == ["draft-000001"], "it looks, but it loads only what is new"
 
 
-def test_serving_begins_with_the_current_version(store, loader, reloader):
+def test_serving_begins_with_the_current_version(store, loader, reloader, often):
     publish(store, 2)
     ready = reloader.first()
     assert (ready.version, loader.loaded) == ("draft-000002", ["draft-000002"])
     reloader.start(on_change=lambda: None)
-    time.sleep(0.3)
+    time.sleep(QUIET_S)
     assert reloader.poll() is None
 
 
@@ -110,7 +121,7 @@ def test_of_many_versions_published_while_one_loads_only_the_last_is_loaded(stor
     loader.held.clear()
     reloader.start(on_change=lambda: None)
     publish(store)
-    time.sleep(0.3)
+    assert loader.begun.wait(10)
     publish(store, 4)
     assert reloader.poll() is None, "serving does not wait for a load"
     loader.held.set()
@@ -159,7 +170,7 @@ def test_a_garbled_current_is_refused_and_the_next_version_is_served(store, load
     assert soon(reloader.poll).version == "draft-000002"
 
 
-def test_a_rollback_goes_to_the_version_before_and_trusts_it(store, loader, reloader):
+def test_a_rollback_goes_to_the_version_before_and_trusts_it(store, loader, reloader, often):
     publish(store)
     reloader.first()
     reloader.start(on_change=lambda: None)
@@ -172,33 +183,34 @@ def test_a_rollback_goes_to_the_version_before_and_trusts_it(store, loader, relo
     reloader.roll_back(bad="draft-000001", reason="slow too")
     ready = soon(reloader.poll)
     assert (ready.version, ready.draft, ready.trusted) == (None, "draft of start", True)
-    time.sleep(0.3)
+    time.sleep(QUIET_S)
     assert reloader.poll() is None
 
 
-def test_a_rollback_leaves_a_newer_version_its_own_trial(store, loader, reloader):
+def test_a_rollback_leaves_a_newer_version_its_own_trial(store, loader, reloader, often):
     publish(store, 2)
     reloader.first()
     loader.held.clear()
+    loader.begun.clear()
     reloader.start(on_change=lambda: None)
     publish(store)
-    time.sleep(0.3)
+    assert loader.begun.wait(10)
     reloader.roll_back(bad="draft-000002", reason="slow")
     loader.held.set()
     soon(lambda: store.versions()[1].retired)
-    time.sleep(0.3)
+    time.sleep(QUIET_S)
     assert reloader.poll().version == "draft-000003"
     assert reloader.poll() is None
 
 
-def test_a_rollback_and_a_newer_version_at_once_serve_the_newer_one(store, loader, reloader):
+def test_a_rollback_and_a_newer_version_at_once_serve_the_newer_one(store, loader, reloader, often):
     publish(store, 2)
     reloader.first()
     publish(store)
     reloader.roll_back(bad="draft-000002", reason="slow")
     reloader.start(on_change=lambda: None)
     assert soon(reloader.poll).version == "draft-000003"
-    time.sleep(0.3)
+    time.sleep(QUIET_S)
     assert reloader.poll() is None
     assert loader.loaded == ["draft-000002", "draft-000003"]
 
@@ -213,7 +225,7 @@ def test_a_rollback_skips_an_older_version_that_is_broken(store, loader, reloade
     assert reloader.refused.version == "draft-000002"
 
 
-def test_a_disk_that_cannot_be_written_does_not_stop_a_rollback(store, loader, reloader, monkeypatch):
+def test_a_disk_that_cannot_be_written_does_not_stop_a_rollback(store, loader, reloader, often, monkeypatch):
     publish(store, 2)
     reloader.first()
 
@@ -224,7 +236,7 @@ def test_a_disk_that_cannot_be_written_does_not_stop_a_rollback(store, loader, r
     reloader.start(on_change=lambda: None)
     reloader.roll_back(bad="draft-000002", reason="slow")
     assert soon(reloader.poll).version == "draft-000001"
-    time.sleep(0.3)
+    time.sleep(QUIET_S)
     assert reloader.poll() is None, "CURRENT still names the bad one, which is known"
 
 

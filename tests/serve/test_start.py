@@ -168,10 +168,10 @@ def test_the_learner_is_started_once_the_server_answers_and_not_before(
     arguments: Any = (config, page, learner)
     thread = threading.Thread(target=server._announce_when_ready, args=arguments)
     thread.start()
-    time.sleep(0.2)
+    time.sleep(0.1)
     assert not learner.started.is_set(), "the engine still loads"
     page.write(state=WorkerState.READY)
-    time.sleep(0.2)
+    time.sleep(0.1)
     assert not learner.started.is_set(), "the engine is ready, but nobody answers requests yet"
     assert capsys.readouterr().out == ""
     ready_route.code = 200

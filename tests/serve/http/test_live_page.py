@@ -186,14 +186,14 @@ def test_without_viewers_the_status_is_read_rarely(reports, monkeypatch) -> None
 
     async def watch() -> None:
         async with page.sampling():
-            await asyncio.sleep(0.3)
+            await asyncio.sleep(0.1)
             assert reports.count == 1
             stream = page.messages()
             await after(stream, 3)
             await stream.aclose()
             await asyncio.sleep(0.05)
             before = reports.count
-            await asyncio.sleep(0.3)
+            await asyncio.sleep(0.1)
             assert reports.count == before
 
     asyncio.run(watch())
