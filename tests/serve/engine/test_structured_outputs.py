@@ -16,7 +16,7 @@ import pytest
 import torch
 from llguidance import LLMatcher, LLParserLimits
 from scipy.stats import chi2
-from support.grammars import END, TOKENS, VOCAB_SIZE, backend, compiler, law, text_of
+from support.grammars import END, VOCAB_SIZE, backend, compiler, law, text_of
 from support.tiny_models import Answer, make_engine, random_draft, request, run, save_model, trained_draft
 from support.trace_examples import keep_in
 
@@ -25,7 +25,7 @@ from aurora_lit.grammars import matcher
 from aurora_lit.grammars.matcher import Grammar, GrammarCompiler
 from aurora_lit.models.target import Target
 from aurora_lit.modules.draft.eagle3 import Eagle3Draft
-from aurora_lit.request import Request, SamplingParams, StructuredOutputsParams
+from aurora_lit.request import Request, StructuredOutputsParams
 from aurora_lit.serve.engine.engine import Engine
 from aurora_lit.serve.engine.trace_recorder import TraceRecorder
 from aurora_lit.traces.record import Trace
@@ -72,7 +72,7 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
     texts = [list(text) for text in sorted(set(map(tuple, texts)))]
     longest = max(map(len, texts))
     padded = torch.tensor([text + [END] * (longest - len(text)) for text in texts])
-    return Case(target=target, draft=trained_draft(target, padded, steps=40))
+    return Case(target=target, draft=trained_draft(target, padded, steps=16))
 
 
 def requests(count: int, *, regex: str | None = REGEX, **params: Any) -> list[Request]:
@@ -102,15 +102,12 @@ def test_outputs_are_those_of_plain_decoding_and_of_the_grammar(case: Case, way:
     assert any(text_of(answers[r.request_id].token_ids) not in LANGUAGE for r in asked[40:])
 
 
-@pytest.mark.parametrize(
-    ("way", "options"), [*(("plain", options) for options in OPTIONS if options != "greedy"), ("all", "temperature 1")]
-)
-def test_outputs_have_the_masked_law(case: Case, way: str, options: str) -> None:
-    """Chi-square of whole outputs of 1500 keys against every output's enumerated probability."""
+@pytest.mark.parametrize("options", [options for options in OPTIONS if options != "greedy"])
+def test_outputs_have_the_masked_law(case: Case, options: str) -> None:
+    """Chi-square of whole outputs of 1500 keys against every output's enumerated probability, in plain decoding."""
     count = 1500
-    engine = case.engine(drafts=False) if way == "plain" else case.engine(**WAYS[way])
     asked = requests(count, **OPTIONS[options])
-    seen = Counter(tuple(answer.token_ids) for answer in run(engine, asked).values())
+    seen = Counter(tuple(answer.token_ids) for answer in run(case.engine(drafts=False), asked).values())
     expected = {
         output: count * p
         for output, p in law(case.target, PROMPT, LANGUAGE, replace(asked[0].params, structured_outputs=None)).items()
@@ -411,8 +408,3 @@ def test_what_cannot_be_served_is_refused(case: Case, how: str) -> None:
         engine.submit(requests(1, ignore_eos=how == "ignored end", stop_token_ids=(3,))[0])
     assert caught.value.param == "structured_outputs"
     assert not engine.has_work
-
-
-def test_the_reference_knows_every_token() -> None:
-    assert TOKENS[-1] == "ab"
-    assert SamplingParams().structured_outputs is None

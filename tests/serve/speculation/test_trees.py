@@ -56,7 +56,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> TinyModels:
     texts = [(p + plain[str(i)].token_ids + [0] * width)[:width] for i, p in enumerate(prompts)]
     drafts = {
         "random": random_draft(targets["fp32"]),
-        "trained": trained_draft(targets["fp32"], torch.tensor(texts), steps=40),
+        "trained": trained_draft(targets["fp32"], torch.tensor(texts), steps=16),
     }
     return TinyModels(targets=targets, drafts=drafts, prompts=prompts)
 
