@@ -142,12 +142,18 @@ def num_weights(target: Any) -> int:
 
 
 def run_forked(folder: str, cases: list[dict[str, Any]]) -> None:
-    """Run both ranks of each case, one case after the other; their reports are files in `folder`."""
+    """Run both ranks of each case, two cases at a time, as ranks mostly wait; their reports are files in `folder`."""
+    running: list[tuple[str, list[int]]] = []
     for case in cases:
-        _run_case(Path(folder), Case(**case))
+        if len(running) == 2:
+            _wait_for(Path(folder), *running.pop(0))
+        running.append((case["name"], _start(Path(folder), Case(**case))))
+    for each in running:
+        _wait_for(Path(folder), *each)
 
 
-def _run_case(folder: Path, case: Case) -> None:
+def _start(folder: Path, case: Case) -> list[int]:
+    """Fork both ranks; their process ids."""
     children = []
     parent = os.getpid()
     for rank in range(2):
@@ -163,7 +169,11 @@ def _run_case(folder: Path, case: Case) -> None:
                 traceback.print_exc()
             os._exit(code)
         children.append(child)
+    return children
+
+
+def _wait_for(folder: Path, name: str, children: list[int]) -> None:
     for rank, child in enumerate(children):
         code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         if code:
-            (folder / f"{case.name}-{rank}.json").write_text(json.dumps({"exit": code}))
+            (folder / f"{name}-{rank}.json").write_text(json.dumps({"exit": code}))
