@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 
@@ -23,10 +23,14 @@ def rounds(rng: random.Random, rate: float, *, proposed: tuple[int, ...] = (4,),
 
     def draw() -> tuple[TrafficKind, int, int]:
         count = rng.choice(proposed)
-        accepted = next((i for i in range(count) if rng.random() >= rate), count)
-        return traffic, count, accepted
+        return traffic, count, num_accepted(rng, rate, count)
 
     return draw
+
+
+def num_accepted(rng: random.Random, rate: float, proposed: int) -> int:
+    """How many of these proposals are accepted."""
+    return next((i for i in range(proposed) if rng.random() >= rate), proposed)
 
 
 def watched(before: Draw, *, num_before: int = 300) -> RollbackWatch:
@@ -71,15 +75,14 @@ def test_an_equal_or_better_draft_is_never_rolled_back() -> None:
 
 def requests_that_differ(rng: random.Random, rate: float, *, spread: float = 0.3) -> Draw:
     """Each request's proposals are accepted at a rate of its own, uniform around the mean rate."""
-    state = {"left": 0, "rate": 0.0}
 
-    def draw() -> tuple[TrafficKind, int, int]:
-        if not state["left"]:
-            state.update(left=ROUNDS_OF_REQUEST, rate=rate + rng.uniform(-spread, spread))
-        state["left"] -= 1
-        return rounds(rng, state["rate"])()
+    def draws() -> Iterator[tuple[TrafficKind, int, int]]:
+        while True:
+            own = rate + rng.uniform(-spread, spread)
+            for _ in range(ROUNDS_OF_REQUEST):
+                yield GREEDY, 4, num_accepted(rng, own, 4)
 
-    return draw
+    return draws().__next__
 
 
 def trials(rng: random.Random, number: int, *, rate: float, num_before: int) -> list[tuple[int, str] | None]:
