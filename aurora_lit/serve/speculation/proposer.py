@@ -350,7 +350,15 @@ class Proposer:
         if any(explores):
             return self._drafter.propose(inputs, num_steps=decision.length, noise=noise, with_logprobs=True)
         if self._weighs(decision):
-            return self._weigh(inputs, sequences, decision, batch_size=batch_size, noise=noise)
+            limits = self._planner.limits
+            return self._drafter.propose_weighed(
+                inputs,
+                num_steps=limits.draft_tokens,
+                num_nodes=limits.weighed_tokens,
+                num_siblings=limits.sibling_tokens,
+                weighing=self._planner.weighing(sequences, batch_size=batch_size, speed=decision.speed),
+                noise=noise,
+            )
         min_gains = None
         if not decision.is_trial:
             min_gains = self._planner.min_gains(
@@ -363,27 +371,6 @@ class Proposer:
         if not self._planner.limits.sibling_tokens or decision.is_trial or decision.is_probe:
             return False
         return self._drafter is not None and self._drafter.is_native
-
-    def _weigh(
-        self,
-        inputs: DraftInputs,
-        sequences: Sequence[RunningSequence],
-        decision: DraftDecision,
-        *,
-        batch_size: int,
-        noise: ColumnDraws | None,
-    ) -> Drafted:
-        """Draft as deep as it pays, and propose what is worth its column."""
-        planner, limits = self._planner, self._planner.limits
-        assert self._drafter is not None
-        return self._drafter.propose_weighed(
-            inputs,
-            num_steps=limits.draft_tokens,
-            num_nodes=limits.weighed_tokens,
-            num_siblings=limits.sibling_tokens,
-            weighing=planner.weighing(sequences, batch_size=batch_size, speed=decision.speed),
-            noise=noise,
-        )
 
     def _noise(self, sequences: list[RunningSequence], explores: list[bool]) -> ColumnDraws | None:
         """The noise that the target draws with; where a sequence explores, noise of its own."""
