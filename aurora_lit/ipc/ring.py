@@ -317,7 +317,7 @@ class RingReader(_Ring):
     def pass_over(self, most: int) -> None:
         """Leave out the oldest records until `most` are left; they count as overwritten."""
         words = self._words
-        while self.lag_records > most:
+        while self._queued()[0] > most:
             cursor, head = max(words[_Word.CURSOR], words[_Word.OLDEST]), words[_Word.HEAD]
             lock, size = self._word(cursor), _record_size(self._word(cursor + 8))
             if words[_Word.OLDEST] > cursor:
@@ -332,16 +332,6 @@ class RingReader(_Ring):
         start = offset % self._capacity
         first = os.pread(self._descriptor, min(length, self._capacity - start), _HEADER_BYTES + start)
         return first if len(first) == length else first + os.pread(self._descriptor, length - len(first), _HEADER_BYTES)
-
-    @property
-    def lag_bytes(self) -> int:
-        """Bytes written and not read yet."""
-        return self.counters.queued_bytes
-
-    @property
-    def lag_records(self) -> int:
-        """Records written and not read yet."""
-        return self.counters.queued_records
 
 
 class RingReaders:
@@ -379,12 +369,12 @@ class RingReaders:
     @property
     def lag_bytes(self) -> int:
         """Bytes written and not read yet."""
-        return sum(reader.lag_bytes for reader in self._readers)
+        return sum(reader.counters.queued_bytes for reader in self._readers)
 
     @property
     def lag_records(self) -> int:
         """Records written and not read yet."""
-        return sum(reader.lag_records for reader in self._readers)
+        return sum(reader.counters.queued_records for reader in self._readers)
 
     def close(self) -> None:
         """Close all."""

@@ -57,8 +57,8 @@ def test_records_come_out_as_they_went_in_round_and_round(ring: tuple[RingWriter
     read: list[int] = []
     while len(read) < 2000:
         push(writer, rng.randrange(10))
-        assert reader.lag_records == writer.counters.pushed - len(read)
-        assert (reader.lag_bytes == 0) == (reader.lag_records == 0)
+        assert reader.counters.queued_records == writer.counters.pushed - len(read)
+        assert (reader.counters.queued_bytes == 0) == (reader.counters.queued_records == 0)
         read += drain(reader)
     assert read == list(range(len(read)))
     counters = writer.counters
@@ -123,9 +123,9 @@ def test_a_reader_that_is_behind_passes_over_the_oldest_which_count_as_overwritt
     writer, reader = ring
     push(writer, 8)
     reader.pass_over(9)
-    assert reader.lag_records == 8
+    assert reader.counters.queued_records == 8
     reader.pass_over(3)
-    assert (reader.lag_records, reader.counters.overwritten) == (3, 5)
+    assert (reader.counters.queued_records, reader.counters.overwritten) == (3, 5)
     assert drain(reader) == [5, 6, 7]
     push(writer, 500)
     reader.pass_over(3)
@@ -226,12 +226,12 @@ def test_a_damaged_record_is_skipped_and_counted(
     writer, reader = ring
     push(writer, 3)
     damage(path, place, data)
-    assert 0 <= reader.lag_records <= 8, "its lock word may say anything"
+    assert 0 <= reader.counters.queued_records <= 8, "its lock word may say anything"
     assert drain(reader) == kept or (data == bytes(24) and drain(reader) == [])
     assert reader.counters.torn >= 1
-    assert reader.lag_records == 0
+    assert reader.counters.queued_records == 0
     push(writer, 2)
-    assert reader.lag_records == 2
+    assert reader.counters.queued_records == 2
     assert drain(reader) == [3, 4]
 
 
@@ -273,7 +273,7 @@ def test_a_record_that_is_written_over_while_it_is_read_is_not_returned(
     assert read == list(range(read[0], 40 + pushes))
     assert read[0] == writer.counters.overwritten
     push(writer, 3)
-    assert reader.lag_records == 3
+    assert reader.counters.queued_records == 3
 
 
 def test_a_record_that_is_written_over_when_it_has_just_been_read_is_not_missing_among_those_that_wait(
@@ -296,7 +296,7 @@ def test_a_record_that_is_written_over_when_it_has_just_been_read_is_not_missing
     counters = reader.counters
     assert counters.popped + counters.overwritten + len(drain(reader)) > counters.pushed, "or nothing was counted twice"
     push(writer, 4)
-    assert (reader.lag_records, read_counters(reader.path).queued_records) == (4, 4)
+    assert (reader.counters.queued_records, read_counters(reader.path).queued_records) == (4, 4)
 
 
 def test_records_are_counted_as_waiting_while_they_are_written_over(
@@ -312,7 +312,7 @@ def test_records_are_counted_as_waiting_while_they_are_written_over(
         return at_once(offset)
 
     monkeypatch.setattr(reader, "_word", slow)
-    counted = reader.lag_records
+    counted = reader.counters.queued_records
     assert counted == len(drain(reader)) > 10
 
 
