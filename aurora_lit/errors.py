@@ -60,11 +60,3 @@ class RequestError(AuroraError):
         self.param = param
         self.code = code
         self.status = status
-
-    def __reduce__(self) -> tuple[object, ...]:
-        """Make the error picklable: it travels from the engine worker to the HTTP process."""
-        return (_rebuild_request_error, (self.message, self.param, self.code, self.status))
-
-
-def _rebuild_request_error(message: str, param: str | None, code: str | None, status: int) -> RequestError:
-    return RequestError(message, param=param, code=code, status=status)
