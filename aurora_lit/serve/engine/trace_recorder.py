@@ -66,7 +66,8 @@ class TraceRecorder:
         self._hidden_size = hidden_size
         self._segment_tokens = segment_tokens
         self._overlap_tokens = overlap_tokens
-        self._keeps_prompts = keeps_prompts
+        self.keeps_prompts = keeps_prompts
+        """True if last hidden states of prompts are kept."""
 
     def attach(self, *, tokens_SL: torch.Tensor, aux_SLF: torch.Tensor | None) -> None:
         """Allocate memory for the engine's slots."""
@@ -74,23 +75,14 @@ class TraceRecorder:
         self._tokens_SL = tokens_SL
         self._owns_aux = aux_SLF is None
         self._aux_SLF = aux_SLF if aux_SLF is not None else self._allocate(num_slots, capacity, 3, tokens_SL.device)
-        self._last_SLH = self._allocate(num_slots, capacity, 1, tokens_SL.device)
-        self._segments = [_Segment() for _ in range(num_slots)]
-
-    @property
-    def last_SLH(self) -> torch.Tensor:
+        self.last_SLH = self._allocate(num_slots, capacity, 1, tokens_SL.device)
         """Last hidden states by slot, bf16."""
-        return self._last_SLH
-
-    @property
-    def keeps_prompts(self) -> bool:
-        """True if last hidden states of prompts are kept."""
-        return self._keeps_prompts
+        self._segments = [_Segment() for _ in range(num_slots)]
 
     def on_forward(self, *, slot: int, start: int, aux_TF: torch.Tensor, last_TH: torch.Tensor) -> None:
         """Keep the states that the target computed."""
         end = start + len(last_TH)
-        self._last_SLH[slot, start:end] = last_TH
+        self.last_SLH[slot, start:end] = last_TH
         if self._owns_aux:
             self._aux_SLF[slot, start:end] = aux_TF
 
@@ -98,8 +90,8 @@ class TraceRecorder:
         """Copy the states. If the source's were not kept, the slot's are not needed either (SlotAllocator)."""
         if self._owns_aux:
             self._aux_SLF[slot, start:length] = self._aux_SLF[source, start:length]
-        if self._keeps_prompts:
-            self._last_SLH[slot, start:length] = self._last_SLH[source, start:length]
+        if self.keeps_prompts:
+            self.last_SLH[slot, start:length] = self.last_SLH[source, start:length]
 
     def on_commit(self, sequence: RunningSequence, note: RoundNote, last: Callable[[], torch.Tensor]) -> None:
         """Add a round, with the states of its rejected proposals; the segment goes to the sink if it is full."""
@@ -124,8 +116,8 @@ class TraceRecorder:
     def _emit(self, segment: _Segment, sequence: RunningSequence) -> None:
         slot, end = sequence.slot, sequence.length - 1
         first = 0 if segment.start == sequence.prompt_length else max(0, segment.start - self._overlap_tokens)
-        if not self._keeps_prompts:  # what is there may be another request's
-            self._last_SLH[slot, first : max(first, sequence.prompt_length - 1)] = 0
+        if not self.keeps_prompts:  # what is there may be another request's
+            self.last_SLH[slot, first : max(first, sequence.prompt_length - 1)] = 0
         self._sink(
             Trace(
                 request_id=sequence.request.request_id,
@@ -139,7 +131,7 @@ class TraceRecorder:
                 answer_start=segment.start - first,
                 token_ids_T=self._tokens_SL[slot, first:end].to("cpu", torch.int32),
                 aux_T3H=self._aux_SLF[slot, first:end].to("cpu", torch.bfloat16),
-                last_TH=self._last_SLH[slot, first:end].cpu(),
+                last_TH=self.last_SLH[slot, first:end].cpu(),
                 rejected_last_NH=self._concatenate(segment.rejected),
                 **_round_tensors(segment.notes, first=first),
             )

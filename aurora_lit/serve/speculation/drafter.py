@@ -65,9 +65,10 @@ class Drafter:
         self._tokens_SL = tokens_SL
         shape_SLF = (len(tokens_SL), capacity, 3 * target.hidden_size)
         if tokens_SL.device.type == "cpu":
-            self._features_SLF = huge_pages.growing(shape_SLF, target.kv_dtype)
+            self.features_SLF = huge_pages.growing(shape_SLF, target.kv_dtype)
         else:
-            self._features_SLF = torch.zeros(shape_SLF, dtype=target.kv_dtype, device=tokens_SL.device)
+            self.features_SLF = torch.zeros(shape_SLF, dtype=target.kv_dtype, device=tokens_SL.device)
+        """The target's features, valid for every position that the target has computed and committed."""
         self._num_cached = [0] * len(tokens_SL)
         """Positions of each slot whose keys and values were computed from the target's features."""
         self._runtime_draft = self.prepare(draft)
@@ -77,11 +78,6 @@ class Drafter:
     def draft(self) -> Eagle3Draft:
         """The draft that proposes now."""
         return self._runtime_draft.draft
-
-    @property
-    def features_SLF(self) -> torch.Tensor:
-        """The target's features, valid for every position that the target has computed and committed."""
-        return self._features_SLF
 
     @property
     def is_native(self) -> bool:
@@ -129,7 +125,7 @@ class Drafter:
 
     def store_features(self, *, slot: int, start: int, aux_TF: torch.Tensor) -> None:
         """Store the target's features of positions start, start + 1, … of a sequence."""
-        self._features_SLF[slot, start : start + len(aux_TF)] = aux_TF
+        self.features_SLF[slot, start : start + len(aux_TF)] = aux_TF
 
     def forget(self, slot: int) -> None:
         """Drop what the slot holds: it starts a new request."""
@@ -144,7 +140,7 @@ class Drafter:
 
         `start`: how many of them the slot has already.
         """
-        self._features_SLF[slot, start:length] = self._features_SLF[source, start:length]
+        self.features_SLF[slot, start:length] = self.features_SLF[source, start:length]
         known, own = min(self._num_cached[source], length - 1), self._num_cached[slot]
         if known > own:
             self._cache.copy_prefix(source, slot, known, start=own)
@@ -236,7 +232,7 @@ class Drafter:
         return steps(
             keys=self._cache.keys_SGCQPE,
             values=self._cache.values_SGMDE,
-            features_SLF=self._features_SLF,
+            features_SLF=self.features_SLF,
             tokens_SL=self._tokens_SL,
             slots=inputs.slots,
             done=starts,
@@ -310,7 +306,7 @@ class Drafter:
         """The layer's inputs at committed positions: next tokens, hidden states, slots and starts."""
         slots_B, starts_B = (torch.tensor(each, device=self._tokens_SL.device) for each in (slots, starts))
         positions_BT = starts_B[:, None] + torch.arange(count, device=slots_B.device)
-        features_BTF = self._features_SLF[slots_B[:, None], positions_BT]
+        features_BTF = self.features_SLF[slots_B[:, None], positions_BT]
         if uses_kernels(slots_B.device):
             features_BTF = features_BTF.float()
         tokens_BT = self._tokens_SL[slots_B[:, None], positions_BT + 1]

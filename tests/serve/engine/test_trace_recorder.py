@@ -296,7 +296,7 @@ def test_no_state_is_kept_of_a_request_that_may_not_be_stored(models: TinyModels
     recorder = TraceRecorder(lambda _: None, hidden_size=models.target.hidden_size)
     engine = make_engine(models.target, max_batch_size=2, observer=recorder)
     run(engine, [replace(r, store=r.request_id == "2") for r in models.requests()[2:4]])
-    used_S = (recorder._last_SLH != 0).any(-1).any(-1).tolist()
+    used_S = (recorder.last_SLH != 0).any(-1).any(-1).tolist()
     assert used_S == [True, False] or used_S == [False, True]
 
 
