@@ -103,13 +103,13 @@ def serve(config: AuroraConfig, *, backend: Backend | None = None) -> None:
 
 def check_learning(config: AuroraConfig) -> None:
     """Raise ConfigError if a learner is asked for whose drafts could never be published or served."""
+    if not config.learn.enabled:
+        return
     remedy = None
     if not config.engine.speculate:
         remedy = "set engine.speculate=true, or learn.enabled=false"
     elif config.draft.checkpoint is None and not config.learn.from_scratch:
         remedy = "name a draft.checkpoint to begin with, or set learn.from_scratch=true or learn.enabled=false"
-    if not config.learn.enabled:
-        return
     if remedy is not None:
         raise ConfigError(f"learn.enabled=true needs a draft that is used; {remedy}")
     folder = versions_folder(config)
@@ -268,12 +268,9 @@ def _end_when_a_child_ends(
     else:
         return
     watch.kill()  # the remaining ranks cannot do anything alone
-    if loss is None:
-        _log.error("the HTTP process ended; the server ends")
-        status.write(state=WorkerState.FAILED, error="the HTTP process ended")
-    else:
-        _log.error("%s; the server ends", loss)
-        status.write(state=WorkerState.FAILED, error=loss)
-        if ready:
-            time.sleep(WORKER_GRACE_S)
+    error = loss or "the HTTP process ended"
+    _log.error("%s; the server ends", error)
+    status.write(state=WorkerState.FAILED, error=error)
+    if loss is not None and ready:
+        time.sleep(WORKER_GRACE_S)
     os.kill(os.getpid(), signal.SIGTERM)

@@ -176,15 +176,14 @@ class EngineLoop:
                 continue
             try:
                 calls.add(message)
+                continue
             except RequestError as error:
-                calls.cancel(call_id)
                 failure = Failure(message=error.message, param=error.param, code=error.code, status=error.status)
-                self._send(((call_id, failure),), calls, outbox)
             except Exception as error:
                 _log.exception("call %s was not accepted", call_id)
-                calls.cancel(call_id)
                 failure = Failure(message=f"the request failed: {error}", code="engine_error")
-                self._send(((call_id, failure),), calls, outbox)
+            calls.cancel(call_id)
+            self._send(((call_id, failure),), calls, outbox)
 
 
 class _Untold:
