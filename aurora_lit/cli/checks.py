@@ -18,7 +18,7 @@ from typing import Literal
 
 from aurora_lit.config import AuroraConfig, draft_folder
 from aurora_lit.cores import available_cores
-from aurora_lit.errors import AuroraError, CheckpointError, ConfigError
+from aurora_lit.errors import AuroraError, CheckpointError
 from aurora_lit.free_memory import available_bytes
 from aurora_lit.models.source import UNQUANTISED, cache_root, cached, unreadable_weights
 from aurora_lit.placement import describe, uses_gpus
@@ -178,11 +178,7 @@ def check_address(config: AuroraConfig) -> Check:
     from aurora_lit.serve import server
 
     host, port = config.server.host, config.server.port
-    try:
-        server.check_address(host, port)
-    except ConfigError as error:
-        found, _, remedy = str(error).partition("; ")
-        return _fail("address", found, remedy or "choose another server.port")
+    server.check_address(host, port)
     if host != "127.0.0.1" and config.server.api_key is None:
         return _warn(
             "address",
