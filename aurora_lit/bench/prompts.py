@@ -115,7 +115,7 @@ def answer_prompts(
 
 def params_for(temperature: float, *, max_tokens: int, speculate: bool = True) -> SamplingParams:
     """Sampling parameters of a benchmark: a temperature and no other option."""
-    return SamplingParams(max_tokens=max_tokens, temperature=temperature, logit_bias={}, speculate=speculate)
+    return SamplingParams(max_tokens=max_tokens, temperature=temperature, speculate=speculate)
 
 
 def repeated_share(answers: Sequence[Sequence[int]], *, gram_tokens: int = REPEATED_GRAM_TOKENS) -> float:

@@ -41,16 +41,6 @@ def generate(
         ids_BT[row, longest - len(prompt.token_ids) :] = torch.tensor(prompt.token_ids)
         mask_BT[row, longest - len(prompt.token_ids) :] = 1
     first_token = _FirstToken()
-    sampling = (
-        {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
-        if temperature
-        else {
-            "do_sample": False,
-            "temperature": None,
-            "top_k": None,
-            "top_p": None,
-        }
-    )
     started = time.perf_counter()
     out_BL = model.generate(
         ids_BT,
@@ -58,9 +48,11 @@ def generate(
         max_new_tokens=max_tokens,
         eos_token_id=sorted(eos_token_ids),
         pad_token_id=min(eos_token_ids),
-        streamer=None,
         stopping_criteria=[first_token],
-        **sampling,
+        do_sample=bool(temperature),
+        temperature=temperature or None,
+        top_k=0 if temperature else None,
+        top_p=1.0 if temperature else None,
     )
     ended = time.perf_counter()
     answers = []

@@ -28,6 +28,7 @@ from aurora_lit.bench.prompts import repeated_share
 from aurora_lit.bench.reporting import progress_bar
 from aurora_lit.bench.stream_plan import PlannedRequest, Stream, plan, read_stream
 from aurora_lit.config import AuroraConfig
+from aurora_lit.durable import replace_file
 from aurora_lit.errors import AuroraError, ConfigError
 from aurora_lit.serve.engine.engine import Engine
 from aurora_lit.serve.worker.build import build_engine
@@ -192,6 +193,4 @@ def _finish(out: Path) -> dict[str, Any]:
 
 
 def _write(path: Path, content: dict[str, Any]) -> None:
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    temporary.replace(path)
+    replace_file(path, (json.dumps(content, indent=2) + "\n").encode())

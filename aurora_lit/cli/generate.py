@@ -54,7 +54,7 @@ def generate(config: AuroraConfig, *, prompt: str, max_tokens: int, temperature:
         request_id="answer",
         prompt_ids=tuple(encode_prompt(tokenizer, Prompt(domain="", messages=(prompt,)))),
         store=False,  # or the second answer would be copied from the first
-        params=SamplingParams(max_tokens=max_tokens, temperature=temperature, logit_bias={}),
+        params=SamplingParams(max_tokens=max_tokens, temperature=temperature),
     )
     warm_up(engine, request)
     console = Console(highlight=False)

@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from aurora_lit.durable import replace_file
+
 
 @dataclass(kw_only=True)
 class Result:
@@ -50,9 +52,7 @@ def store(out: Path, result: Result) -> None:
     """Write a result atomically."""
     path = result_path(out, result.arm, result.seed)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(asdict(result)) + "\n", encoding="utf-8")
-    temporary.replace(path)
+    replace_file(path, (json.dumps(asdict(result)) + "\n").encode())
 
 
 def stored(out: Path, arm: str) -> Iterator[Result]:
