@@ -212,11 +212,8 @@ def _read_override(text: str) -> Mapping[str, Any]:
         raise ConfigError(f"{text!r} is not an override; write key=value, such as engine.max_batch_size=4")
     parts = key.split(".")
     # Text settings keep the characters as typed (the API key 0123 is not a number); other values are YAML.
-    kind: Any = AuroraConfig
-    for part in parts:
-        kind = typing.get_type_hints(kind).get(part) if dataclasses.is_dataclass(kind) else None
     try:
-        tree: Any = value if _is_text(kind) and value != "null" else yaml.safe_load(value)
+        tree: Any = value if _is_text(_type_of(parts)) and value != "null" else yaml.safe_load(value)
     except yaml.YAMLError as error:
         raise ConfigError(f"{_assignment(key, value)}: the value is not valid YAML; quote it") from error
     for part in reversed(parts):
@@ -227,6 +224,14 @@ def _read_override(text: str) -> Mapping[str, Any]:
 def _escaped(text: str) -> str:
     r"""The text with `\${` for `${`, which would be an interpolation; backslashes before it are doubled."""
     return re.sub(r"(\\*)\$\{", lambda found: found[1] * 2 + r"\${", text)
+
+
+def _type_of(parts: Sequence[str]) -> Any:
+    """The type of a setting, or of a section; None if there is no such setting."""
+    kind: Any = AuroraConfig
+    for part in parts:
+        kind = typing.get_type_hints(kind).get(part) if dataclasses.is_dataclass(kind) else None
+    return kind
 
 
 def _is_text(kind: Any) -> bool:
@@ -312,9 +317,6 @@ def _remedy(kind: Any, value: object) -> str:
 
 def _explain(error: OmegaConfBaseException) -> str:
     """OmegaConf's error on one line, with a remedy."""
-    kind: Any = AuroraConfig
-    for part in str(error.full_key or "").split("."):
-        kind = typing.get_type_hints(kind).get(part) if dataclasses.is_dataclass(kind) else None
     if isinstance(error, InterpolationKeyError):
         remedy = f"name a setting that exists, use ${{oc.env:NAME}} for an environment variable, or {_NO_INTERPOLATION}"
     elif isinstance(error, GrammarParseError | UnsupportedInterpolationType):
@@ -322,6 +324,7 @@ def _explain(error: OmegaConfBaseException) -> str:
     elif "resolving" in str(error.msg):
         remedy = "set that variable or the value itself"
     else:
+        kind = _type_of(str(error.full_key or "").split("."))
         remedy = _remedy(kind, None)  # all that is wrong with a text here is that it has no value
     first_line = str(error.msg or error).splitlines()[0].rstrip(".")
     return f"{error.full_key or 'configuration'}: {first_line}; {remedy}"

@@ -1,6 +1,6 @@
 """The ranks of a sharded target: what ranks 1, 2, … run, and how the main process watches all of them.
 
-LitServe starts `engine.devices` worker processes. Worker 0 is rank 0 and runs the engine; each other one runs
+`engine.devices` processes are started (engine_process.py). Worker 0 is rank 0 and runs the engine; each other one runs
 `run_rank` and never serves a request. Each writes a heartbeat several times a second from a thread of its own, so that
 a long forward pass does not look like a stopped process. The server ends if one of them ends or its heartbeat stops.
 Leaves out what ranks compute together (distributed.py, models/sharded_target.py) and ending the server

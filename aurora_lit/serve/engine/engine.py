@@ -295,7 +295,6 @@ class Engine:
             self.stats.prompt_tokens += length
             self.stats.looked_up_tokens += length if self._allocator.looks_up(request) else 0
             self.stats.cached_tokens += num_cached
-            self.stats.opted_out += not request.store
         return refused
 
     def _plan(self) -> RoundPlan:

@@ -47,8 +47,6 @@ class EngineStats:
     """What rounds took that can be compared with plain ones (serve/speculation/floor.py), in microseconds."""
     compared_plain_us: int = 0
     """What their tokens would have taken in plain rounds."""
-    opted_out: int = 0
-    """Requests of which no trace may be made."""
     explored_drafts: int = 0
     """Those of `drafts` that were sampled at the exploration temperature."""
 

@@ -2,7 +2,7 @@
 
     kept = KeptCosts(folder, key={"machine": …, "code": …, "options": …})
     if not kept.load_into(costs):
-        calibrate(costs, …)
+        …                  # measure them (serve/speculation/calibration.py)
         kept.save(costs)
 
 One small JSON file for each key. Tables of another machine, version or configuration have another key; a damaged file

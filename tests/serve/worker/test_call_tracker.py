@@ -119,6 +119,14 @@ def test_cancelling_one_request_frees_its_slot_and_the_others_of_its_call_go_on(
     assert tracker.active_calls() == []
 
 
+def test_requests_that_may_not_be_stored_are_counted(tracker):
+    plain, opted_out = call("a", "abc"), call("b", "abc", "def")
+    requests = tuple(replace(request, store=False) for request in opted_out.requests)
+    tracker.add(plain)
+    tracker.add(Call(call_id="b", requests=requests))
+    assert tracker.num_opted_out == 2
+
+
 def test_a_call_ends_when_its_last_request_is_cancelled(tracker, engine):
     tracker.add(call("a", "abc", "def", max_tokens=2))
     tracker.cancel_request("a", 1)
