@@ -217,7 +217,7 @@ def test_while_there_are_requests_a_learner_that_is_behind_goes_on_with_the_newe
 ) -> None:
     """Else it would always read what the ring is about to overwrite; without requests there is time for all."""
     harness = LearnerHarness(target, tmp_path)
-    harness.load = load
+    harness.load, harness.ring.passes_over = load, True
     records = [replace(traffic[0], request_id=str(number)) for number in range(70)]
     harness.ring.records.extend(records)
     harness.loop.tick()
