@@ -1,6 +1,6 @@
 """What is proposed in a round, and how many tokens: copies, the draft, and the planners.
 
-Copies come from earlier in the request and from the traffic memory. The proposer looks them up, asks the planners,
+Copies come from earlier in the request and from the traffic memory. The proposer has them found, asks the planners,
 which compare measured costs with predicted acceptance, runs the draft where it promises more, and merges both.
 Verification is not here (serve/sequences/round_plan.py).
 
@@ -17,6 +17,7 @@ above it:
     candidate_tree.py     one tree a sequence, from copies and the draft's proposals
     copies_in_python.py   looks copies up where there are no kernels
     traffic_memory.py     what earlier requests were answered, by who may read it; looks copies up
+    copy_finder.py        the copies that a round may propose: whose are looked up, how probable they must be
     runtime_draft.py      a draft prepared for this machine: weights packed, native calls set up, outputs checked
     drafter.py            drafting for a batch: the draft's KV cache, and chains of proposals
     calibration.py        measures forward passes and draft steps before the first request; keeps what it found

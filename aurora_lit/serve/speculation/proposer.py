@@ -15,7 +15,7 @@ rewarded by p(a) alone would learn to propose the likeliest token, which that no
 
 Where a sequence's grammar leaves no choice, what it forces is proposed, and nothing else is looked for.
 
-Left out: the draft's work (serve/speculation/drafter.py), what copies there are (serve/speculation/traffic_memory.py),
+Left out: the draft's work (serve/speculation/drafter.py), what copies there are (serve/speculation/copy_finder.py),
 how much is proposed (serve/speculation/planner.py, serve/speculation/copy_planner.py), and which proposals are accepted
 (serve/sequences/round_plan.py).
 
@@ -33,28 +33,19 @@ import torch
 from aurora_lit.kernels.copy_rates import CopyReliability
 from aurora_lit.kernels.draft_steps import Drafted
 from aurora_lit.kernels.products import ColumnDraws
-from aurora_lit.kernels.suffix_index import Copies, LookUp
+from aurora_lit.kernels.suffix_index import Copies
 from aurora_lit.modules.sampling.distribution import uses_temperature_only
 from aurora_lit.serve.sequences.round_plan import NO_PROPOSAL, Proposal, WeighedChain
 from aurora_lit.serve.sequences.sequence import RunningSequence
-from aurora_lit.serve.speculation.candidate_tree import chain_of, copied, with_copies
-from aurora_lit.serve.speculation.copy_planner import LEAST_SURVIVAL, CopyPlanner
+from aurora_lit.serve.speculation.candidate_tree import copied, with_copies
+from aurora_lit.serve.speculation.copy_finder import MAX_PADDED_COPIES, CopyFinder
+from aurora_lit.serve.speculation.copy_planner import CopyPlanner
 from aurora_lit.serve.speculation.drafter import Drafter, DraftInputs
 from aurora_lit.serve.speculation.grammar_rows import forced_proposal
 from aurora_lit.serve.speculation.planner import MAX_REMAINING_TOKENS, DraftDecision, SpeculationPlanner
-from aurora_lit.serve.speculation.traffic_memory import TrafficMemory, look_up_copies
+from aurora_lit.serve.speculation.traffic_memory import TrafficMemory
 from aurora_lit.traces.record import SOURCE_DRAFT, SOURCE_NONE
 
-_MAX_PADDED_COPIES = 4
-"""Most copied tokens where all sequences of a round compute the longest query length."""
-_WORTH_LOOKING_UP = 0.5
-"""Share of a column's price in tokens that a copy must promise to be looked up."""
-_FRUITLESS = ((16, 16), (8, 8), (4, 4), (2, 2))
-"""After so many look-ups of a sequence that found nothing, it is looked up only every so many rounds: a look-up takes
-3 % of a small round, and copies go on for several tokens, so that little is lost by finding them later. Sequences are
-looked up in the same rounds, since a look-up for several costs little more than for one."""
-_PRICED_EVERY = 16
-"""Rounds for which a column's price holds."""
 _LEAST_CATCH_UP = 32
 """Positions of the draft's prefill that a round computes at least, if any are missing."""
 
@@ -88,14 +79,10 @@ class Proposer:
         self._planner = planner
         self._copy_planner = CopyPlanner(planner)
         self.reliability = CopyReliability()
-        self._tokens_SL, self._memory, self._looks_up = tokens_SL, memory, looks_up
+        self._copy_finder = CopyFinder(planner, self.reliability, tokens_SL=tokens_SL, memory=memory, looks_up=looks_up)
         self._max_catch_up_s = max_catch_up_s
         self.explore_share, self.explore_temperature = explore_share, explore_temperature
         self._rng = random.Random(explore_seed)
-        self._num_rounds = 0
-        """That looked for copies, or might have."""
-        self._least: dict[int, float] = {}
-        """Survival below which copies are not looked up, by batch size."""
         self.draft_seconds = 0.0
         """Time that drafting took in the last round."""
         self.catch_up_seconds = 0.0
@@ -125,7 +112,7 @@ class Proposer:
         """Longest chain of tokens that a grammar forces."""
         limits = self._planner.limits
         most = max(limits.draft_tokens, limits.copied_tokens)
-        return most if self._planner.costs.ragged else min(most, _MAX_PADDED_COPIES)
+        return most if self._planner.costs.ragged else min(most, MAX_PADDED_COPIES)
 
     def _propose(
         self, sequences: Sequence[RunningSequence], proposals: list[Proposal], *, copies: bool, drafts: bool
@@ -137,7 +124,7 @@ class Proposer:
         found: dict[int, Copies] = {}
         if copies:
             started = time.perf_counter()
-            found = self._look_up(sequences, speculating)
+            found = self._copy_finder.find(sequences, speculating)
             self.looking_seconds = time.perf_counter() - started
         speed = self._copy(sequences, found, proposals, drafts=drafts)
         if not drafts:
@@ -172,54 +159,6 @@ class Proposer:
             self._planner.observe(sequence, proposal, path=path, tokens=tokens, finished=finished)
 
     # -- copies --------------------------------------------------------------------------------------------------------
-
-    def _look_up(self, sequences: Sequence[RunningSequence], candidates: Sequence[int]) -> dict[int, Copies]:
-        """The likeliest copies, by index of the sequence, where there are any."""
-        longest = self._planner.limits.copied_tokens
-        if not longest:
-            return {}
-        self._num_rounds += 1
-        is_ragged = self._planner.costs.ragged
-        if not is_ragged:
-            longest = min(longest, _MAX_PADDED_COPIES)
-        candidates = [i for i in candidates if sequences[i].num_remaining > 1 and self._is_due(sequences[i])]
-        if not candidates:
-            return {}
-        asking = [sequences[i] for i in candidates]
-        rows = LookUp(
-            slots=[sequence.slot for sequence in asking],
-            lengths=[sequence.length for sequence in asking],
-            most=[min(longest, sequence.num_remaining - 1) for sequence in asking],
-            parts=[sequence.memory_part for sequence in asking],
-            tables=[self.reliability.table(sampled=sequence.temperature > 0) for sequence in asking],
-            rate_RC=self.reliability.rate_RC,
-            least=self._least_survival(len(sequences)),
-            own=self._looks_up,
-        )
-        found = look_up_copies(self._tokens_SL, rows, memory=self._memory)
-        for sequence, copies in zip(asking, found, strict=True):
-            sequence.fruitless_look_ups = 0 if copies.tokens else sequence.fruitless_look_ups + 1
-        if not is_ragged:
-            found = [chain_of(copies) for copies in found]
-        return {i: copies for i, copies in zip(candidates, found, strict=True) if copies.tokens}
-
-    def _is_due(self, sequence: RunningSequence) -> bool:
-        """False: so many look-ups found nothing that this one is left out."""
-        if not self._planner.limits.adaptive:
-            return True
-        every = next((every for least, every in _FRUITLESS if sequence.fruitless_look_ups >= least), 1)
-        return self._num_rounds % every == 0
-
-    def _least_survival(self, batch_size: int) -> float:
-        """Copies that are less probable than this are not looked up: they would not repay much of their columns."""
-        if not self._planner.limits.adaptive:
-            return LEAST_SURVIVAL
-        if batch_size not in self._least or self._num_rounds % _PRICED_EVERY == 0:
-            costs = self._planner.costs
-            plain_s = costs.round_s(batch_size, [])
-            column_tokens = batch_size * costs.column_s(batch_size, 0) / plain_s if plain_s else 0.0
-            self._least[batch_size] = max(LEAST_SURVIVAL, _WORTH_LOOKING_UP * column_tokens)
-        return self._least[batch_size]
 
     def _copy(
         self,

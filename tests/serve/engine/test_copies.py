@@ -15,7 +15,7 @@ from aurora_lit.kernels.suffix_index import NO_COPIES, Copies, LookUp
 from aurora_lit.models.target import Target
 from aurora_lit.request import Request
 from aurora_lit.serve.sequences.round_plan import Proposal
-from aurora_lit.serve.speculation import proposer
+from aurora_lit.serve.speculation import copy_finder, proposer
 from aurora_lit.serve.speculation.candidate_tree import with_copies
 from aurora_lit.serve.speculation.copy_planner import CopyPlan, CopyPlanner
 from aurora_lit.serve.speculation.costs import CostTable
@@ -165,7 +165,7 @@ def test_a_sequence_without_copies_is_looked_up_ever_more_rarely(
         finds = len(lengths) == 12
         return [Copies([1], [0], [0.9], [0]) if finds else NO_COPIES for _ in rows.slots]
 
-    monkeypatch.setattr(proposer, "look_up_copies", find)
+    monkeypatch.setattr(copy_finder, "look_up_copies", find)
     run(engine, [request("a", (3, 4, 5), max_tokens=124, temperature=0.0, ignore_eos=True)])
     steps = [after - before for before, after in itertools.pairwise(lengths)]
     if not adaptive:
@@ -185,7 +185,7 @@ def test_sequences_without_copies_are_looked_up_in_the_same_rounds(
         asked[-1] += len(rows.slots)
         return [NO_COPIES] * len(rows.slots)
 
-    monkeypatch.setattr(proposer, "look_up_copies", find_nothing)
+    monkeypatch.setattr(copy_finder, "look_up_copies", find_nothing)
     engine = make_engine(target, copied_tokens=8, adaptive=True)
     engine.floor = None
     for number in range(3):
