@@ -14,9 +14,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -120,6 +120,60 @@ class Trace:
         """A copy with its own memory."""
         tensors: dict[str, Any] = {name: tensor.clone() for name, tensor in _tensors(self).items()}
         return replace(self, **tensors)
+
+
+class RoundNote(NamedTuple):
+    """One round of one sequence, as a trace records it."""
+
+    root: int
+    """Position of the last committed token when the round began."""
+    version: int
+    """The draft's version; -1 if the draft proposed nothing."""
+    source: int
+    """Where the proposals come from: one of SOURCE_…"""
+    proposals: list[int]
+    """Without those that the end of the request cut off. Of copies, only up to the first rejected one. Of a weighed
+    chain the first choices that the answer tells about, some of which may not have been proposed."""
+    accepted: int
+    explored: bool = False
+    """True if the proposals were sampled at the exploration temperature."""
+    draft_temperature: float = 1.0
+    """By which the draft's logits were divided before proposals were drawn to explore; 1 in other rounds."""
+    logprobs: list[float] | None = None
+    """Behaviour log-probabilities of proposals that were drawn to explore. None in other rounds, and where p differs
+    from the softmax of the target's logits at the request's temperature: a learner computes p from these alone, so that
+    it would take wrong rewards from such a round."""
+
+
+_Columns = dict[str, tuple[list[Any], type[np.generic]]]
+"""Values and dtype by name of a trace's field."""
+
+
+def round_tensors(notes: Sequence[RoundNote], *, first: int) -> dict[str, Any]:
+    """The fields of a trace that describe its rounds, all but the states of what they rejected.
+
+    `first`: position of the trace's first token.
+    """
+    count, widest = len(notes), max((len(note.proposals) for note in notes), default=0)
+    padding, unknown = [-1] * widest, [float("nan")] * widest
+    per_round: _Columns = {
+        "round_root_R": ([note.root - first for note in notes], np.int32),
+        "round_version_R": ([note.version for note in notes], np.int32),
+        "num_proposed_R": ([len(note.proposals) for note in notes], np.int32),
+        "num_accepted_R": ([note.accepted for note in notes], np.int32),
+        "source_R": ([note.source for note in notes], np.uint8),
+        "explored_R": ([note.explored for note in notes], np.bool_),
+        "draft_temperature_R": ([note.draft_temperature for note in notes], np.float32),
+    }
+    per_proposal: _Columns = {
+        "proposal_RK": ([(note.proposals + padding)[:widest] for note in notes], np.int32),
+        "behaviour_logprob_RK": ([((note.logprobs or []) + unknown)[:widest] for note in notes], np.float32),
+    }
+    # numpy arrays are made from lists in a fraction of the time that torch.tensor takes.
+    tensors = {name: torch.from_numpy(np.array(values, dtype=dtype)) for name, (values, dtype) in per_round.items()}
+    for name, (values, dtype) in per_proposal.items():
+        tensors[name] = torch.from_numpy(np.array(values, dtype=dtype).reshape(count, widest))
+    return tensors
 
 
 _TENSOR_FIELDS: dict[str, tuple[torch.dtype, tuple[str, ...]]] = {

@@ -15,14 +15,13 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from aurora_lit.drafts.rollback import TrafficKind
 from aurora_lit.request import MAX_DOMAIN_CHARACTERS
-from aurora_lit.traces.record import SOURCE_DRAFT, SOURCE_NONE, Trace
+from aurora_lit.traces.record import SOURCE_DRAFT, SOURCE_NONE, RoundNote, Trace, round_tensors
 
 PROMPT_TOKENS = 1024
 """Of a longer prompt, only the last positions are recorded."""
@@ -83,11 +82,9 @@ class RoundOutcome:
 
 @dataclass(kw_only=True)
 class _Round:
-    root: int
-    """Position in the request."""
-    proposals: list[int]
-    accepted: int
-    version: int
+    note: RoundNote
+    """It never explores, though the draft may have drawn its proposals: vLLM accepts drawn ones with probability
+    min(1, p / q), and the policy loss takes it to be p (modules/losses/policy.py)."""
     rejected_NH: Tensor
 
 
@@ -253,10 +250,7 @@ class Capture:
         rejected_from = first_proposal + accepted
         recording.rounds.append(
             _Round(
-                root=root,
-                proposals=proposals,
-                accepted=accepted,
-                version=recording.version if proposals else -1,
+                note=_note(root, proposals, accepted, version=recording.version),
                 rejected_NH=step.last_QH[rejected_from : rejected_from + num_rejected].clone(),
             )
         )
@@ -274,6 +268,7 @@ class Capture:
         end = min([end, *stops])
         if end > recording.start:
             rounds = [_cut(each, end) if ended or end < recording.length else each for each in recording.rounds]
+            rounds = [each for each in rounds if first <= each.note.root < end]
             self._sink(
                 Trace(
                     request_id=info.request_id,
@@ -287,7 +282,8 @@ class Capture:
                     token_ids_T=tokens_T[: end - first].int(),
                     aux_T3H=aux_T3H[: end - first].bfloat16(),
                     last_TH=last_TH[: end - first].bfloat16(),
-                    **_round_tensors([each for each in rounds if first <= each.root < end], first, last_TH),
+                    rejected_last_NH=torch.cat([*(each.rejected_NH for each in rounds), last_TH[:0]]).bfloat16(),
+                    **round_tensors([each.note for each in rounds], first=first),
                 )
             )
         kept = min(self._overlap_tokens, recording.length - first)
@@ -308,41 +304,23 @@ def _kind(info: RequestInfo) -> TrafficKind:
 
 def _cut(each: _Round, end: int) -> _Round:
     """The round without proposals for positions after `end`, which is that of the request's last token."""
-    proposed = min(len(each.proposals), max(0, end - each.root))
-    accepted = min(each.accepted, proposed)
+    note = each.note
+    proposed = min(len(note.proposals), max(0, end - note.root))
+    accepted = min(note.accepted, proposed)
     return _Round(
-        root=each.root,
-        proposals=each.proposals[:proposed],
-        accepted=accepted,
-        version=each.version if proposed else -1,
+        note=_note(note.root, note.proposals[:proposed], accepted, version=note.version),
         rejected_NH=each.rejected_NH[: max(0, proposed - 1 - accepted)],
     )
 
 
-def _round_tensors(rounds: Sequence[_Round], first: int, last_TH: Tensor) -> dict[str, Any]:
-    """Fields of the trace.
-
-    No round explores, though the draft may have drawn its proposals: vLLM accepts drawn ones with probability
-    min(1, p / q), and the policy loss takes it to be p (modules/losses/policy.py).
-    """
-    num_rounds, widest = len(rounds), max((len(each.proposals) for each in rounds), default=0)
-    rejected = [each.rejected_NH for each in rounds]
-    return {
-        "round_root_R": torch.tensor([each.root - first for each in rounds], dtype=torch.int32),
-        "round_version_R": torch.tensor([each.version for each in rounds], dtype=torch.int32),
-        "num_proposed_R": torch.tensor([len(each.proposals) for each in rounds], dtype=torch.int32),
-        "num_accepted_R": torch.tensor([each.accepted for each in rounds], dtype=torch.int32),
-        "source_R": torch.tensor(
-            [SOURCE_DRAFT if each.proposals else SOURCE_NONE for each in rounds], dtype=torch.uint8
-        ),
-        "explored_R": torch.zeros(num_rounds, dtype=torch.bool),
-        "draft_temperature_R": torch.ones(num_rounds),
-        "proposal_RK": torch.tensor(
-            [each.proposals + [-1] * (widest - len(each.proposals)) for each in rounds], dtype=torch.int32
-        ).reshape(num_rounds, widest),
-        "behaviour_logprob_RK": torch.full((num_rounds, widest), float("nan")),
-        "rejected_last_NH": torch.cat([*rejected, last_TH[:0]]).bfloat16(),
-    }
+def _note(root: int, proposals: list[int], accepted: int, *, version: int) -> RoundNote:
+    return RoundNote(
+        root=root,
+        version=version if proposals else -1,
+        source=SOURCE_DRAFT if proposals else SOURCE_NONE,
+        proposals=proposals,
+        accepted=accepted,
+    )
 
 
 def label(extra_args: dict[str, object] | None) -> tuple[str, bool]:

@@ -16,22 +16,15 @@ rejected positions.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
 
-import numpy as np
 import torch
 
-from aurora_lit.drafts.versions import version_number
 from aurora_lit.modules.sampling.distribution import is_greedy
 from aurora_lit.request import SamplingParams
-from aurora_lit.serve.sequences.observer import RoundNote
 from aurora_lit.serve.sequences.sequence import RunningSequence
-from aurora_lit.traces.record import SOURCE_DRAFT, Trace
-
-_Columns = dict[str, tuple[list[Any], type[np.generic]]]
-"""Values and dtype by name of a trace's field."""
+from aurora_lit.traces.record import RoundNote, Trace, round_tensors
 
 
 @dataclass(kw_only=True)
@@ -133,7 +126,7 @@ class TraceRecorder:
                 aux_T3H=self._aux_SLF[slot, first:end].to("cpu", torch.bfloat16),
                 last_TH=self.last_SLH[slot, first:end].cpu(),
                 rejected_last_NH=self._concatenate(segment.rejected),
-                **_round_tensors(segment.notes, first=first),
+                **round_tensors(segment.notes, first=first),
             )
         )
         segment.start, segment.notes, segment.rejected = end, [], []
@@ -152,29 +145,3 @@ class TraceRecorder:
 def verify_mode(params: SamplingParams) -> str:
     """How a request's proposals are verified, as a trace records it (traces.record.VERIFY_MODES)."""
     return "greedy" if is_greedy(params) else "sampled"
-
-
-def _round_tensors(notes: Sequence[RoundNote], *, first: int) -> dict[str, torch.Tensor]:
-    """The fields of a trace that describe its rounds; `first`: position of the trace's first token."""
-    count, widest = len(notes), max((len(note.proposals) for note in notes), default=0)
-    padding, unknown = [-1] * widest, [float("nan")] * widest
-    versions = {note.version: version_number(note.version) for note in notes}
-    drafters = [versions[note.version] if note.source == SOURCE_DRAFT else -1 for note in notes]
-    per_round: _Columns = {
-        "round_root_R": ([note.root - first for note in notes], np.int32),
-        "round_version_R": (drafters, np.int32),
-        "num_proposed_R": ([len(note.proposals) for note in notes], np.int32),
-        "num_accepted_R": ([note.accepted for note in notes], np.int32),
-        "source_R": ([note.source for note in notes], np.uint8),
-        "explored_R": ([note.explored for note in notes], np.bool_),
-        "draft_temperature_R": ([note.draft_temperature for note in notes], np.float32),
-    }
-    per_proposal: _Columns = {
-        "proposal_RK": ([(note.proposals + padding)[:widest] for note in notes], np.int32),
-        "behaviour_logprob_RK": ([((note.logprobs or []) + unknown)[:widest] for note in notes], np.float32),
-    }
-    # numpy arrays are made from lists in a fraction of the time that torch.tensor takes.
-    tensors = {name: torch.from_numpy(np.array(values, dtype=dtype)) for name, (values, dtype) in per_round.items()}
-    for name, (values, dtype) in per_proposal.items():
-        tensors[name] = torch.from_numpy(np.array(values, dtype=dtype).reshape(count, widest))
-    return tensors

@@ -8,37 +8,15 @@ Shapes: S slots, L capacity of a slot, F = 3H auxiliary features, T positions, H
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import torch
 
+from aurora_lit.drafts.versions import version_number
 from aurora_lit.request import Output
 from aurora_lit.serve.sequences.round_plan import DecodingRow
 from aurora_lit.serve.sequences.sequence import RunningSequence
-from aurora_lit.traces.record import SOURCE_DRAFT, SOURCE_LOOKUP, SOURCE_MEMORY, SOURCE_NONE
-
-
-class RoundNote(NamedTuple):
-    """One round of one sequence, as a trace records it."""
-
-    root: int
-    """Position of the last committed token when the round began."""
-    version: str
-    """The draft's version; "" if the draft proposed nothing."""
-    source: int
-    """Where the proposals come from: one of traces.record.SOURCE_…"""
-    explored: bool
-    """True if the proposals were sampled at the exploration temperature."""
-    draft_temperature: float
-    """By which the draft's logits were divided before proposals were drawn to explore; 1 in other rounds."""
-    proposals: list[int]
-    """Without those that the end of the request cut off. Of copies, only up to the first rejected one. Of a weighed
-    chain the first choices that the answer tells about, some of which may not have been proposed."""
-    logprobs: list[float] | None
-    """Behaviour log-probabilities of proposals that were drawn to explore. None in other rounds, and where p differs
-    from the softmax of the target's logits at the request's temperature: a learner computes p from these alone, so that
-    it would take wrong rewards from such a round."""
-    accepted: int
+from aurora_lit.traces.record import SOURCE_DRAFT, SOURCE_LOOKUP, SOURCE_MEMORY, SOURCE_NONE, RoundNote
 
 
 class RoundObserver(Protocol):
@@ -98,12 +76,9 @@ def notify_round(
         tested, right = output.tested_choices
         note = RoundNote(
             root=sequence.length - committed - 1,
-            version=version if tested else "",
+            version=version_number(version) if tested else -1,
             source=SOURCE_DRAFT if tested else SOURCE_NONE,
-            explored=False,
-            draft_temperature=1.0,
             proposals=weighed.tokens[:tested],
-            logprobs=None,
             accepted=right,
         )
         observer.on_commit(sequence, note, last)
@@ -119,7 +94,7 @@ def notify_round(
         count = min(count, accepted + 1)  # nothing is learned from copied tokens after a rejected one
     note = RoundNote(
         root=sequence.length - committed - 1,
-        version=version if drafted else "",
+        version=version_number(version) if drafted else -1,
         source=source,
         explored=explored,
         draft_temperature=proposal.explored_at if explored and proposal.explored_at is not None else 1.0,
