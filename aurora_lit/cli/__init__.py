@@ -8,6 +8,7 @@ Start with main.py. The files, each importing only files above it:
     status.py       `status`: what a running server and its learner are doing
     drafts.py       `drafts`: published versions with their scores; rolling back and promoting
     generate.py     `generate`: one answer in the terminal, with accepted tokens and the target's own coloured
+    model_sizes.py  the sizes of a target and its draft, from their configurations
     footprint.py    how much memory a deployment needs, computed from its model's sizes; the smallest set of GPUs
     vllm_recipe.py  `doctor --vllm`: what a learner beside vLLM needs, from the model's sizes
     checks.py       the checks of `doctor`, one function for each line of the report

@@ -191,7 +191,7 @@ def check_address(config: AuroraConfig) -> Check:
 def check_target(config: AuroraConfig) -> Check:
     """The target is in the cache or can be downloaded, has a tokenizer, can be split as engine.strategy says, and its
     weights can be read."""
-    from aurora_lit.cli.footprint import model_shape
+    from aurora_lit.cli.model_sizes import model_shape
     from aurora_lit.models.partition import check_partition
     from aurora_lit.models.tokenizer import check_vocabulary
 
@@ -237,7 +237,8 @@ def check_memory(config: AuroraConfig) -> Check:
     """Enough free memory for the deployment: on the GPUs, or in main memory if it computes on the CPU."""
     import torch
 
-    from aurora_lit.cli.footprint import host_total, model_shape, needs, total
+    from aurora_lit.cli.footprint import host_total, needs, total
+    from aurora_lit.cli.model_sizes import model_shape
 
     free = available_bytes()
     engine = config.engine
@@ -278,7 +279,7 @@ def check_draft(config: AuroraConfig) -> Check:
 
     The rest of the checkpoint is validated when it is loaded.
     """
-    from aurora_lit.cli.footprint import model_shape, target_shape
+    from aurora_lit.cli.model_sizes import model_shape, target_shape
     from aurora_lit.drafts.checkpoint import check_fits, read_config
     from aurora_lit.serve import server
 

@@ -42,7 +42,8 @@ def doctor(config: AuroraConfig, *, as_json: bool = False) -> bool:
 
 def _memory(config: AuroraConfig) -> dict[str, Any] | None:
     """The memory table's lines and sums, and the smallest sets of GPUs; None if the model's sizes are not known."""
-    from aurora_lit.cli.footprint import CARDS_GB, Place, fewest_devices, model_shape, needs, total
+    from aurora_lit.cli.footprint import CARDS_GB, Place, fewest_devices, needs, total
+    from aurora_lit.cli.model_sizes import model_shape
 
     target = config.target
     try:

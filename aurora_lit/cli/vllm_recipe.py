@@ -15,14 +15,8 @@ from dataclasses import asdict, dataclass
 from rich.console import Console
 from rich.table import Table
 
-from aurora_lit.cli.footprint import (
-    draft_parameters,
-    draft_shape,
-    expert_parameters,
-    learner_needs,
-    model_shape,
-    target_parameters,
-)
+from aurora_lit.cli.footprint import learner_needs
+from aurora_lit.cli.model_sizes import draft_parameters, draft_shape, model_shape, model_sizes
 from aurora_lit.config import AuroraConfig, load_config
 from aurora_lit.errors import ConfigError
 from aurora_lit.models.source import cache_root, cached
@@ -68,10 +62,9 @@ def recipe(config: AuroraConfig) -> Recipe:
     if shape is None:
         raise ConfigError("target.config_file=null: the model's sizes are not known; name its config.json")
     text, draft = shape.get_text_config(), draft_shape(config, shape.get_text_config())
-    everything = target_parameters(shape)
+    everything, _, of_experts = model_sizes(shape)
     experts = getattr(text, "num_local_experts", None) or getattr(text, "num_experts", None) or 1
     used = getattr(text, "num_experts_per_tok", None) or 1
-    of_experts = expert_parameters(shape)
     active = everything - (of_experts - of_experts * used // experts if experts > 1 else 0)
     cards = 2 ** math.ceil(math.log2(max(1.0, everything * _BF16 / (_SHARE_FOR_WEIGHTS * _CARD_BYTES))))
     in_draft, _ = draft_parameters(draft)

@@ -13,7 +13,8 @@ np = pytest.importorskip("numpy")
 from aurora_lit.cli import checks as checks_module  # noqa: E402
 from aurora_lit.cli.checks import Check, run_checks  # noqa: E402
 from aurora_lit.cli.doctor import doctor  # noqa: E402
-from aurora_lit.cli.footprint import host_total, model_shape, needs, total  # noqa: E402
+from aurora_lit.cli.footprint import host_total, needs, total  # noqa: E402
+from aurora_lit.cli.model_sizes import model_shape  # noqa: E402
 from aurora_lit.config import AuroraConfig, load_config  # noqa: E402
 from aurora_lit.models import source as source_module  # noqa: E402
 

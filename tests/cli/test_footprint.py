@@ -10,7 +10,8 @@ import torch
 from support.tiny_models import FAMILIES, reference_model, save_model, tiny_config
 
 from aurora_lit.cli.doctor import doctor
-from aurora_lit.cli.footprint import draft_shape, fewest_devices, model_shape, needs, total
+from aurora_lit.cli.footprint import fewest_devices, needs, total
+from aurora_lit.cli.model_sizes import draft_shape, model_shape
 from aurora_lit.config import DEFAULT_CONFIG, AuroraConfig, load_config
 from aurora_lit.drafts.initial import initial_draft
 from aurora_lit.errors import ConfigError

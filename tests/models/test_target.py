@@ -17,7 +17,7 @@ from support.kernel_formats import rounded_inputs, stored_weight
 from support.tiny_models import FAMILIES, VOCAB, reference_model, save_model
 
 from aurora_lit.bench.reference import load_reference
-from aurora_lit.cli.footprint import model_shape
+from aurora_lit.cli.model_sizes import model_shape
 from aurora_lit.config import load_config
 from aurora_lit.distributed import Ranks
 from aurora_lit.errors import SourceError
