@@ -314,10 +314,10 @@ class Traffic:
         self.lag_bytes -= len(self._waiting[0])
         return self._waiting.popleft()
 
-    def pass_over(self, most: int) -> None:
-        """Leave out the oldest records until `most` are left."""
+    def pass_over(self, most: float) -> None:
+        """Leave out the oldest records until the others fill at most this part of the ring."""
         self._arrive()
-        while len(self._waiting) > most:
+        while self.lag_bytes > most * self._capacity_bytes:
             self._lose_oldest()
 
     def _arrive(self) -> None:

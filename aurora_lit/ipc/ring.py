@@ -314,10 +314,10 @@ class RingReader(_Ring):
             words[_Word.CURSOR] = cursor + size if whole else head
             words[_Word.TORN] += 1
 
-    def pass_over(self, most: int) -> None:
-        """Leave out the oldest records until `most` are left; they count as overwritten."""
+    def pass_over(self, most: float) -> None:
+        """Leave out the oldest records, counted as overwritten, until the others fill at most this part of the ring."""
         words = self._words
-        while self._queued()[0] > most:
+        while self._queued()[1] > most * self._capacity:
             cursor, head = max(words[_Word.CURSOR], words[_Word.OLDEST]), words[_Word.HEAD]
             lock, size = self._word(cursor), _record_size(self._word(cursor + 8))
             if words[_Word.OLDEST] > cursor:
@@ -361,10 +361,10 @@ class RingReaders:
                 return payload
         return None
 
-    def pass_over(self, most: int) -> None:
-        """As `RingReader.pass_over`, of each ring an equal part."""
+    def pass_over(self, most: float) -> None:
+        """As `RingReader.pass_over`, of each ring."""
         for reader in self._readers:
-            reader.pass_over(-(-most // len(self._readers)))
+            reader.pass_over(most)
 
     @property
     def lag_bytes(self) -> int:

@@ -87,8 +87,8 @@ class FakeRing:
         record = self.records.popleft()
         return record if isinstance(record, bytes) else to_bytes(record)
 
-    def pass_over(self, most: int) -> None:
-        while self.passes_over and len(self.records) > most:
+    def pass_over(self, most: float) -> None:
+        while self.passes_over and self.lag_bytes > most * 200_000:
             self.records.popleft()
 
     @property

@@ -22,8 +22,8 @@ class TraceSource(Protocol):
     def pop(self) -> bytes | None:
         """The next record; None if there is none now."""
 
-    def pass_over(self, most: int) -> None:
-        """Leave out the oldest records until `most` are left."""
+    def pass_over(self, most: float) -> None:
+        """Leave out the oldest records until the others fill at most this part of the ring."""
 
     @property
     def lag_records(self) -> int:

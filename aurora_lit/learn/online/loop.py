@@ -48,9 +48,9 @@ _READING_SHARE = 0.08
 """The same for reading traces, of which a step beside many clients takes one in twenty; the ring drops the rest."""
 _MAX_TRACES_PER_TURN = 32
 """Traces that are read between two steps at most."""
-_MOST_UNREAD = 64
-"""Traces that wait in the ring for longer than so many others are passed over while there are requests. A ring that is
-full holds hundreds: each would be read when it is about to be overwritten, a minute after its request."""
+_MOST_UNREAD = 0.25
+"""Part of the ring that unread traces may fill while there are requests; older ones are passed over. Of a full ring
+each trace would be read when it is about to be overwritten, a minute after its request."""
 _MOST_REASONS = 8
 """Reasons for not learning from a trace that are told."""
 _log = logging.getLogger(__name__)
