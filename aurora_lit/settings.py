@@ -186,7 +186,8 @@ class TraceSettings:
     capacity_mb: int = _within(256, 1, 1 << 20)
     """Size of the trace ring in shared memory, in MiB; without learn.enabled it takes memory, and traces, only from
     when a learner is attached. When it is full, a new trace overwrites the oldest ones, and those that were not read
-    are counted. Only a trace larger than the whole ring is dropped, and counted too."""
+    are counted, as are those that a learner passes over: of more than a quarter of the ring the oldest, while there are
+    requests. Only a trace larger than the whole ring is dropped, and counted too."""
     record: str | None = None
     """Folder in which traces are also kept for replay. null: no trace is written to disk (docs/privacy.md says what
     is)."""
@@ -232,7 +233,8 @@ class LearnSettings:
     without a server (throughput, acceptance, stream) have no learner, and use a named draft as it is."""
     learning_rate: float = _within(5e-4, 1e-8, 1.0)
     """Peak learning rate; halved each time several challengers in a row are refused, to an eighth at least, until
-    others pass. A draft that knows little, or with from_scratch nothing, learns faster at 1e-3."""
+    others pass. A draft that knows little, or with from_scratch nothing, learns faster at 1e-3 with an ema_decay of
+    0.9."""
     ema_decay: float = _within(0.0, 0.0, 0.9999)
     """Decay, per optimiser step, of the running average of the weights that is tried and published, such as 0.9 for a
     learning_rate of 1e-3, whose noise it removes. 0: the weights themselves."""

@@ -68,6 +68,7 @@ def main(arguments: list[str]) -> None:
             "engine.adaptive=false",
             "engine.explore_share=0.05",
             "learn.learning_rate=2e-3",
+            "learn.ema_decay=0.9",
             "learn.compute_share=0.4",
             "learn.publish_every_s=10",
             "learn.gate_requests=16",

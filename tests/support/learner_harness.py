@@ -101,6 +101,7 @@ class LearnerHarness:
             folder / "learner.safetensors",
             target_head=self.target_head,
             version=STARTING_VERSION,
+            ema_decay=settings.get("ema_decay", 0.0),
         )
         assert not resumes or self.learner.resume()
         self.load = ServerLoad.SPARE

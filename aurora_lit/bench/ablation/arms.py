@@ -5,7 +5,7 @@ memory        the same with the traffic memory
 full          the learner with the settings unchanged, without memory
 both          the settings unchanged: learner and memory
 kl            KL on live tokens only, as in online distillation (Liu et al., arXiv 2310.07177): no domains, no replay,
-              no gate, no averaging, and a constant rate of 0.3 learn.learning_rate (the full rate needs averaging)
+              no gate, no averaging, and a constant rate of 0.3 learn.learning_rate (none of these lowers it)
 lk            the same with the acceptance loss
 ppo           the same with the policy loss only, and a tenth of the rounds exploring
 full-without-detector, full-without-replay, full-without-gate: the learner without that part

@@ -129,11 +129,12 @@ def test_only_the_replays_own_rounds_are_fresh_whatever_version_was_served_when_
     assert torch.equal(fresh_Q, is_greedy_Q)
 
 
+@pytest.mark.parametrize("ema_decay", [0.0, 0.9])
 def test_without_gate_or_store_every_draft_is_served_and_none_is_written(
-    target: Target, stream: list[Trace], tmp_path: Path
+    target: Target, stream: list[Trace], tmp_path: Path, ema_decay: float
 ) -> None:
     replay = Replay(
-        replay_config(publish_every_steps=1),
+        replay_config(publish_every_steps=1, ema_decay=ema_decay),
         target_head=TargetHead(target),
         starting=random_draft(target),
         folder=tmp_path / "versions",
@@ -147,8 +148,10 @@ def test_without_gate_or_store_every_draft_is_served_and_none_is_written(
     assert (replay.version, replay.published, replay.trials) == ("draft-000004", 4, [])
     assert not (tmp_path / "versions").exists()
     served = replay.served.state_dict()
+    learned = replay.learner.draft.fc.weight
     with replay.learner.averaged() as module:
         averaged = module.draft.state_dict()
+    assert torch.equal(averaged["fc.weight"], learned) is (ema_decay == 0.0)
     for name, learned in averaged.items():
         stored = learned.bfloat16() if learned.is_floating_point() else learned
         assert torch.equal(served[name], stored.to(learned.dtype)), name

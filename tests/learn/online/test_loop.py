@@ -210,7 +210,9 @@ def test_beside_many_requests_reading_leaves_the_time_for_steps(
 
 
 @pytest.mark.parametrize(
-    ("load", "first"), [(ServerLoad.IDLE, 0), (ServerLoad.SPARE, 6), (ServerLoad.FULL, 6)], ids=lambda value: str(value)
+    ("load", "first"),
+    [(ServerLoad.IDLE, 0), (ServerLoad.SPARE, 20), (ServerLoad.FULL, 20)],
+    ids=lambda value: str(value),
 )
 def test_while_there_are_requests_a_learner_that_is_behind_goes_on_with_the_newest(
     target: Target, traffic: list[Trace], tmp_path: Path, load: ServerLoad, first: int
@@ -779,11 +781,27 @@ def test_a_trial_too_waits_in_its_middle_for_requests(target: Target, traffic: l
     assert looks.count("comparing drafts") >= 2, "after each batch of requests"
 
 
+def test_the_average_is_what_is_tried_and_published(target: Target, traffic: list[Trace], tmp_path: Path) -> None:
+    harness = LearnerHarness(target, tmp_path, publish_every_steps=2, ema_decay=0.9)
+    harness.held_out.champion_score = 0.0  # the challenger passes
+    harness.ring.records.extend(asked_again(traffic, 8))
+    tried: list[torch.Tensor] = []
+    learned = harness.learner.draft
+    harness.loop._give_way = lambda: tried.append(harness.learner.draft.fc.weight)  # type: ignore[method-assign]
+    harness.tick_until(lambda: harness.loop.published > 0)
+    with harness.learner.averaged() as module:
+        average = module.draft.fc.weight
+    assert tried[-1] is average, "during the trial"
+    published = harness.environment.served_draft(harness.store.current()).fc.weight
+    assert torch.equal(published, average.bfloat16().float())
+    assert not torch.equal(published, learned.fc.weight.bfloat16().float())
+
+
 def test_a_trial_ends_when_the_loop_is_stopped_and_decides_nothing(
     target: Target, traffic: list[Trace], tmp_path: Path
 ) -> None:
     """A server that ends does not wait for long before it kills the learner."""
-    harness = LearnerHarness(target, tmp_path, publish_every_steps=2)
+    harness = LearnerHarness(target, tmp_path, publish_every_steps=2, ema_decay=0.9)
     harness.held_out.champion_score = 0.0  # the challenger would pass
     harness.ring.records.extend(asked_again(traffic, 8))
     draft, looks = harness.learner.draft, list[str]()
