@@ -108,8 +108,8 @@ class DomainController:
         live_tokens: Counter[str] = Counter()
         counts_B = (batch.traces.weight_BT > 0).sum(1).tolist()
         for domain, count, is_live in zip(batch.traces.domains, counts_B, batch.live_B.tolist(), strict=True):
-            # Replay of what came before any domain was founded tells nothing about what will be unknown later.
-            if is_live or domain != UNKNOWN:
+            # Replay of what came before any domain was founded tells nothing about what the detector will not know.
+            if is_live or domain != UNKNOWN or self.detector is None:
                 tokens[domain] += count
             if is_live:
                 live_tokens[domain] += count

@@ -131,11 +131,14 @@ def test_only_learned_tokens_cool_a_domain() -> None:
 
 
 def test_what_was_unknown_and_is_replayed_does_not_cool_what_will_be_unknown() -> None:
-    controller, _ = with_rate(make_controller(warmup_steps=0, min_lr_factor=0.0, decay_tokens=100.0))
-    controller.record_batch(FakeBatch(("", 500, False), ("a", 100, True)))  # type: ignore[arg-type]
-    assert controller._schedules[0].heat_of("") == 1.0
-    controller.record_batch(FakeBatch(("", 100, True)))  # type: ignore[arg-type]
-    assert controller._schedules[0].heat_of("") < 0.5
+    """Without a detector all that has no label is of one domain, which replay cools as any other."""
+    for detector in (None, DomainDetector(max_domains=3, novelty_threshold=0.7)):
+        rates: dict[str, Any] = {"warmup_steps": 0, "min_lr_factor": 0.0, "decay_tokens": 100.0}
+        controller, _ = with_rate(make_controller(detector=detector, **rates))
+        controller.record_batch(FakeBatch(("", 500, False), ("a", 100, True)))  # type: ignore[arg-type]
+        assert (controller._schedules[0].heat_of("") == 1.0) is (detector is not None)
+        controller.record_batch(FakeBatch(("", 100, True)))  # type: ignore[arg-type]
+        assert controller._schedules[0].heat_of("") < 0.5
 
 
 def test_new_optimizers_know_the_domains_of_the_old_ones() -> None:
