@@ -150,7 +150,8 @@ class GenerationRoutes:
             first = await _next_deltas(pending, clock, latencies)
             if body.stream:
                 is_streaming = True
-                return EventStream(self._events(response, pending, latencies, clock, first, options))
+                events = self._events(response, pending, latencies, clock, first, options)
+                return EventStream(events, on_end=pending.close)
             response.add(first)
             while not response.finished:
                 response.add(await _next_deltas(pending, clock, latencies))

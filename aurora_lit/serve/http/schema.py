@@ -105,6 +105,7 @@ class Message(Strict):
     @model_validator(mode="before")
     @classmethod
     def _drop_neutral_fields(cls, body: Any) -> Any:
+        drop_neutral(body, {"reasoning_effort": (None, "none")})  # other efforts are refused as those fields are
         return drop_neutral(body, NEUTRAL_IN_MESSAGE, inside="messages")
 
     @field_validator("tool_calls", "tool_call_id")
@@ -189,6 +190,7 @@ class Sampling(Structured):
     @model_validator(mode="before")
     @classmethod
     def _drop_neutral_fields(cls, body: Any) -> Any:
+        drop_neutral(body, {"reasoning_effort": (None, "none")})  # other efforts are refused as those fields are
         return drop_neutral(body, {name: ok for name, ok in NEUTRAL.items() if name not in cls.model_fields})
 
     @model_validator(mode="after")

@@ -20,7 +20,7 @@ import logging
 import math
 import secrets
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -83,12 +83,13 @@ class SendClock:
 
 
 class EventStream(StreamingResponse):
-    """The response that sends a stream's events. It closes their generator at its end, whatever ends it."""
+    """The response that sends a stream's events. At its end, whatever ends it, it closes their generator."""
 
-    def __init__(self, events: AsyncGenerator[str]) -> None:
-        """events: complete server-sent events, one or more at a time."""
+    def __init__(self, events: AsyncGenerator[str], *, on_end: Callable[[], None]) -> None:
+        """events: complete server-sent events, one or more at a time. on_end: called at the end, also if none of them
+        was asked for, when the generator itself does nothing."""
         super().__init__(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
-        self._events = events
+        self._events, self._on_end = events, on_end
 
     async def stream_response(self, send: Send) -> None:
         """Send all events; end without the last message if the client does not read for SLOW_READER_S."""
@@ -103,6 +104,7 @@ class EventStream(StreamingResponse):
             _log.warning("ended a stream whose client had not read for %.0f s", SLOW_READER_S)
         finally:
             await self._events.aclose()
+            self._on_end()
 
 
 def event(chunk: dict[str, Any], *, padding_bytes: int = 0) -> str:

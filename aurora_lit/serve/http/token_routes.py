@@ -25,7 +25,7 @@ _MOST_STRINGS = 1 << 16
 """Of tokens, each of which takes microseconds of Python."""
 _MOST_AT_ONCE = 2
 """Threads that both routes take of those in which requests for answers are prepared."""
-_MOST_WAITING = 32
+_MOST_WAITING = 256
 """Texts, those at work included."""
 T = TypeVar("T")
 
@@ -61,7 +61,7 @@ class TokenRoutes:
         """Do work in a thread, after that of earlier requests. Raises RequestError if too many wait."""
         if self._num_waiting >= _MOST_WAITING:
             raise RequestError(
-                f"{self._num_waiting} texts wait to be tokenized or detokenized; try again later",
+                f"{self._num_waiting} texts wait to be tokenized or detokenized, the most at a time; try again later",
                 code="queue_full",
                 status=429,
             )

@@ -39,6 +39,8 @@ DEFAULT_COMPLETION_TOKENS = 16
 """Default max_tokens of a text completion, as in OpenAI's API; the default of a chat is the rest of the context."""
 MAX_LOGPROBS_OF_CALL = 1 << 20
 """Alternatives included: each takes some ten microseconds and 300 bytes when the response is built."""
+_TOKENS_OF_OPEN_ANSWER = 2048
+"""As so many tokens an answer counts there at most whose request names no max_tokens: few use up a long context."""
 _naming_tokenizers = WeakKeyDictionary[Tokenizer, LLTokenizer]()
 """llguidance's, by the tokenizers that they were made of."""
 _making_tokenizer = threading.Lock()
@@ -238,12 +240,16 @@ def check_model(name: str | None, *, served: str) -> None:
 def check_logprobs(body: ChatRequest | CompletionRequest, prepared: Prepared) -> None:
     """Raise RequestError if a response would have more log-probabilities than MAX_LOGPROBS_OF_CALL."""
     num_of_answers = num_of_prompts = 0
-    for request in prepared.call.requests:
+    is_open = token_limit(body)[1] is None
+    for index, request in enumerate(prepared.call.requests):
         params, num_prompt = request.params, len(request.prompt_ids)
         if params.logprobs is not None:
-            num_positions = (params.max_tokens or 0) + (num_prompt if prepared.prompt_texts else 0)
+            num_tokens = params.max_tokens or 0
+            num_positions = min(num_tokens, _TOKENS_OF_OPEN_ANSWER) if is_open else num_tokens
+            num_positions += num_prompt if prepared.prompt_texts else 0
             num_of_answers += num_positions * (params.logprobs + 1)
-        if prepared.prompt_logprobs is not None:
+        # A chat's are sent once.
+        if prepared.prompt_logprobs is not None and not (index and isinstance(body, ChatRequest)):
             num_of_prompts += num_prompt * (prepared.prompt_logprobs + 1)
     total = num_of_answers + num_of_prompts
     if total > MAX_LOGPROBS_OF_CALL:
@@ -251,7 +257,8 @@ def check_logprobs(body: ChatRequest | CompletionRequest, prepared: Prepared) ->
         field = "prompt_logprobs" if num_of_prompts > num_of_answers else field
         raise RequestError(
             f"{field}: the response may have {total} log-probabilities, of all tokens of all choices and their "
-            f"alternatives, and at most {MAX_LOGPROBS_OF_CALL} are sent; ask for fewer alternatives, choices or tokens",
+            f"alternatives, and at most {MAX_LOGPROBS_OF_CALL} are sent; ask for fewer alternatives, choices or tokens "
+            "(max_tokens)",
             param=field,
         )
 

@@ -153,9 +153,9 @@ class WorkerClient:
         self._check_room(len(call.requests))
         answer = AnswerStream(self._tokenizer, call.requests, options)
         pending = PendingCall(self, self._spec, call, answer, on_close)
-        watcher = asyncio.create_task(pending.close_when_client_disconnects(request))
-        self._disconnect_watchers.add(watcher)
-        watcher.add_done_callback(self._disconnect_watchers.discard)
+        pending.watcher = asyncio.create_task(pending.close_when_client_disconnects(request))
+        self._disconnect_watchers.add(pending.watcher)
+        pending.watcher.add_done_callback(self._disconnect_watchers.discard)
         return pending
 
     @contextlib.contextmanager
@@ -242,6 +242,8 @@ class PendingCall:
         self.arrived_s = 0.0
         """When what `next` returned last had arrived; a client that reads slowly takes it later."""
         self._has_news, self._closed = asyncio.Event(), asyncio.Event()
+        self.watcher: asyncio.Task[None] | None = None
+        """Closes the call when the client disconnects."""
         worker_client.add_pending(call.call_id, self)
         worker_client.num_sequences += self._num_unfinished
         try:
@@ -310,10 +312,14 @@ class PendingCall:
         return ready
 
     def close(self) -> None:
-        """Free what unfinished choices hold: their places in the queue and their slots in the engine."""
+        """Free what the call holds: updates, and of unfinished choices places in the queue and slots in the engine."""
         if self._closed.is_set():
             return
         self._closed.set()
+        self._updates.clear()
+        # It waits for the end of the connection, which a client that does not read may keep for ever.
+        if self.watcher is not None and self.watcher is not asyncio.current_task():
+            self.watcher.cancel()
         self._worker_client.remove_pending(self._call.call_id)
         self._worker_client.num_sequences -= self._num_unfinished
         if self._num_unfinished:

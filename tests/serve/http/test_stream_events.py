@@ -126,6 +126,22 @@ def test_a_stream_whose_client_does_not_read_ends(monkeypatch: pytest.MonkeyPatc
         await asyncio.Event().wait()
 
     scope = {"type": "http", "asgi": {"spec_version": "2.3"}}
-    asyncio.run(EventStream(events())(scope, receive, send))
+    asyncio.run(EventStream(events(), on_end=lambda: ended.append("ended"))(scope, receive, send))
     assert sent == ["http.response.start", "http.response.body"], "no end, so that a client knows what it has missed"
-    assert ended == ["closed"]
+    assert ended == ["closed", "ended"]
+
+
+def test_a_stream_of_which_not_even_the_headers_can_be_sent_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A generator that has not begun does nothing when it is closed."""
+    monkeypatch.setattr(stream_events, "SLOW_READER_S", 0.02)
+    ended = list[str]()
+
+    async def events() -> AsyncGenerator[str]:
+        yield "a"
+
+    async def blocked(*_: Any) -> Any:
+        await asyncio.Event().wait()
+
+    scope = {"type": "http", "asgi": {"spec_version": "2.3"}}
+    asyncio.run(EventStream(events(), on_end=lambda: ended.append("ended"))(scope, blocked, blocked))
+    assert ended == ["ended"]

@@ -70,13 +70,17 @@ def test_only_the_first_choice_reads_a_whole_prompt_for_its_logprobs(
         ({"max_tokens": 5, "logprobs": True, "top_logprobs": 9}, 50, ""),
         ({"max_tokens": 5, "logprobs": True, "top_logprobs": 9, "n": 2}, 100, "top_logprobs"),
         ({"max_tokens": 5, "prompt_logprobs": 20, "logprobs": True}, 1 * 21 * 3 + 5, "prompt_logprobs"),
+        ({"max_tokens": 5, "prompt_logprobs": 10, "n": 2}, 33, ""),
         ({"max_tokens": 1000}, 0, ""),
+        ({"logprobs": True}, 50, ""),
     ],
 )
 def test_log_probabilities_of_a_chat_are_limited(
     fields: dict[str, Any], total: int, field: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """An answer whose length is left open counts as 50 tokens here, and a chat's prompt once."""
     monkeypatch.setattr(tokenize, "MAX_LOGPROBS_OF_CALL", 50)
+    monkeypatch.setattr(tokenize, "_TOKENS_OF_OPEN_ANSWER", 50)
     chat = ChatRequest(messages=[{"role": "user", "content": "hello"}], **fields)
     limits = replace(LIMITS, max_seq_len=1100)
     prepared = prepare_chat(chat, call_id="c", tokenizer=TOKENIZER, limits=limits)
@@ -101,8 +105,9 @@ def test_reasoning_effort_none_turns_thinking_off_in_the_template() -> None:
     ):
         chat = ChatRequest(messages=turns, **fields)  # type: ignore[arg-type]
         assert render(chat.messages, chat, tokenizer=tokenizer) == text
-    with pytest.raises(ValidationError, match="reasoning_effort"):
+    with pytest.raises(RequestError, match="reasoning_effort='low' is not supported; leave it out") as refused:
         ChatRequest(messages=turns, reasoning_effort="low")
+    assert refused.value.code == "unsupported_parameter"
     assert CompletionRequest(prompt="hello", reasoning_effort="none")
 
 

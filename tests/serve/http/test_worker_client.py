@@ -192,6 +192,19 @@ def test_a_choice_that_has_ended_leaves_the_queue_although_nobody_reads(worker_c
     assert worker_client.num_sequences == 0
 
 
+def test_a_closed_call_holds_nothing_although_its_connection_stays(worker_client, spec):
+    async def run():
+        pending = worker_client.start(call_with_stop(num_choices=1), FakeClient(), on_close=lambda failed: None)
+        (watcher,) = worker_client._disconnect_watchers
+        deliver(spec, (("c", (Delta(index=0, token_ids=ids("x")),)),))
+        pending.close()
+        await asyncio.wait([watcher])
+        assert worker_client._disconnect_watchers == set()
+        assert not pending._updates
+
+    asyncio.run(run())
+
+
 def test_a_call_that_the_worker_fails_leaves_the_queue_although_nobody_reads(worker_client, spec):
     async def run():
         pending = worker_client.start(call_with_stop(num_choices=2), FakeClient(), on_close=lambda failed: None)
