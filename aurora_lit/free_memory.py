@@ -13,10 +13,10 @@ from aurora_lit.cgroups import own_groups
 
 _FILES = {
     1: ("memory.limit_in_bytes", "memory.usage_in_bytes", ("total_inactive_file", "total_active_file")),
-    2: ("memory.max", "memory.current", ("inactive_file", "active_file")),
+    2: ("memory.max", "memory.current", ("inactive_file", "active_file", "slab_reclaimable")),
 }
 """By version of cgroups: the files of a group's limit and of what it uses, and what memory.stat calls those parts of it
-which are of files and can be dropped: pages read once, and pages read again."""
+which are of files and can be dropped: pages read once, pages read again, and in version 2 names and inodes."""
 
 
 def available_bytes(*, root: Path = Path("/")) -> int:
@@ -30,7 +30,7 @@ def available_bytes(*, root: Path = Path("/")) -> int:
         limit, usage, cached = _FILES[version]
         try:
             statistics = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
-            used = int((folder / usage).read_text()) - sum(int(statistics[name]) for name in cached)
+            used = int((folder / usage).read_text()) - sum(int(statistics.get(name, 0)) for name in cached)
             left.append(int((folder / limit).read_text()) - used)
         except (OSError, ValueError, KeyError):  # the group is not visible here, or has no limit: "max"
             continue

@@ -34,7 +34,9 @@ def test_memory_that_a_cgroup_leaves_counts_what_is_cached_as_free(
         write(f"{mount[1:]}/{group}/{limit}", str(most or ("max" if version == 2 else (1 << 63) - 4096)))
         write(f"{mount[1:]}/{group}/{usage}", str(used))
         read_once = cached // 2
-        parts = f"{prefix}inactive_file {read_once}\n{prefix}active_file {cached - read_once}"
+        names = (1 << 20 if cached else 0) if version == 2 else 0
+        parts = f"{prefix}inactive_file {read_once}\n{prefix}active_file {cached - read_once - names}"
+        parts += f"\nslab_reclaimable {names}" if version == 2 else ""
         write(f"{mount[1:]}/{group}/memory.stat", f"anon 5\ninactive_file 3\nactive_file 4\n{parts}")
     assert available_bytes(root=tmp_path) == 6 << 30
     write(f"{mount[1:]}/box/{usage}", str(20 << 30))

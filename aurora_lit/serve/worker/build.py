@@ -250,22 +250,25 @@ def _engine(
     if (backend := getattr(tokenizer, "backend_tokenizer", None)) is not None:
         state = partial(tokenizer_json, backend, vocab_size=target.vocab_size)
         grammars = GrammarCompiler(state, vocab_size=target.vocab_size, eos_token_ids=options.eos_token_ids)
-    _check_memory(config, target, draft, capacity=options.slot_capacity)
+    _check_memory(config, target, draft, capacity=options.slot_capacity, is_observed=observer is not None)
     try:
         return Engine(
             target, draft, options, draft_version=version, observer=observer, kept_costs=kept_costs, grammars=grammars
         )
-    except OSError as error:
-        if error.errno != errno.ENOMEM:
+    except (OSError, RuntimeError) as error:
+        if getattr(error, "errno", None) != errno.ENOMEM and "allocate memory" not in str(error):  # torch's words
             raise
         # It promises no more than there is (vm.overcommit_memory=2), or no more to this process (ulimit -v).
         raise ConfigError(f"{_slots(config)}: the system gives no memory for them; lower one of the two") from error
 
 
-def _check_memory(config: AuroraConfig, target: Target, draft: Eagle3Draft | None, *, capacity: int) -> None:
-    """Raise ConfigError if the keys and values of slots of `capacity` positions cannot fit into main memory.
+def _check_memory(
+    config: AuroraConfig, target: Target, draft: Eagle3Draft | None, *, capacity: int, is_observed: bool
+) -> None:
+    """Raise ConfigError if keys, values and states of slots of `capacity` positions cannot fit into main memory.
 
     The system promises more than there is, and ends a process, this one or another, when slots are written.
+    is_observed: the target's last hidden states are kept for traces, and without a draft its features too.
     """
     if target.device.type != "cpu":
         return
@@ -276,12 +279,17 @@ def _check_memory(config: AuroraConfig, target: Target, draft: Eagle3Draft | Non
         heads *= engine.devices
     slots = partial(cache_bytes, num_slots=engine.max_batch_size, capacity=capacity, dtype=target.kv_dtype)
     needed = slots(num_layers=target.num_layers, num_kv_heads=heads, head_dim=target.head_dim)
+    states = engine.max_batch_size * capacity * target.hidden_size
     if draft is not None and engine.max_draft_tokens:
         shape = draft.config
         needed += slots(num_layers=1, num_kv_heads=shape.num_key_value_heads, head_dim=shape.head_dim)
+        needed += 3 * states * target.kv_dtype.itemsize
+    elif is_observed:
+        needed += 3 * states * torch.bfloat16.itemsize
+    needed += states * torch.bfloat16.itemsize if is_observed else 0
     if needed > (free := available_bytes()):
         raise ConfigError(
-            f"{_slots(config)}: their keys and values take {needed / _GIB:.1f} GiB of main memory, of which "
+            f"{_slots(config)}: their keys, values and states take {needed / _GIB:.1f} GiB of main memory, of which "
             f"{free / _GIB:.1f} GiB are free; lower one of the two"
         )
 

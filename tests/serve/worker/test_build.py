@@ -7,18 +7,21 @@ import os
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
 from support.fake_engine import tiny_tokenizer
 from support.tiny_models import random_draft, request, run, save_model
 
-from aurora_lit.config import load_config
+from aurora_lit.config import copied_tokens, load_config
 from aurora_lit.drafts.checkpoint import save_draft
 from aurora_lit.errors import CheckpointError, ConfigError
 from aurora_lit.models.kv_cache import KVCache
 from aurora_lit.models.target import Target
 from aurora_lit.request import StructuredOutputsParams
+from aurora_lit.serve.engine.options import slot_capacity
+from aurora_lit.serve.engine.trace_recorder import TraceRecorder
 from aurora_lit.serve.worker import build
 from aurora_lit.serve.worker.build import eos_token_ids
 
@@ -106,7 +109,8 @@ def test_a_named_draft_is_used_where_nothing_learns_and_told_of_where_it_is_not(
 def test_slots_whose_keys_and_values_do_not_fit_into_memory_are_refused_and_others_are_not(
     strategy: str, copies: int, target: Target, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A byte decides. The draft's keys and values count, and those of every process that holds a part of the target.
+    """A byte decides. The draft's keys and values count, those of every process that holds a part of the target, and
+    the states that draft and traces are made of.
 
     `copies`: of the one head that this process holds, in all processes.
     """
@@ -121,13 +125,24 @@ def test_slots_whose_keys_and_values_do_not_fit_into_memory_are_refused_and_othe
     of_target = KVCache(num_layers=4, num_slots=3, num_kv_heads=1, head_dim=target.head_dim, capacity=320)
     heads = target.hidden_size // target.head_dim
     of_draft = KVCache(num_layers=1, num_slots=3, num_kv_heads=heads, head_dim=target.head_dim, capacity=320)
-    needed = copies * num_bytes(of_target) + num_bytes(of_draft)
-    monkeypatch.setattr(build, "available_bytes", lambda: needed)
-    assert build._engine(config, target, tiny_tokenizer(), observer=None) == "an engine"
-    monkeypatch.setattr(build, "available_bytes", lambda: needed - 1)
-    told = r"engine.max_batch_size=3, engine.max_seq_len=256: .* [0-9.]+ GiB .*; lower one of the two"
-    with pytest.raises(ConfigError, match=told):
-        build._engine(config, target, tiny_tokenizer(), observer=None)
+    engine = config.engine
+    capacity = slot_capacity(
+        max_seq_len=256,
+        max_draft_tokens=engine.max_draft_tokens,
+        sibling_tokens=engine.sibling_tokens,
+        copied_tokens=copied_tokens(config),
+    )
+    states = 3 * capacity * target.hidden_size
+    observer: Any = TraceRecorder(lambda _: None, hidden_size=target.hidden_size)
+    of_features, of_last = 3 * states * target.kv_dtype.itemsize, 2 * states
+    for watches, of_states in ((None, of_features), (observer, of_features + of_last)):
+        needed = copies * num_bytes(of_target) + num_bytes(of_draft) + of_states
+        monkeypatch.setattr(build, "available_bytes", lambda: needed)  # noqa: B023
+        assert build._engine(config, target, tiny_tokenizer(), observer=watches) == "an engine"
+        monkeypatch.setattr(build, "available_bytes", lambda: needed - 1)  # noqa: B023
+        told = r"engine.max_batch_size=3, engine.max_seq_len=256: .* [0-9.]+ GiB .*; lower one of the two"
+        with pytest.raises(ConfigError, match=told):
+            build._engine(config, target, tiny_tokenizer(), observer=watches)
 
 
 def num_bytes(cache: KVCache) -> int:
@@ -139,18 +154,21 @@ def test_memory_that_the_system_does_not_reserve_is_told_with_the_settings(
 ) -> None:
     """Where it promises no more than there is, or to this process (`ulimit -v`)."""
 
-    def refuses(*_: Any, **__: Any) -> None:
-        raise OSError(number, os.strerror(number))
+    def refuse(error: BaseException) -> None:
+        monkeypatch.setattr("mmap.mmap", Mock(side_effect=error))
 
-    monkeypatch.setattr("mmap.mmap", refuses)
-    settings = ["engine.max_batch_size=64", "draft.checkpoint=null", "learn.enabled=false"]
-    config = load_config(None, settings)
-    number = errno.ENOMEM
-    with pytest.raises(ConfigError, match=r"max_batch_size=64, engine.max_seq_len=2048: .* no memory .*; lower one"):
-        build._engine(config, target, tiny_tokenizer(), observer=None)
-    number = errno.EPERM
-    with pytest.raises(PermissionError):
-        build._engine(config, target, tiny_tokenizer(), observer=None)
+    config = load_config(None, ["engine.max_batch_size=64", "draft.checkpoint=null", "learn.enabled=false"])
+    with pytest.raises(RuntimeError, match="can't allocate memory") as of_torch:
+        torch.empty(1 << 55, dtype=torch.uint8)
+    told = r"max_batch_size=64, engine.max_seq_len=2048: .* no memory .*; lower one"
+    for error in (OSError(errno.ENOMEM, os.strerror(errno.ENOMEM)), of_torch.value):
+        refuse(error)
+        with pytest.raises(ConfigError, match=told):
+            build._engine(config, target, tiny_tokenizer(), observer=None)
+    for error in (PermissionError(errno.EPERM, os.strerror(errno.EPERM)), RuntimeError("another")):
+        refuse(error)
+        with pytest.raises(type(error)):
+            build._engine(config, target, tiny_tokenizer(), observer=None)
 
 
 def test_structured_outputs_are_served_though_the_tokenizer_has_a_token_more_than_the_target(tmp_path: Path) -> None:
