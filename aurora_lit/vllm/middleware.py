@@ -96,7 +96,7 @@ def with_extra_arguments(body: bytes) -> bytes:
         if name not in (DOMAIN_ARGUMENT, STORE_ARGUMENT)
     }
     domain = metadata.get(_LABEL) if isinstance(metadata, dict) else None
-    if fields.get("store") is False:
+    if fields.get("store") not in (None, True):  # vLLM may take "false" and 0 for False
         extra[STORE_ARGUMENT] = 0
     if isinstance(domain, str) and domain.isprintable():
         extra[DOMAIN_ARGUMENT] = domain

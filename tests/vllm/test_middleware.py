@@ -24,6 +24,8 @@ def test_consent_and_label_become_extra_arguments_beside_those_given() -> None:
     assert sent({"store": False}) == {"aurora_lit_store": 0}
     assert sent({"metadata": {"aurora_domain": "code"}}) == {"aurora_lit_domain": "code"}
     assert sent({"store": False, "vllm_xargs": {"a": 1}}) == {"a": 1, "aurora_lit_store": 0}
+    for other in (0, "false", "off"):  # which vLLM may take for False
+        assert sent({"store": other}) == {"aurora_lit_store": 0}
     assert sent({"store": True}) is None
     assert sent({"store": None, "metadata": None}) is None
     assert sent({"store": False, "metadata": 3}) == {"aurora_lit_store": 0}
