@@ -25,6 +25,7 @@ import time
 
 import torch
 
+from aurora_lit.drafts.versions import version_number
 from aurora_lit.errors import RequestError
 from aurora_lit.grammars.matcher import GrammarCompiler
 from aurora_lit.models.target import Target
@@ -85,7 +86,7 @@ class Engine:
         self.eos_token_ids, self.max_seq_len = options.eos_token_ids, options.max_seq_len
         self.vocab_size = target.vocab_size
         self.slot_capacity = options.slot_capacity
-        self.draft_version = draft_version
+        self.draft_version, self._draft_number = draft_version, version_number(draft_version)
         self.assigner: DomainAssigner | None = None
         """Assigns domains to requests without a label; may be replaced between two rounds."""
         self.stats = EngineStats()
@@ -226,7 +227,7 @@ class Engine:
         self.planner.reset_for_new_draft([*self._prefill.sequences, *self._decoding])
         if self.floor is not None:
             self.floor.forgive()
-        self.draft_version = version
+        self.draft_version, self._draft_number = version, version_number(version)
 
     @torch.no_grad()
     def round(self) -> list[Output]:
@@ -248,7 +249,7 @@ class Engine:
             outputs.append(output)
             if self._observer and row.sequence.request.store:
                 last = functools.partial(columns.last, index)
-                notify_round(self._observer, row, output, last=last, version=self.draft_version)
+                notify_round(self._observer, row, output, last=last, version=self._draft_number)
         self._prefill.complete(plan.prompts, columns, first=len(plan.decoding))
         seconds = time.perf_counter() - started  # what the end of a request takes is not a round's
         for row, output in zip(plan.decoding, outputs, strict=True):

@@ -3,8 +3,8 @@
 A sequence is a request that holds a slot. The files here keep state and answer questions about it; nothing here runs a
 model or decides how many tokens to propose.
 
-May import: kernels/, modules/sampling/, drafts/versions.py, traces/, settings.py, request.py. Start with sequence.py.
-The files, each importing only those above it:
+May import: kernels/, modules/sampling/, traces/, settings.py, request.py. Start with sequence.py. The files,
+each importing only those above it:
 
     memory_scope.py    what of the traffic memory a request may read and write
     sequence.py        RunningSequence, the engine's counters

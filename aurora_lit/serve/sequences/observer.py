@@ -12,7 +12,6 @@ from typing import Protocol
 
 import torch
 
-from aurora_lit.drafts.versions import version_number
 from aurora_lit.request import Output
 from aurora_lit.serve.sequences.round_plan import DecodingRow
 from aurora_lit.serve.sequences.sequence import RunningSequence
@@ -62,9 +61,11 @@ def notify_round(
     output: Output,
     *,
     last: Callable[[], torch.Tensor],
-    version: str,
+    version: int,
 ) -> None:
-    """Report a committed round of one sequence; `last`: returns the last hidden states [T, H] of the row's columns.
+    """Report a committed round of one sequence, in which the draft's version had this number.
+
+    `last`: returns the last hidden states [T, H] of the row's columns.
 
     Of a tree, only the chain of first choices is reported, as if it alone had been proposed: a draft learns from its
     first choices and is evaluated by them. So of a weighed chain those are reported, proposed or not, of which the
@@ -76,7 +77,7 @@ def notify_round(
         tested, right = output.tested_choices
         note = RoundNote(
             root=sequence.length - committed - 1,
-            version=version_number(version) if tested else -1,
+            version=version if tested else -1,
             source=SOURCE_DRAFT if tested else SOURCE_NONE,
             proposals=weighed.tokens[:tested],
             accepted=right,
@@ -94,7 +95,7 @@ def notify_round(
         count = min(count, accepted + 1)  # nothing is learned from copied tokens after a rejected one
     note = RoundNote(
         root=sequence.length - committed - 1,
-        version=version_number(version) if drafted else -1,
+        version=version if drafted else -1,
         source=source,
         explored=explored,
         draft_temperature=proposal.explored_at if explored and proposal.explored_at is not None else 1.0,
