@@ -17,7 +17,7 @@ from transformers import PretrainedConfig
 
 from aurora_lit.cli.model_sizes import draft_parameters, draft_shape, model_sizes
 from aurora_lit.config import AuroraConfig, copied_tokens, resolved_memory_scope
-from aurora_lit.models.kv_cache import head_dim_of, kv_heads_of, padded_positions
+from aurora_lit.models.kv_cache import cache_bytes, head_dim_of, kv_heads_of, padded_positions
 from aurora_lit.serve.engine.options import slot_capacity
 from aurora_lit.serve.worker.build import uses_draft
 
@@ -66,6 +66,7 @@ def needs(config: AuroraConfig, shape: PretrainedConfig, *, devices: int) -> lis
     kv_heads = math.ceil(kv_heads_of(text) / devices) if by_heads else kv_heads_of(text)
     kept_positions = slots * padded_positions(capacity)
     H, L, D = text.hidden_size, text.num_hidden_layers, head_dim_of(text)
+    sizes = {"num_slots": slots, "capacity": capacity, "element_bytes": element_bytes}
 
     lines = [
         Need(
@@ -77,7 +78,7 @@ def needs(config: AuroraConfig, shape: PretrainedConfig, *, devices: int) -> lis
         Need(
             what="keys and values",
             where="every device",
-            num_bytes=2 * L * kv_heads * D * kept_positions * element_bytes,
+            num_bytes=cache_bytes(num_layers=L, num_kv_heads=kv_heads, head_dim=D, **sizes),
             how=f"2 x {L} layers x {kv_heads} heads x {D} x {kept_positions:,} positions x {element_bytes} bytes",
         ),
         Need(

@@ -32,10 +32,10 @@ def padded_positions(capacity: int) -> int:
 
 
 def cache_bytes(
-    *, num_layers: int, num_slots: int, num_kv_heads: int, head_dim: int, capacity: int, dtype: torch.dtype
+    *, num_layers: int, num_slots: int, num_kv_heads: int, head_dim: int, capacity: int, element_bytes: int
 ) -> int:
     """Memory that a `KVCache` of these sizes takes once all of it has been written."""
-    return 2 * num_layers * num_slots * num_kv_heads * head_dim * padded_positions(capacity) * dtype.itemsize
+    return 2 * num_layers * num_slots * num_kv_heads * head_dim * padded_positions(capacity) * element_bytes
 
 
 def kv_heads_of(config: Any) -> int:

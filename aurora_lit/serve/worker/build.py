@@ -277,13 +277,14 @@ def _check_memory(
         heads = kv_heads_of(target.model.config.get_text_config())
     elif engine.strategy == "fsdp":  # each of them has all heads
         heads *= engine.devices
-    slots = partial(cache_bytes, num_slots=engine.max_batch_size, capacity=capacity, dtype=target.kv_dtype)
+    element_bytes = target.kv_dtype.itemsize
+    slots = partial(cache_bytes, num_slots=engine.max_batch_size, capacity=capacity, element_bytes=element_bytes)
     needed = slots(num_layers=target.num_layers, num_kv_heads=heads, head_dim=target.head_dim)
     states = engine.max_batch_size * capacity * target.hidden_size
     if draft is not None and engine.max_draft_tokens:
         shape = draft.config
         needed += slots(num_layers=1, num_kv_heads=shape.num_key_value_heads, head_dim=shape.head_dim)
-        needed += 3 * states * target.kv_dtype.itemsize
+        needed += 3 * states * element_bytes
     elif is_observed:
         needed += 3 * states * torch.bfloat16.itemsize
     needed += states * torch.bfloat16.itemsize if is_observed else 0
