@@ -44,6 +44,7 @@ from aurora_lit.modules.losses.draft_module import DraftModule
 from aurora_lit.request import Output, Request, SamplingParams, TokenLogprob
 from aurora_lit.serve.engine.engine import Engine
 from aurora_lit.serve.engine.options import EngineOptions
+from aurora_lit.serve.engine.thread_budget import ThreadBudget
 from aurora_lit.serve.sequences.observer import RoundObserver
 from aurora_lit.serve.speculation.kept_costs import KeptCosts
 
@@ -226,6 +227,7 @@ def make_engine(
     observer: RoundObserver | None = None,
     kept_costs: KeptCosts | None = None,
     grammars: GrammarCompiler | None = None,
+    threads: ThreadBudget | None = None,
     branches: bool = False,
     **changes: Any,
 ) -> Engine:
@@ -256,6 +258,7 @@ def make_engine(
         observer=observer,
         kept_costs=kept_costs,
         grammars=grammars,
+        threads=threads,
     )
     if branches and target.supports_trees and not options.adaptive:  # without costs, everything is worth its column
         engine.planner.limits = replace(engine.planner.limits, sibling_tokens=3)

@@ -7,6 +7,7 @@ elsewhere.
 May import: serve/speculation/ and above. Start with engine.py. The files, each importing only those above it:
 
     options.py         EngineOptions: every option of an engine; the capacity of its slots
+    thread_budget.py   how many threads rounds use, while the learner or other processes compute
     trace_recorder.py  records rounds as traces: hidden states by slot, notes of the rounds, segments
     token_choice.py    the target's own token at every column of a round
     target_runner.py   forward passes of the target over the slots, and storing what they computed

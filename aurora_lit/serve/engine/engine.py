@@ -37,6 +37,7 @@ from aurora_lit.serve.engine.commit import Commit
 from aurora_lit.serve.engine.options import EngineOptions
 from aurora_lit.serve.engine.prefill import Prefill
 from aurora_lit.serve.engine.target_runner import Columns, TargetRunner
+from aurora_lit.serve.engine.thread_budget import ThreadBudget
 from aurora_lit.serve.engine.token_choice import choose_tokens
 from aurora_lit.serve.engine.waiting_queue import WaitingQueue
 from aurora_lit.serve.sequences.observer import RoundObserver, notify_round
@@ -74,14 +75,15 @@ class Engine:
         observer: RoundObserver | None = None,
         kept_costs: KeptCosts | None = None,
         grammars: GrammarCompiler | None = None,
+        threads: ThreadBudget | None = None,
     ) -> None:
         """Allocate the slots, prepare the draft and calibrate. Without draft and lookup: plain decoding.
 
         `kept_costs`: used instead of a whole calibration if they exist, otherwise made; see `refine_costs`.
 
         `draft_version`: name of the draft's version, for outputs and traces. `observer`: records rounds. `grammars`:
-        of structured outputs; None: they are refused. Raises CheckpointError if the draft computes values that are not
-        finite.
+        of structured outputs; None: they are refused. `threads`: of rounds; None: those that are set. Raises
+        CheckpointError if the draft computes values that are not finite.
         """
         self.eos_token_ids, self.max_seq_len = options.eos_token_ids, options.max_seq_len
         self.vocab_size = target.vocab_size
@@ -92,7 +94,7 @@ class Engine:
         self.stats = EngineStats()
         self.target = target
         """Other engines in this process may share it."""
-        self._observer, self._device = observer, target.device
+        self._observer, self._device, self._threads = observer, target.device, threads
         self._waiting = WaitingQueue(grammars, eos_token_ids=options.eos_token_ids)
         self._decoding: list[RunningSequence] = []
         self._tokens_SL = torch.zeros(
@@ -229,9 +231,18 @@ class Engine:
             self.floor.forgive()
         self.draft_version, self._draft_number = version, version_number(version)
 
-    @torch.no_grad()
     def round(self) -> list[Output]:
         """Run one round for everything that is submitted. Returns what each decoding request received."""
+        if self._threads is None:
+            return self._round()
+        self.planner.updates_costs = self._threads.before_round()
+        outputs = self._round()
+        has_computed = bool(outputs or self.num_running)  # not where all wait for their grammars
+        self._threads.after_round(has_computed=has_computed, goes_on=self.has_work)
+        return outputs
+
+    @torch.no_grad()
+    def _round(self) -> list[Output]:
         started = time.perf_counter()
         refused = self._admit()
         plan = self._plan()

@@ -39,13 +39,13 @@ from aurora_lit.modules.draft.eagle3 import Eagle3Config, Eagle3Draft
 from aurora_lit.placement import describe, uses_gpus
 from aurora_lit.serve.engine.engine import Engine
 from aurora_lit.serve.engine.options import EngineOptions
+from aurora_lit.serve.engine.thread_budget import ThreadBudget
 from aurora_lit.serve.engine.trace_recorder import TraceRecorder
 from aurora_lit.serve.sequences.observer import RoundObserver
 from aurora_lit.serve.speculation.kept_costs import KeptCosts
 from aurora_lit.serve.speculation.runtime_draft import RuntimeDraft, prepare_draft
-from aurora_lit.serve.worker.learner_signals import ExplorationFollower
+from aurora_lit.serve.worker.learner_signals import ExplorationFollower, LearnerCores
 from aurora_lit.serve.worker.parts import WorkerParts
-from aurora_lit.serve.worker.thread_budget import ThreadBudget
 from aurora_lit.serve.worker.trace_sinks import TraceRecording, TraceSinks
 from aurora_lit.traces.record import LAYOUT_DIGEST, Trace
 
@@ -81,8 +81,15 @@ def build_engine(
     if target is None:
         target = load_serving_target(config)
     observer = None if sink is None else _recorder(config, target, sink)
-    engine = _engine(config, target, tokenizer, observer=observer, kept_costs=_kept_costs(config, target))
+    kept_costs, threads = _kept_costs(config, target), _thread_budget(target)
+    engine = _engine(config, target, tokenizer, observer=observer, kept_costs=kept_costs, threads=threads)
     return engine, tokenizer
+
+
+def _thread_budget(target: Target, *, busy_cores: Callable[[], int] = lambda: 0) -> ThreadBudget | None:
+    """None on a GPU: a round needs one thread there, so that others' load says nothing about its time."""
+    on_cpu = target.device.type == "cpu"
+    return ThreadBudget(threads=torch.get_num_threads(), busy_cores=busy_cores) if on_cpu else None
 
 
 def check_one_process(config: AuroraConfig) -> None:
@@ -104,8 +111,15 @@ def build_worker(config: AuroraConfig, run_folder: Path) -> WorkerParts:
     sinks = _sinks(config, run_folder)
     observer = _recorder(config, target, sinks)
     records_traces = sinks.ring is not None or sinks.recording is not None
-    kept_costs = None if shard is not None else _kept_costs(config, target)
-    engine = _engine(config, target, tokenizer, observer=observer if records_traces else None, kept_costs=kept_costs)
+    page = LearnerStatusPage.open(run_folder / LEARNER_STATUS_NAME)
+    engine = _engine(
+        config,
+        target,
+        tokenizer,
+        observer=observer if records_traces else None,
+        kept_costs=None if shard is not None else _kept_costs(config, target),
+        threads=None if shard is not None else _thread_budget(target, busy_cores=LearnerCores(page)),
+    )
 
     def load(folder: Path | None) -> RuntimeDraft:
         draft = starting_draft(config, target)[0] if folder is None else load_draft(folder, target)
@@ -116,16 +130,10 @@ def build_worker(config: AuroraConfig, run_folder: Path) -> WorkerParts:
         centroids, version = read_centroids(path, target)
         return DomainAssigner(centroids, version=version)
 
-    page = LearnerStatusPage.open(run_folder / LEARNER_STATUS_NAME)
     exploration = ExplorationFollower(engine.proposer, page)
-    # On a GPU a round needs one thread, so that others' load says nothing about its time.
-    shares_cores = shard is None and target.device.type == "cpu"
-    thread_budget = ThreadBudget(engine.planner, page, threads=torch.get_num_threads()) if shares_cores else None
 
     def before_round() -> None:
         exploration.follow()
-        if thread_budget is not None:
-            thread_budget.before_round()
         if shard is not None:
             shard.ranks.announce(engine.draft_version)
 
@@ -139,7 +147,6 @@ def build_worker(config: AuroraConfig, run_folder: Path) -> WorkerParts:
         load_draft=load if uses_draft(config) else None,
         load_domains=load_domains if uses_draft(config) and config.domain.detect else None,
         before_round=before_round,
-        after_round=(lambda: None) if thread_budget is None else thread_budget.after_round,
         idle_work=engine.refine_costs,
         unrecorded=lambda: 0 if sinks.recording is None else sinks.recording.dropped,
         close=close,
@@ -223,6 +230,7 @@ def _engine(
     *,
     observer: RoundObserver | None,
     kept_costs: KeptCosts | None = None,
+    threads: ThreadBudget | None = None,
 ) -> Engine:
     if target.device.type == "cpu":
         native.warn_if_absent()
@@ -253,7 +261,14 @@ def _engine(
     _check_memory(config, target, draft, capacity=options.slot_capacity, is_observed=observer is not None)
     try:
         return Engine(
-            target, draft, options, draft_version=version, observer=observer, kept_costs=kept_costs, grammars=grammars
+            target,
+            draft,
+            options,
+            draft_version=version,
+            observer=observer,
+            kept_costs=kept_costs,
+            grammars=grammars,
+            threads=threads,
         )
     except (OSError, RuntimeError) as error:
         if getattr(error, "errno", None) != errno.ENOMEM and "allocate memory" not in str(error):  # torch's words

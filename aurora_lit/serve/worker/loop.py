@@ -112,8 +112,6 @@ class EngineLoop:
                 parts.before_round()
                 outputs = engine.round()
                 has_computed = bool(outputs or engine.num_running)  # not where all wait for their grammars
-                if has_computed:
-                    parts.after_round()
                 now = time.perf_counter()
                 swapped = live is not None and live.num_swaps > swaps
                 if has_computed or swapped:

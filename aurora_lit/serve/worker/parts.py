@@ -75,8 +75,6 @@ class WorkerParts:
     """Number of traces so far that could not be written to trace.record."""
     before_round: Callable[[], None] = lambda: None
     """Runs before every round: takes over what the learner asks for."""
-    after_round: Callable[[], None] = lambda: None
-    """Runs after every round that has computed something."""
     idle_work: Callable[[], bool] = lambda: False
     """A short piece of work for when no request is there; False if there is none left."""
     close: Callable[[], None] = lambda: None

@@ -29,6 +29,7 @@ from aurora_lit.models.target import Target
 from aurora_lit.modules.draft.eagle3 import Eagle3Draft
 from aurora_lit.request import Output, Request
 from aurora_lit.serve.engine.engine import Engine
+from aurora_lit.serve.engine.thread_budget import ThreadBudget
 from aurora_lit.serve.sequences.round_plan import Proposal
 from aurora_lit.serve.speculation import planner as planner_module
 from aurora_lit.serve.speculation.costs import CostTable
@@ -358,6 +359,30 @@ def test_a_short_output_does_not_pay_for_the_prefill_of_the_draft_cache(
     drafted.clear()  # without the calibration's calls
     run(engine, [request("a", models.prompts[3][:9], max_tokens=max_tokens)])
     assert bool(drafted) == pays
+
+
+def test_rounds_compute_on_the_threads_of_their_budget_until_no_request_is_left(
+    models: TinyModels, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Here as beside a learner that has the other core."""
+    rounds: list[tuple[int, bool]] = []
+    after_round = ThreadBudget.after_round
+
+    def after(budget: ThreadBudget, *, has_computed: bool, goes_on: bool) -> None:
+        rounds.append((torch.get_num_threads(), has_computed))
+        after_round(budget, has_computed=has_computed, goes_on=goes_on)
+
+    monkeypatch.setattr(ThreadBudget, "after_round", after)
+    engine = models.engine(threads=ThreadBudget(threads=2, cores=2, busy_cores=lambda: 1))
+    num_threads = torch.get_num_threads()
+    try:
+        answers = run(engine, [models.request(3)])
+        assert answers["3"].token_ids == models.answers[3]
+        assert set(rounds) == {(1, True)}
+        assert not engine.planner.updates_costs, "such rounds are not compared with those on all threads"
+        assert torch.get_num_threads() == 2, "for what else this process does"
+    finally:
+        torch.set_num_threads(num_threads)
 
 
 @pytest.mark.parametrize("draft", [lambda target: random_draft(target), lambda target: None])

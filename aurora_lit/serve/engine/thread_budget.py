@@ -5,10 +5,10 @@ for it, spinning: beside one busy process a round on two cores can take twenty t
 take twice as long. What a round computes does not depend on its number of threads (see kernels/), so giving up cores
 changes speed only.
 
-    budget = ThreadBudget(engine.planner, page, threads=torch.get_num_threads())
-    budget.before_round()
-    engine.round()
-    budget.after_round()
+    budget = ThreadBudget(threads=torch.get_num_threads())
+    uses_all = budget.before_round()
+    …                                       # the round
+    budget.after_round(has_computed=True, goes_on=True)
 """
 
 from __future__ import annotations
@@ -19,11 +19,7 @@ from collections.abc import Callable
 import torch
 
 from aurora_lit.cores import available_cores
-from aurora_lit.ipc.learner_status import LearnerStatusPage
-from aurora_lit.serve.speculation.planner import SpeculationPlanner
 
-_CHECK_EVERY_S = 0.5
-"""How often the learner's whole page is read; a single field is read every round."""
 _LEAST_SHARE = 0.75
 """Rounds that get less than this share of the processor time of their threads compete with another process. Undisturbed
 they get 0.9 or more, since threads that wait spin."""
@@ -62,48 +58,42 @@ class Contention:
 
 
 class ThreadBudget:
-    """Sets the number of threads before each round."""
+    """Sets the number of threads before each round, and sets it back when no request is left."""
 
     def __init__(
         self,
-        planner: SpeculationPlanner,
-        page: LearnerStatusPage,
         *,
         threads: int,
         cores: int | None = None,
+        busy_cores: Callable[[], int] = lambda: 0,
         contention: Contention | None = None,
-        monotonic_s: Callable[[], float] = time.monotonic,
     ) -> None:
-        """threads: number for undisturbed rounds without a learner. cores: None means all that may be used."""
-        self._planner, self._page, self._monotonic_s = planner, page, monotonic_s
+        """threads: number for undisturbed rounds. cores: None means all that may be used. busy_cores: how many of them
+        a learner computes on now.
+        """
         self._configured_threads, self._cores = threads, cores or available_cores()
-        self._contention = contention or Contention()
+        self._busy_cores, self._contention = busy_cores, contention or Contention()
         self._threads = threads
-        self._next_check_s = 0.0
-        self._is_learner_running = False
         self._started = (0.0, 0.0)
 
-    def before_round(self) -> None:
-        """Set the threads of the next round."""
-        busy = self._page.peek("busy_threads")
-        if busy and self._monotonic_s() >= self._next_check_s:
-            self._next_check_s = self._monotonic_s() + _CHECK_EVERY_S
-            # A learner that was killed while it computed leaves its threads marked as busy.
-            self._is_learner_running = self._page.read().state == "running"
+    def before_round(self) -> bool:
+        """Set the threads of the next round. True if they are all, so that its time may be compared with others'."""
         threads = self._configured_threads
-        if busy and self._is_learner_running:
+        if busy := self._busy_cores():
             threads = max(1, min(threads, self._cores - busy))
-        if self._contention.is_on:
-            threads = 1
+        self._use(1 if self._contention.is_on else threads)
+        self._started = (time.perf_counter(), time.process_time())
+        return self._threads == self._configured_threads
+
+    def after_round(self, *, has_computed: bool, goes_on: bool) -> None:
+        """Learn whether the round had its cores to itself, if it has computed. goes_on: another one follows."""
+        if has_computed and self._threads > 1:
+            wall_s, cpu_s = time.perf_counter() - self._started[0], time.process_time() - self._started[1]
+            self._contention.observe(wall_s=wall_s, cpu_s=cpu_s, threads=self._threads)
+        if not goes_on:  # other code of this process has its threads back
+            self._use(self._configured_threads)
+
+    def _use(self, threads: int) -> None:
         if threads != self._threads:
             self._threads = threads
             torch.set_num_threads(threads)
-            # The planner compares costs of rounds on all threads; slower rounds would distort them.
-            self._planner.updates_costs = threads == self._configured_threads
-        self._started = (time.perf_counter(), time.process_time())
-
-    def after_round(self) -> None:
-        """Learn whether the round had its cores to itself."""
-        if self._threads > 1:
-            wall_s, cpu_s = time.perf_counter() - self._started[0], time.process_time() - self._started[1]
-            self._contention.observe(wall_s=wall_s, cpu_s=cpu_s, threads=self._threads)
