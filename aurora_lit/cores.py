@@ -4,6 +4,7 @@
 threads, which the kernel stops together for most of each period. Leaves out what the cores are used for.
 
     available_cores()                       # 2
+    spin_briefly()                          # before torch is imported
     use_threads(config.engine.threads)      # torch and the kernels compute on so many threads
 """
 
@@ -13,6 +14,11 @@ import os
 from pathlib import Path
 
 from aurora_lit.cgroups import own_groups
+
+_SPINS = "20000"
+"""How often a thread that waits for others asks again before it sleeps: for a quarter of a millisecond or a whole one,
+longer than undisturbed threads of a round wait. libgomp's own 300,000 take fifteen times as long, at each of the 180
+meetings in a pass that another process has taken a core from."""
 
 
 def available_cores(*, root: Path = Path("/")) -> int:
@@ -24,6 +30,15 @@ def available_cores(*, root: Path = Path("/")) -> int:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     limits = (_limit(folder, version) for folder, version in own_groups("cpu", root=root))
     return max(1, int(min([cores, *(limit for limit in limits if limit is not None)])))
+
+
+def spin_briefly() -> None:
+    """Let threads that wait for each other sleep soon, unless the environment says something else.
+
+    For this process, if it has not loaded libgomp yet, which torch does, and for those that it starts.
+    """
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", _SPINS)
 
 
 def use_threads(threads: int, *, processes: int = 1) -> None:

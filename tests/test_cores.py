@@ -1,4 +1,4 @@
-"""The cores that may be used: by affinity, and by the limits of this process's cgroups."""
+"""The cores that may be used: by affinity, and by the limits of this process's cgroups; and how long threads spin."""
 
 from __future__ import annotations
 
@@ -153,3 +153,35 @@ def test_without_cgroups_or_with_unreadable_files_affinity_alone_counts(
     machine.write("sys/fs/cgroup/a/cpu.max", "nonsense")
     assert cores_of(machine, monkeypatch) == 16
     assert available_cores(root=tmp_path / "nowhere") == 16
+
+
+COMMAND = """
+import contextlib, sys
+from aurora_lit.__main__ import run
+sys.argv = ["aurora-lit", "--help"]
+with contextlib.suppress(SystemExit):
+    run()
+import torch
+"""
+
+
+@pytest.mark.parametrize(
+    ("code", "given", "spins"),
+    [
+        ("from aurora_lit import LLM", {}, "20000"),
+        (COMMAND, {}, "20000"),
+        ("from aurora_lit import LLM", {"GOMP_SPINCOUNT": "7"}, "7"),
+        ("from aurora_lit import LLM", {"OMP_WAIT_POLICY": "passive"}, "0"),
+    ],
+)
+def test_threads_that_wait_for_each_other_sleep_soon_unless_the_environment_says_something_else(
+    code: str, given: dict[str, str], spins: str
+) -> None:
+    """libgomp prints what it has understood."""
+    env = {**child_environment(), "OMP_DISPLAY_ENV": "verbose"}
+    for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
+        env.pop(name, None)
+    result = subprocess.run(
+        [sys.executable, "-c", code], env={**env, **given}, capture_output=True, text=True, check=True
+    )
+    assert f"GOMP_SPINCOUNT = '{spins}'" in result.stderr
