@@ -30,12 +30,12 @@ _CLEARLY = 0.7
 def training_precision() -> TrainingPrecision:
     """Fabric's precision for training in this process: what `fabric run --precision` says, else what suits the machine.
 
-    On accelerators that is bf16-mixed. The first call takes 0.1 s. Processes that learn together are told by the first
+    On CUDA GPUs that is bf16-mixed. The first call takes 0.1 s. Processes that learn together are told by the first
     one, or by `fabric run`: timed in each, it may come out differently.
     """
     if (said := os.environ.get("LT_PRECISION")) is not None:
         return "32-true" if said in _NAMES_OF_FP32 else "bf16-mixed"
-    if torch.accelerator.is_available():
+    if torch.cuda.is_available():
         return "bf16-mixed"
     return faster_precision(fp32_s=_product_s(torch.float32), bf16_s=_product_s(torch.bfloat16))
 
@@ -51,11 +51,14 @@ def training_dtype() -> torch.dtype:
 
 
 def one_process_fabric() -> Fabric:
-    """The Fabric of learning in one process: on the GPU if there is one, in `training_precision`.
+    """The Fabric of learning in one process: on the CUDA GPU if there is one, in `training_precision`.
 
-    The environment is named because Fabric would otherwise take any process in a SLURM job for one of the job's tasks.
+    Fabric by itself would take a Mac's GPU, which torch's SparseAdam does not support, and whose time the budget does
+    not count. The environment is named because Fabric would otherwise take any process in a SLURM job for one of the
+    job's tasks.
     """
-    return Fabric(accelerator="auto", devices=1, precision=training_precision(), plugins=[LightningEnvironment()])
+    accelerator = "cuda" if torch.cuda.is_available() else "cpu"
+    return Fabric(accelerator=accelerator, devices=1, precision=training_precision(), plugins=[LightningEnvironment()])
 
 
 def _product_s(dtype: torch.dtype) -> float:

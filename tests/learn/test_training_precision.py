@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
+from lightning.fabric.accelerators.mps import MPSAccelerator
 
 from aurora_lit.learn import training_precision as training_precision_module
+from aurora_lit.learn.online.data_parallel import launch_fabric
 from aurora_lit.learn.training_precision import (
     faster_precision,
     one_process_fabric,
     training_dtype,
     training_precision,
 )
+from aurora_lit.settings import LearnSettings
 
 
 @pytest.mark.parametrize(
@@ -58,3 +62,27 @@ def test_a_process_in_a_job_of_several_slurm_tasks_is_alone(monkeypatch: pytest.
         monkeypatch.setenv(f"SLURM_{name}", value)
     fabric = one_process_fabric()
     assert (fabric.world_size, fabric.global_rank) == (1, 0)
+
+
+@pytest.fixture
+def apple_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """As on a Mac: torch and Fabric see an accelerator, which is no CUDA GPU."""
+    monkeypatch.setattr(MPSAccelerator, "is_available", staticmethod(lambda: True))
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    yield
+    training_precision.cache_clear()
+
+
+@pytest.mark.usefixtures("apple_gpu")
+def test_an_apple_gpu_whose_optimiser_cannot_learn_is_left_alone(tmp_path: Path) -> None:
+    """torch's SparseAdam does not support MPS; and the budget counts the processor's time."""
+    for fabric in (one_process_fabric(), launch_fabric(LearnSettings(), tmp_path)):
+        assert fabric.device == torch.device("cpu")
+
+
+@pytest.mark.usefixtures("untimed", "apple_gpu")
+def test_beside_an_apple_gpu_the_processor_decides(monkeypatch: pytest.MonkeyPatch) -> None:
+    seconds = {torch.float32: 1.0, torch.bfloat16: 9.0}
+    monkeypatch.setattr(training_precision_module, "_product_s", seconds.__getitem__, raising=False)
+    assert training_precision() == "32-true"

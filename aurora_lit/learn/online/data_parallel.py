@@ -100,7 +100,7 @@ class _LocalDDP(DDPStrategy):
 
 
 def launch_fabric(learn: LearnSettings, folder: Path, *, loggers: Sequence[Logger] = ()) -> Fabric:
-    """Start the followers, if `learn.devices` asks for any: on GPUs if there are enough, else on the CPU.
+    """Start the followers, if `learn.devices` asks for any: on CUDA GPUs if there are enough, else on the CPU.
 
     folder: private to the processes, which meet in a file in it.
     """
@@ -113,7 +113,7 @@ def launch_fabric(learn: LearnSettings, folder: Path, *, loggers: Sequence[Logge
             os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # loopback: not reachable from the network
     gpus = torch.cuda.is_available() and torch.cuda.device_count() >= learn.devices
     fabric = Fabric(
-        accelerator="auto" if alone else "cuda" if gpus else "cpu",
+        accelerator="cuda" if gpus else "cpu",
         devices=learn.devices,
         strategy="auto" if alone else _LocalDDP(folder),
         precision=training_precision(),
