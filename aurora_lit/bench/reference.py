@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 from aurora_lit.bench.prompts import Answer, BenchPrompt, PromptRun
 from aurora_lit.config import AuroraConfig
 from aurora_lit.models.source import find_target, loading_error
+from aurora_lit.models.target import model_dtype
 
 
 def load_reference(
@@ -19,7 +20,7 @@ def load_reference(
 ) -> Callable[[Sequence[BenchPrompt]], PromptRun]:
     """Load the target with transformers; returns a function that answers prompts with it. Raises SourceError."""
     folder = find_target(config)
-    dtype = torch.float32 if config.target.precision == "fp32" else torch.bfloat16  # no int8 or int4 here
+    dtype = model_dtype(config.target.precision)  # no int8 or int4 here
     try:
         model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=False)
     except Exception as error:  # as in `Target.load`

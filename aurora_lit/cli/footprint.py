@@ -18,6 +18,7 @@ from transformers import PretrainedConfig
 from aurora_lit.cli.model_sizes import draft_parameters, draft_shape, model_sizes
 from aurora_lit.config import AuroraConfig, copied_tokens, resolved_memory_scope
 from aurora_lit.models.kv_cache import cache_bytes, head_dim_of, kv_heads_of, padded_positions
+from aurora_lit.models.target import model_dtype
 from aurora_lit.serve.engine.options import slot_capacity
 from aurora_lit.serve.worker.build import uses_draft
 
@@ -27,8 +28,8 @@ _USABLE = 0.95
 """Usable share of a GPU's memory; the rest is lost to fragmentation."""
 _PROCESS_BYTES = 1 << 30
 """About what a process takes on its device before anything is loaded, such as the GPU context."""
-_BYTES_PER_WEIGHT = {"fp32": 4.0, "bf16": 2.0, "auto": 2.0, "int8": 34 / 32, "int4": 20 / 32}
-"""By target.precision, scales and minima included. auto: the most it can be. int4: without the head's eight bits."""
+_BYTES_PER_WEIGHT = {"int8": 34 / 32, "int4": 20 / 32}
+"""Of target.precision, scales and minima included; int4: without the head's eight bits."""
 _MOST_DEVICES = 64
 _MIB = 1 << 20
 
@@ -57,10 +58,10 @@ def needs(config: AuroraConfig, shape: PretrainedConfig, *, devices: int) -> lis
     Raises CheckpointError if draft.checkpoint is not a valid draft.
     """
     text, engine = shape.get_text_config(), config.engine
-    element_bytes = 4 if config.target.precision == "fp32" else 2  # of everything but the target's weights
+    element_bytes = model_dtype(config.target.precision).itemsize  # of everything but quantised weights
     by_heads = engine.strategy == "tensor_parallel" and devices > 1
     whole_layers = engine.strategy == "fsdp" and devices > 1
-    weight_bytes = _BYTES_PER_WEIGHT[config.target.precision]
+    weight_bytes = _BYTES_PER_WEIGHT.get(config.target.precision, element_bytes)  # auto: the most it can be
     parameters, largest_layer, _ = model_sizes(shape)
     slots, capacity = engine.max_batch_size, _slot_capacity(config)
     kv_heads = math.ceil(kv_heads_of(text) / devices) if by_heads else kv_heads_of(text)

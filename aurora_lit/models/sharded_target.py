@@ -27,7 +27,7 @@ from aurora_lit.models.kv_cache import KVCache, kv_heads_of
 from aurora_lit.models.partition import ModelPartitioner, kv_heads_of_rank
 from aurora_lit.models.shard_reader import ShardReader
 from aurora_lit.models.source import loading_error, read_model_config
-from aurora_lit.models.target import Target
+from aurora_lit.models.target import Target, model_dtype
 from aurora_lit.models.target_check import check_target
 
 
@@ -58,7 +58,7 @@ class ShardedTarget(Target):
         applies to weights and activations.
         """
         assert precision in ("fp32", "bf16", "auto"), "grouped formats are not partitioned"
-        dtype = torch.float32 if precision == "fp32" else torch.bfloat16
+        dtype = model_dtype(precision, ranks.device)
         packing = strategy == "tensor_parallel" and ranks.device.type == "cpu" and native.library() is not None
         loaded_dtype = torch.float32 if packing else dtype
         config = read_model_config(folder)

@@ -44,6 +44,17 @@ def aux_layer_ids(num_layers: int) -> tuple[int, int, int]:
     return min(2, last), min(num_layers // 2, last), max(num_layers - 3, 0)
 
 
+def model_dtype(precision: str, device: torch.device = CPU) -> torch.dtype:
+    """Type of a model's keys and values, and of weights that are not packed, for a setting of target.precision.
+
+    `auto` is fp32 on CPUs where torch has no oneDNN (Macs) and there are no kernels: torch then multiplies bf16 in a
+    plain loop, so that a prompt takes ten times as long as in fp32.
+    """
+    has_onednn: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    slow_bf16 = device.type == "cpu" and not has_onednn and native.library() is None
+    return torch.float32 if precision == "fp32" or (precision == "auto" and slow_bf16) else torch.bfloat16
+
+
 def decoder_layers(model: PreTrainedModel, num_layers: int) -> nn.ModuleList:
     """A model's list of decoder layers. Raises SourceError if there is none."""
     base = model.base_model
@@ -105,7 +116,7 @@ class Target(nn.Module):
         from transformers import AutoModelForCausalLM  # takes seconds, and a packed target needs none of it
 
         packing = device.type == "cpu" and native.library() is not None
-        dtype = torch.float32 if precision == "fp32" else torch.bfloat16
+        dtype = model_dtype(precision, device)
         if precision in ("int8", "int4") and device.type != "cpu":
             raise SourceError(f"target.precision={precision} runs on the CPU only; set engine.device=cpu, or use bf16")
         if not packing and precision in ("int8", "int4"):

@@ -15,6 +15,7 @@ from aurora_lit.cli.model_sizes import draft_shape, model_shape
 from aurora_lit.config import DEFAULT_CONFIG, AuroraConfig, load_config
 from aurora_lit.drafts.initial import initial_draft
 from aurora_lit.errors import ConfigError
+from aurora_lit.kernels import native
 from aurora_lit.models.target import Target
 from aurora_lit.modules.draft.eagle3 import Eagle3Draft
 
@@ -67,6 +68,16 @@ def test_llama_70b_by_hand() -> None:
     assert found["traces, ring"] == 4096 << 20
     assert found["learner, the target's embedding and head"] == 128256 * 8192 * (4 + 2) + 2 * 16_384 * 8192 * 2
     assert found["learner, draft"] == 3 * 4 * draft + 4 * matrices + 8 * (draft - matrices)
+
+
+def test_where_auto_is_fp32_the_table_counts_four_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = deployment("llama-3.1-70b", strategy="single", devices=1)
+    in_bf16 = table(config)
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)  # as on a Mac
+    monkeypatch.setattr(native, "library", lambda: None)
+    in_fp32 = table(config)
+    for what in ("weights", "keys and values", "draft"):
+        assert in_fp32[what] == 2 * in_bf16[what]
 
 
 @pytest.mark.parametrize(("name", "card_gb", "devices"), [("llama-3.1-70b", 80, 4), ("mixtral-8x22b", 80, 8)])

@@ -227,6 +227,35 @@ def test_auto_chooses_the_fewest_bits_that_change_no_weight(
     assert set(formats.values()) == {WeightFormat(chosen)}
 
 
+@pytest.mark.parametrize(
+    ("precision", "has_onednn", "has_kernels", "expected"),
+    [
+        ("auto", False, False, torch.float32),
+        ("auto", True, False, torch.bfloat16),
+        ("auto", False, True, torch.bfloat16),
+        ("bf16", False, False, torch.bfloat16),
+    ],
+)
+def test_auto_is_fp32_where_torch_multiplies_bf16_in_a_plain_loop(
+    precision: str,
+    has_onednn: bool,
+    has_kernels: bool,
+    expected: torch.dtype,
+    references: dict[str, Reference],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """torch for macOS is built without oneDNN; a prompt then takes ten times as long in bf16 as in fp32."""
+    if has_kernels and native.library() is None:
+        pytest.skip("no native kernels here")
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: has_onednn)
+    if not has_kernels:
+        monkeypatch.setattr(native, "library", lambda: None)
+    target = Target.load(references["llama"].folder, precision=precision)
+    assert target.kv_dtype == expected
+    if not has_kernels:
+        assert {parameter.dtype for parameter in target.parameters()} == {expected}
+
+
 @pytest.mark.parametrize("precision", ["int8", "int4"])
 def test_grouped_formats_need_the_kernels(
     precision: str, references: dict[str, Reference], monkeypatch: pytest.MonkeyPatch
