@@ -137,8 +137,9 @@ class EngineSettings:
 class MemorySettings:
     """The traffic memory: an index of earlier answers' tokens, which proposes how an answer goes on.
 
-    It is kept in memory only. A proposal that is accepted makes an answer faster, so a shared memory lets one client
-    find out by time what others were told (docs/privacy.md).
+    It is kept in memory only, and needs the CPU kernels: without them, and on a GPU, there is none. A proposal that is
+    accepted makes an answer faster, so a shared memory lets one client find out by time what others were told
+    (docs/privacy.md).
     """
 
     capacity_mb: int = _within(64, 0, 1 << 16)

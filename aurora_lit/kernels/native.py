@@ -18,6 +18,7 @@ import functools
 import logging
 import os
 import subprocess
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,7 +28,10 @@ from aurora_lit.kernels.build import ClangError, built_library, compiler, first_
 
 KEY_BLOCK = 64
 """Positions whose keys are stored together in a slot; KEY_BLOCK in attention_shape.hpp."""
-COST = "Without them everything is computed in torch: slower, and target.precision int8 and int4 are refused."
+COST = (
+    "Without them everything is computed in torch: slower, without the traffic memory, and target.precision int8 and "
+    "int4 are refused."
+)
 _log = logging.getLogger(__name__)
 
 
@@ -95,6 +99,9 @@ def warn_if_absent() -> None:
 def _load() -> ctypes.CDLL | Absence:
     if os.environ.get("AURORA_LIT_NATIVE") == "0":
         return Absence("AURORA_LIT_NATIVE=0", "unset AURORA_LIT_NATIVE", is_choice=True)
+    if sys.platform == "darwin" and not os.environ.get("CXX"):
+        # g++ is Apple's clang there, or offers in a dialog to install it, in each process that calls it.
+        return Absence("they are not built on macOS", "run it on Linux, such as in a container")
     command = compiler()
     another = "name another compiler in CXX"
     try:
@@ -103,7 +110,8 @@ def _load() -> ctypes.CDLL | Absence:
         needs = "it must support -march=native, OpenMP and C++17"
         return Absence(f"{command} failed: {first_errors(error)}", f"repair the compiler ({needs}), or {another}")
     except ClangError:
-        return Absence(f"{command} is clang++, which has another OpenMP than torch", "let CXX name g++, or unset it")
+        remedy = "install GNU's g++ (apt-get install g++), and let CXX name it"
+        return Absence(f"{command} is clang++, whose OpenMP is another than g++'s", remedy)
     except OSError as error:
         return Absence(f"they cannot be built ({error})", f"set AURORA_LIT_CACHE to a writable folder, or {another}")
     if path is None:

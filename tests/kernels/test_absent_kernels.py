@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from support.fake_engine import tiny_tokenizer
 from support.fork_host import Finished, run_program
 from support.tiny_models import save_model
 
 from aurora_lit.kernels import native
 from aurora_lit.kernels.native import COST
+from aurora_lit.serve.speculation.traffic_memory import make_memory
+from aurora_lit.settings import MemorySettings
 
 VERSION = '#!/bin/sh\n[ "$1" = --version ] && echo "fake 1.0" && exit 0\n'
 FAILS = f'{VERSION}exec g++ -include no-such-header.h "$@"\n'
@@ -170,6 +174,38 @@ def test_no_home_folder_is_said_with_the_variable_that_replaces_it(
     absent = native._load.__wrapped__()
     assert "the home folder is not known" in absent.reason
     assert "set AURORA_LIT_CACHE" in absent.remedy
+
+
+def test_on_a_mac_no_compiler_is_called_unless_one_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its g++ is Apple's clang, or opens a dialog that offers to install it, in each process that calls it."""
+    for name in ("CXX", "AURORA_LIT_NATIVE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.delattr(native, "compiler")
+    monkeypatch.setattr(sys, "platform", "darwin")
+    absent = native._load.__wrapped__()
+    assert "macOS" in absent.reason
+    assert "run it on Linux" in absent.remedy
+
+
+def test_where_gpp_is_clang_the_remedy_is_another_compiler(
+    compiler: Callable[[str], Environment], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """CXX may be unset, and g++ a name for clang++, so that neither unsetting it nor naming g++ changes anything."""
+    command = compiler('#!/bin/sh\necho "Debian clang version 14.0.6"\n')["CXX"]
+    monkeypatch.delenv("AURORA_LIT_NATIVE", raising=False)
+    monkeypatch.setattr(native, "compiler", lambda: command)
+    absent = native._load.__wrapped__()
+    assert f"{command} is clang++" in absent.reason
+    assert "install GNU's g++ (apt-get install g++)" in absent.remedy
+    assert "unset" not in absent.remedy
+
+
+def test_that_there_is_no_traffic_memory_is_among_what_absence_costs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "library", lambda: None)
+    assert make_memory(64 << 20, scope="domain", device=torch.device("cpu")) is None
+    assert "without the traffic memory" in COST
+    assert MemorySettings.__doc__ is not None
+    assert "needs the CPU kernels" in MemorySettings.__doc__
 
 
 @pytest.mark.parametrize("command", ["g++", None])
