@@ -12,6 +12,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
@@ -20,6 +21,8 @@ from typing import NoReturn
 ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 """The signals that end a server: of a service manager, of Ctrl-C and of a closed terminal."""
 _PR_SET_PDEATHSIG = 1
+_LOOK_AT_PARENT_S = 1.0
+"""How often a process looks whether its parent has ended where the kernel does not tell."""
 _PACKAGE_PARENT = Path(__file__).resolve().parents[2]
 
 
@@ -34,17 +37,25 @@ def module_command(module: str) -> list[str]:
 
 
 def die_with_parent(parent_pid: int, *, by: signal.Signals = signal.SIGKILL) -> None:
-    """Have the kernel signal this process when `parent_pid` ends, even by SIGKILL (Linux; elsewhere nothing happens).
+    """Have this process signalled when its parent, `parent_pid`, ends, even by SIGKILL.
 
-    Still applies after the process has replaced itself by another program (exec). Raises OSError.
+    On Linux the kernel does it, also after the process has replaced itself by another program (exec). Elsewhere a
+    thread does it within a second, until an exec. Raises OSError.
     """
     if sys.platform != "linux":
+        threading.Thread(target=_signal_without_parent, args=(parent_pid, by), daemon=True).start()
         return
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.prctl(_PR_SET_PDEATHSIG, by, 0, 0, 0) != 0:
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG) failed")
     if os.getppid() != parent_pid:  # the parent ended before the call
         os._exit(1)
+
+
+def _signal_without_parent(parent_pid: int, by: signal.Signals) -> None:
+    while os.getppid() == parent_pid:
+        time.sleep(_LOOK_AT_PARENT_S)
+    os.kill(os.getpid(), by)
 
 
 def tie_forked_children_to_parent() -> None:

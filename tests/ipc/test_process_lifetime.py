@@ -1,9 +1,12 @@
 """The end of a process is watched where the kernel allows it; a module is not taken from the working directory."""
 
 import asyncio
+import contextlib
 import errno
 import os
+import signal
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -26,6 +29,36 @@ def test_a_file_in_the_working_directory_is_not_imported_by_what_is_started_ther
 def test_a_checkout_that_is_not_installed_can_be_run_in_its_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     assert "-P" not in module_command("aurora_lit")
+
+
+FORKS_A_CHILD = """
+import os, sys, time
+from aurora_lit.ipc import process_lifetime
+sys.platform = "darwin"
+process_lifetime._LOOK_AT_PARENT_S = 0.02
+if sys.argv[1] == "forked":
+    process_lifetime.tie_forked_children_to_parent()
+parent = os.getpid()
+if os.fork() == 0:
+    if sys.argv[1] == "itself":
+        process_lifetime.die_with_parent(parent)
+    print("tied", flush=True)
+time.sleep(30)
+"""
+
+
+@pytest.mark.parametrize("tied", ["forked", "itself"])
+def test_where_the_kernel_does_not_tell_a_child_ends_with_its_killed_parent_too(tied: str) -> None:
+    command = [sys.executable, "-c", FORKS_A_CHILD, tied]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, start_new_session=True) as parent:
+        assert parent.stdout is not None
+        try:
+            assert parent.stdout.readline() == b"tied\n"
+            parent.kill()
+            parent.communicate(timeout=10)  # returns when the child's end of the pipe is closed too
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(parent.pid, signal.SIGKILL)
 
 
 @pytest.mark.parametrize("number", [errno.ENOSYS, errno.EPERM])
