@@ -40,6 +40,8 @@ Strategy = Literal["fsdp", "tensor_parallel"]
 Parallelize = Callable[[Any, DeviceMesh], Any]
 
 _FILE_NAME = "ranks"
+_LOOPBACK = {"linux": "lo", "darwin": "lo0"}
+"""Name of the loopback interface, by sys.platform."""
 _INLINE_WORDS = 1024
 """Size of an order's first message, in int64; the rest follows in a second message."""
 _MAX_TENSORS, _MAX_DIMS = 6, 3
@@ -49,6 +51,15 @@ _COLLECTIVE_TIMEOUT = timedelta(minutes=5)
 only ends ranks that got out of step."""
 _IDLE_TIMEOUT = timedelta(days=365)
 """How long a rank waits for an order; an idle server sends none."""
+
+
+def use_loopback() -> None:
+    """Have the groups that this process joins from now on, all of one machine, be unreachable from the network.
+
+    A choice that the environment makes in GLOO_SOCKET_IFNAME holds.
+    """
+    if (interface := _LOOPBACK.get(sys.platform)) is not None:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
 
 
 class Op(IntEnum):
@@ -96,8 +107,7 @@ class Ranks:
         self._broken = False
         self._parallelize: Parallelize | None = None
         os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size))
-        if sys.platform == "linux":
-            os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # loopback: not reachable from the network
+        use_loopback()
         if on_gpus:
             torch.cuda.set_device(rank)
         store = dist.FileStore(str(folder / _FILE_NAME), size)  # type: ignore[attr-defined]

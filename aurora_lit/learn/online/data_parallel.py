@@ -40,6 +40,7 @@ from lightning.fabric.loggers.logger import Logger
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.fabric.strategies.ddp import DDPStrategy
 
+from aurora_lit.distributed import use_loopback
 from aurora_lit.errors import AuroraError
 from aurora_lit.learn.data.training_state import from_bytes, to_bytes
 from aurora_lit.learn.online.learner import Learner
@@ -109,8 +110,7 @@ def launch_fabric(learn: LearnSettings, folder: Path, *, loggers: Sequence[Logge
         os.environ.setdefault("LT_PRECISION", training_precision())  # the followers inherit it
         if sys.flags.safe_path:
             os.environ["PYTHONSAFEPATH"] = "1"  # as module_command has it; Fabric leaves out the flag
-        if sys.platform == "linux":
-            os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # loopback: not reachable from the network
+        use_loopback()
     gpus = torch.cuda.is_available() and torch.cuda.device_count() >= learn.devices
     fabric = Fabric(
         accelerator="cuda" if gpus else "cpu",

@@ -21,6 +21,7 @@ from support.learning_ranks import STEPS, learn_with
 from support.live_traces import serve, some_requests
 from support.tiny_models import random_draft
 
+from aurora_lit import distributed
 from aurora_lit.config import load_config, to_yaml
 from aurora_lit.ipc.run_folder import CONFIG_NAME
 from aurora_lit.learn.online import data_parallel
@@ -81,6 +82,20 @@ def test_followers_compute_in_the_precision_of_the_leader(tmp_path: Path, monkey
     assert inherited == [training_precision()]
 
 
+@pytest.mark.parametrize(("platform", "interface"), [("linux", "lo"), ("darwin", "lo0"), ("another", None)])
+def test_on_a_mac_too_processes_talk_over_loopback_only(
+    platform: str, interface: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a name gloo takes the address of the machine's own, on which others can connect."""
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "set anew")
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME")
+    monkeypatch.setenv("LT_PRECISION", "bf16-mixed")
+    monkeypatch.setattr(Fabric, "launch", lambda fabric: None)
+    monkeypatch.setattr(distributed, "sys", SimpleNamespace(platform=platform))
+    launch_fabric(LearnSettings(devices=2), tmp_path)
+    assert os.environ.get("GLOO_SOCKET_IFNAME") == interface
+
+
 @pytest.mark.parametrize("safe", [True, False])
 def test_followers_import_from_the_working_directory_if_the_leader_does(
     safe: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -88,7 +103,7 @@ def test_followers_import_from_the_working_directory_if_the_leader_does(
     """Their command, which Fabric makes, is without the leader's -P."""
     inherited: list[str] = []
     monkeypatch.setattr(Fabric, "launch", lambda fabric: inherited.append(os.environ["PYTHONSAFEPATH"]))
-    leader = SimpleNamespace(flags=SimpleNamespace(safe_path=safe), platform=sys.platform)
+    leader = SimpleNamespace(flags=SimpleNamespace(safe_path=safe))
     monkeypatch.setattr(data_parallel, "sys", leader)
     monkeypatch.setenv("PYTHONSAFEPATH", "")
     launch_fabric(LearnSettings(devices=2), tmp_path)
