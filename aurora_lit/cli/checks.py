@@ -20,6 +20,7 @@ from aurora_lit.config import AuroraConfig, draft_folder
 from aurora_lit.cores import available_cores
 from aurora_lit.errors import AuroraError, CheckpointError
 from aurora_lit.free_memory import available_bytes
+from aurora_lit.ipc.run_folder import default_parent
 from aurora_lit.models.source import UNQUANTISED, cache_root, cached, unreadable_weights
 from aurora_lit.placement import describe, uses_gpus
 
@@ -149,26 +150,27 @@ def check_compiler(config: AuroraConfig) -> Check:
 
 def check_shared_memory(config: AuroraConfig) -> Check:
     """Space for the shared memory of a server's processes: two status pages and, for a learner, the trace ring."""
-    folder = Path("/dev/shm")
-    if not os.access(folder, os.W_OK):
-        return _warn(
-            "shared memory",
-            f"{folder} is not writable",
-            "works in the temporary folder; in a container, mount a tmpfs at /dev/shm",
-        )
+    folder, shared_memory = default_parent(), Path("/dev/shm")
+    larger = "make it larger (--shm-size)" if folder == shared_memory else "free space on its disk"
     free = shutil.disk_usage(folder).free
     if free < (config.trace.capacity_mb + 1 if config.learn.enabled else 1) << 20:
         return _fail(
             "shared memory",
             f"{free >> 10} KiB free in {folder}",
-            f"delete leftover files in {folder}, make it larger (--shm-size), or lower trace.capacity_mb",
+            f"delete leftover files in {folder}, {larger}, or lower trace.capacity_mb",
         )
     wanted_mb = config.trace.capacity_mb + config.learn.reservoir_mb
     if config.learn.enabled and free < wanted_mb << 20:
         return _warn(
             "shared memory",
             f"{free >> 20} MiB free in {folder}, of {wanted_mb} for the ring and the reservoir of past traces",
-            "works, with fewer past traces to replay; make it larger (--shm-size), or lower learn.reservoir_mb",
+            f"works, with fewer past traces to replay; {larger}, or lower learn.reservoir_mb",
+        )
+    if folder != shared_memory:
+        return _warn(
+            "shared memory",
+            f"{shared_memory} is not writable; {free >> 20} MiB free in {folder}",
+            "works in that folder; in a container, mount a tmpfs at /dev/shm",
         )
     return _ok("shared memory", f"{free >> 20} MiB free in {folder}")
 

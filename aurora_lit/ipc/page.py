@@ -91,10 +91,7 @@ class Page(Generic[Record]):
         _, size_bytes, digest = _layout(cls.record_class)
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
         try:
-            if hasattr(os, "posix_fallocate"):
-                os.posix_fallocate(descriptor, 0, size_bytes)
-            else:
-                os.ftruncate(descriptor, size_bytes)
+            reserve_space(descriptor, size_bytes)
             page = cls(mmap.mmap(descriptor, size_bytes))
         except OSError as error:  # names no file
             path.unlink()
@@ -160,6 +157,19 @@ class Page(Generic[Record]):
             time.sleep(1e-4)  # the writer was descheduled during a write
         record: Record = self.record_class(**{name: _value(content, field) for name, field in self._fields.items()})
         return record
+
+
+def reserve_space(descriptor: int, size_bytes: int, *, empty_from: int = 0) -> None:
+    """Give a file that will be mapped its space, so that no access raises SIGBUS. Raises OSError if there is no room.
+
+    Systems without a call for it (macOS) get zeros, but not before byte `empty_from`; from there on it holds nothing.
+    """
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(descriptor, 0, size_bytes)
+        return
+    zeros = memoryview(bytes(1 << 20))
+    while empty_from < size_bytes:
+        empty_from += os.pwrite(descriptor, zeros[: size_bytes - empty_from], empty_from)
 
 
 def heartbeat_age_s(record: Heartbeat) -> float:

@@ -32,6 +32,7 @@ from enum import IntEnum, auto
 from pathlib import Path
 
 from aurora_lit.errors import RingError
+from aurora_lit.ipc.page import reserve_space
 
 _MAGIC = 0x32474E49_52524C41
 _HEADER_BYTES = 4096
@@ -149,7 +150,7 @@ class _Ring:
         """Give the data its memory, so that no access raises SIGBUS. Raises RingError if there is no room."""
         if not self.is_reserved:
             try:
-                _reserve(self._descriptor, len(self._memory))
+                reserve_space(self._descriptor, len(self._memory), empty_from=_HEADER_BYTES)
             except OSError as error:
                 raise _no_room(self.path, self._capacity, error) from error
             self._words[_Word.RESERVED] = 1
@@ -193,7 +194,7 @@ class RingWriter(_Ring):
         try:
             descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
             try:
-                _reserve(descriptor, _HEADER_BYTES + (capacity if reserve else 0))
+                reserve_space(descriptor, _HEADER_BYTES + (capacity if reserve else 0), empty_from=_HEADER_BYTES)
                 os.ftruncate(descriptor, _HEADER_BYTES + capacity)
                 for word, value in (
                     (_Word.MAGIC, _MAGIC),
@@ -402,10 +403,3 @@ def _layout_word(layout: str) -> int:
 def _no_room(path: Path, capacity: int, error: OSError) -> RingError:
     remedy = "make room or lower trace.capacity_mb"
     return RingError(f"{path}: no ring of {capacity} bytes can be made here: {error.strerror}; {remedy}")
-
-
-def _reserve(descriptor: int, size: int) -> None:
-    if hasattr(os, "posix_fallocate"):
-        os.posix_fallocate(descriptor, 0, size)
-    else:
-        os.ftruncate(descriptor, size)

@@ -28,9 +28,9 @@ _PREFIX = "aurora-lit-run-"
 def run_folder(parent: Path | None = None) -> Iterator[Path]:
     """A new folder of mode 0700, removed at the end. Folders of servers that no longer run are removed first.
 
-    parent: None means /dev/shm, or the folder for temporary files if there is no /dev/shm.
+    parent: None means `default_parent`.
     """
-    parent = parent or _default_parent()
+    parent = parent or default_parent()
     for abandoned in parent.glob(f"{_PREFIX}*"):
         with contextlib.suppress(OSError), _locked(abandoned):  # OSError: in use, another user's, or just removed
             shutil.rmtree(abandoned, ignore_errors=True)
@@ -48,7 +48,7 @@ def run_folder(parent: Path | None = None) -> Iterator[Path]:
 def live_folders(parent: Path | None = None) -> list[Path]:
     """Folders of this user's running servers, newest first."""
     found: list[tuple[float, Path]] = []
-    for folder in (parent or _default_parent()).glob(f"{_PREFIX}*"):
+    for folder in (parent or default_parent()).glob(f"{_PREFIX}*"):
         with contextlib.suppress(OSError):
             status = folder.stat()
             if status.st_uid == os.getuid() and _is_locked(folder):
@@ -56,7 +56,8 @@ def live_folders(parent: Path | None = None) -> list[Path]:
     return [folder for _, folder in sorted(found, reverse=True)]
 
 
-def _default_parent() -> Path:
+def default_parent() -> Path:
+    """Where servers make their run folders: /dev/shm, or the folder for temporary files if there is no /dev/shm."""
     shared_memory = Path("/dev/shm")
     usable = shared_memory.is_dir() and os.access(shared_memory, os.W_OK)
     return shared_memory if usable else Path(tempfile.gettempdir())

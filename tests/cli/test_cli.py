@@ -63,7 +63,7 @@ def prompt_files(tmp_path: Path) -> list[str]:
 def test_print_config_needs_none_of_a_commands_own_options(
     command: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("aurora_lit.ipc.run_folder._default_parent", lambda: tmp_path)  # `learn` asks a server's
+    monkeypatch.setattr("aurora_lit.ipc.run_folder.default_parent", lambda: tmp_path)  # `learn` asks a server's
     result = run(*command, "--print-config", "engine.max_batch_size=3")
     assert result.exit_code == 0, result.output
     printed = tmp_path / "printed.yaml"
@@ -210,7 +210,7 @@ def test_learn_without_a_run_folder_has_the_settings_of_the_newest_server(
 
 
 def test_learn_and_status_without_a_server_say_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr("aurora_lit.ipc.run_folder._default_parent", lambda: tmp_path)
+    monkeypatch.setattr("aurora_lit.ipc.run_folder.default_parent", lambda: tmp_path)
     for command in ("learn", "status"):
         result = run(command)
         assert result.exit_code == 2

@@ -1,7 +1,9 @@
 """doctor: what prevents serving fails, with a remedy; what only makes it slower warns."""
 
 import json
+import os
 import socket
+import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -336,6 +338,29 @@ def test_a_check_that_raises_is_a_failed_line(overrides: list[str], monkeypatch:
     monkeypatch.setattr(checks_module, "check_processor", breaks)
     broken = [check for check in run_checks(load_config(None, overrides)) if "surprise" in check.found]
     assert [check.state for check in broken] == ["fail"]
+
+
+@pytest.mark.parametrize(
+    ("free_mb", "state", "remedy"),
+    [(99, "fail", "free space on its disk"), (200, "warn", "free space on its disk"), (4000, "warn", "mount a tmpfs")],
+)
+def test_without_shared_memory_the_folder_for_temporary_files_needs_the_space(
+    free_mb: int, state: str, remedy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Path] = []
+
+    def usage(folder: Path) -> SimpleNamespace:
+        asked.append(folder)
+        return SimpleNamespace(free=free_mb << 20)
+
+    monkeypatch.setattr(os, "access", lambda path, _: path != Path("/dev/shm"))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(checks_module.shutil, "disk_usage", usage)
+    check = checks_module.check_shared_memory(load_config(None, ["learn.enabled=true", "trace.capacity_mb=100"]))
+    assert asked == [tmp_path]
+    assert check.state == state
+    assert f"free in {tmp_path}" in check.found
+    assert remedy in check.remedy
 
 
 def test_a_learner_needs_space_for_its_ring(monkeypatch: pytest.MonkeyPatch) -> None:

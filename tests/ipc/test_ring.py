@@ -543,9 +543,25 @@ def test_no_room_for_a_reader_that_comes_late_is_its_error_and_the_writer_goes_o
         assert reader.pop() == b"now"
 
 
-def test_a_file_system_that_takes_less_than_the_ring_refuses_it_at_once(path: Path) -> None:
+def test_where_no_call_reserves_space_the_ring_takes_it_by_zeros(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a Mac. A hole that a push would fill on a full disk would end the writer with SIGBUS."""
+    monkeypatch.delattr(os, "posix_fallocate")
+    RingWriter.create(path, 1 << 20, layout=LAYOUT).close()
+    assert path.stat().st_blocks * 512 >= 1 << 20
+    path.unlink()
+    writer = RingWriter.create(path, 1 << 20, layout=LAYOUT, reserve=False)
+    assert path.stat().st_blocks * 512 < 1 << 16
+    with contextlib.closing(RingReader.open(path, layout=LAYOUT)) as reader:
+        assert path.stat().st_blocks * 512 >= 1 << 20
+        assert path.stat().st_size == HEADER + (1 << 20)
+        assert writer.push(b"one")
+        assert reader.pop() == b"one"
+
+
+@pytest.mark.parametrize("reserves", ["", "del os.posix_fallocate\n"])
+def test_a_file_system_that_takes_less_than_the_ring_refuses_it_at_once(reserves: str, path: Path) -> None:
     code = (
-        "from pathlib import Path; from aurora_lit.ipc.ring import RingWriter\n"
+        f"import os\n{reserves}from pathlib import Path; from aurora_lit.ipc.ring import RingWriter\n"
         f"RingWriter.create(Path({str(path)!r}), 1 << 20, layout={LAYOUT!r})"
     )
     child = subprocess.run(

@@ -66,6 +66,14 @@ def test_without_room_for_it_a_remedy_is_told(path, monkeypatch):
     assert not path.exists()
 
 
+def test_where_no_call_reserves_space_a_page_takes_it_by_zeros(path, monkeypatch):
+    monkeypatch.delattr(os, "posix_fallocate")  # as on a Mac
+    page = EngineStatusPage.create(path)
+    assert path.stat().st_blocks * 512 >= path.stat().st_size > 0
+    page.write(running=3)
+    assert EngineStatusPage.open(path).read().running == 3
+
+
 def test_another_file_is_refused(path):
     path.write_bytes(bytes(8192))
     with pytest.raises(ValueError, match="no EngineStatus page of this version"):

@@ -292,7 +292,7 @@ def _patch(folder: Path) -> None:
         return trace
 
     fork_engine_workers()
-    run_folder._default_parent = lambda: folder / "shm"
+    run_folder.default_parent = lambda: folder / "shm"
     learner_child.subprocess = types.SimpleNamespace(  # type: ignore[assignment]
         Popen=ForkedCommand, DEVNULL=subprocess.DEVNULL, TimeoutExpired=subprocess.TimeoutExpired
     )
