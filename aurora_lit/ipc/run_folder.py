@@ -11,6 +11,7 @@ import contextlib
 import fcntl
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -57,10 +58,17 @@ def live_folders(parent: Path | None = None) -> list[Path]:
 
 
 def default_parent() -> Path:
-    """Where servers make their run folders: /dev/shm, or the folder for temporary files if there is no /dev/shm."""
+    """Where servers make their run folders: /dev/shm; without it the folder for temporary files, and on a Mac
+    ~/.cache/aurora-lit/run, which is made.
+    """
     shared_memory = Path("/dev/shm")
-    usable = shared_memory.is_dir() and os.access(shared_memory, os.W_OK)
-    return shared_memory if usable else Path(tempfile.gettempdir())
+    if shared_memory.is_dir() and os.access(shared_memory, os.W_OK):
+        return shared_memory
+    if sys.platform == "darwin":  # it deletes temporary files that nobody has read for three days
+        folder = Path("~/.cache/aurora-lit/run").expanduser()
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        return folder
+    return Path(tempfile.gettempdir())
 
 
 def _is_locked(folder: Path) -> bool:

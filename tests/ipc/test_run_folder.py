@@ -5,9 +5,12 @@ import signal
 import stat
 import subprocess
 import sys
+import tempfile
 import time
 
-from aurora_lit.ipc.run_folder import live_folders, run_folder
+import pytest
+
+from aurora_lit.ipc.run_folder import default_parent, live_folders, run_folder
 
 HOLD = (
     "import sys, time, pathlib; from aurora_lit.ipc.run_folder import run_folder\n"
@@ -41,6 +44,26 @@ def test_a_pipe_of_such_a_name_does_not_keep_a_server_from_starting(tmp_path):
     os.mkfifo(tmp_path / "aurora-lit-run-x")
     with run_folder(tmp_path) as folder:
         assert folder.is_dir()
+
+
+@pytest.mark.parametrize(
+    ("platform", "shared", "expected"),
+    [
+        ("linux", True, "/dev/shm"),
+        ("linux", False, "temporary"),
+        ("darwin", False, "home/.cache/aurora-lit/run"),  # it sweeps temporary files that nobody reads for three days
+    ],
+)
+def test_it_is_made_where_nobody_sweeps_it(platform, shared, expected, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "platform", platform)
+    monkeypatch.setattr(os, "access", lambda *_: shared)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    found = default_parent()
+    assert found == tmp_path / expected
+    if platform == "darwin":
+        assert stat.S_IMODE(os.stat(found).st_mode) == 0o700
+        assert default_parent() == found, "it may be there already"
 
 
 def test_running_servers_are_found_the_newest_first(tmp_path):
