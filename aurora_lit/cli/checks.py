@@ -28,6 +28,7 @@ _GIB = 1 << 30
 _DOWNLOAD_BYTES = 2 * _GIB
 """Disk space for downloading and converting a small model; a guess, since the file's size is not known yet."""
 _FAST_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
+"""Of x86-64; the kernels use no others."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,6 +128,8 @@ def check_processor(_: AuroraConfig) -> Check:
         return _ok("processor", platform.processor() or "unknown")
     flags = next((line.split(":", 1)[1].split() for line in lines if line.startswith(("flags", "Features"))), [])
     model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+    if platform.machine() != "x86_64":
+        return _ok("processor", f"{model}: the kernels have no instructions for products of bf16 or bytes here")
     fast = [flag for flag in _FAST_FLAGS if flag in flags]
     found = f"{model}: {', '.join(fast) if fast else 'none of ' + ', '.join(_FAST_FLAGS)}"
     if "avx512_bf16" not in fast:

@@ -341,6 +341,24 @@ def test_a_check_that_raises_is_a_failed_line(overrides: list[str], monkeypatch:
 
 
 @pytest.mark.parametrize(
+    ("machine", "cpuinfo", "state", "found"),
+    [
+        ("x86_64", "model name : Xeon\nflags : avx2 avx512f avx512_bf16\n", "ok", "Xeon: avx2, avx512f, avx512_bf16"),
+        ("x86_64", "model name : Core\nflags : avx2\n", "warn", "Core: avx2"),
+        ("x86_64", "model name : Old\nflags : sse4_2\n", "warn", "Old: none of avx2"),
+        ("aarch64", "Features : asimd bf16 i8mm sve\n", "ok", "aarch64: the kernels have no instructions"),
+    ],
+)
+def test_instructions_of_x86_are_missed_on_x86_only(
+    machine: str, cpuinfo: str, state: str, found: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checks_module.platform, "machine", lambda: machine)
+    monkeypatch.setattr(Path, "read_text", lambda _: cpuinfo)
+    check = checks_module.check_processor(AuroraConfig())
+    assert (check.state, check.found[: len(found)]) == (state, found)
+
+
+@pytest.mark.parametrize(
     ("free_mb", "state", "remedy"),
     [(99, "fail", "free space on its disk"), (200, "warn", "free space on its disk"), (4000, "warn", "mount a tmpfs")],
 )
