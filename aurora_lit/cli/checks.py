@@ -28,7 +28,7 @@ _GIB = 1 << 30
 _DOWNLOAD_BYTES = 2 * _GIB
 """Disk space for downloading and converting a small model; a guess, since the file's size is not known yet."""
 _FAST_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
-"""Of x86-64; the kernels use no others."""
+"""Of x86-64."""
 
 
 @dataclass(frozen=True, kw_only=True)
