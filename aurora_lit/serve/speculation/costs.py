@@ -228,9 +228,15 @@ class Costs:
         if not chain_s:
             return
         if beyond >= _TIMED_CATCH_UP and self.prefill_position_s:
-            slowdown = max(0.1, (seconds - chain_s) / (beyond * self.prefill_position_s))
-            change = min(slowdown, 2 * self._prefill_slowdown) - self._prefill_slowdown
-            self._prefill_slowdown += _CATCH_UP_WEIGHT * change
+            self.observe_catch_up(beyond, seconds - chain_s)
             return
         seconds -= self.catch_up_s(num_drafting, uncached=uncached)
         self.chain.update(num_drafting, length, max(0.0, seconds))
+
+    def observe_catch_up(self, num_positions: int, seconds: float) -> None:
+        """Update by the time that the prefill of so many positions took alone; that of a few is no measure."""
+        if num_positions < _TIMED_CATCH_UP or not self.prefill_position_s:
+            return
+        slowdown = max(0.1, seconds / (num_positions * self.prefill_position_s))
+        change = min(slowdown, 2 * self._prefill_slowdown) - self._prefill_slowdown
+        self._prefill_slowdown += _CATCH_UP_WEIGHT * change

@@ -253,12 +253,13 @@ class Drafter:
         return hidden_BTH[torch.arange(len(counts), device=device), torch.tensor(counts, device=device) - 1]
 
     def catch_up(self, slot: int, length: int, *, most: int) -> int:
-        """Prefill at most `most` positions of a sequence of `length` tokens; returns how many."""
+        """Prefill at most `most` positions of a sequence of `length` tokens; returns how many, when they are done."""
         count = min(most, self.num_uncached(slot, length) - 1)
         for start in range(self._num_cached[slot], self._num_cached[slot] + count, _PREFILL_CHUNK_TOKENS):
             end = min(start + _PREFILL_CHUNK_TOKENS, self._num_cached[slot] + count)
             self._write_committed(slot, start, end - start)
         self._num_cached[slot] += max(0, count)
+        self.features_SLF[slot, 0, 0].item()  # waits for a GPU, so that this can be timed
         return max(0, count)
 
     def _prefill_all_but_last_pass(self, inputs: DraftInputs) -> list[int]:

@@ -296,6 +296,11 @@ class SpeculationPlanner:
         if self.updates_costs:
             self.costs.observe_draft(num_drafting, length, seconds, uncached=uncached)
 
+    def observe_catch_up(self, num_positions: int, seconds: float) -> None:
+        """Update by the time that the prefill of so many positions of the draft's cache took alone."""
+        if self.updates_costs:
+            self.costs.observe_catch_up(num_positions, seconds)
+
     def reset_for_new_draft(self, sequences: Sequence[RunningSequence]) -> None:
         """Another draft proposes from now on: low acceptance of the last one must not keep it from being tried."""
         for sampled, rate in self._mean_rates.items():

@@ -40,6 +40,7 @@ from aurora_lit.serve.sequences.sequence import RunningSequence
 from aurora_lit.serve.speculation.candidate_tree import copied, with_copies
 from aurora_lit.serve.speculation.copy_finder import MAX_PADDED_COPIES, CopyFinder
 from aurora_lit.serve.speculation.copy_planner import CopyPlanner
+from aurora_lit.serve.speculation.costs import READ_IN_A_STEP
 from aurora_lit.serve.speculation.drafter import Drafter, DraftInputs
 from aurora_lit.serve.speculation.grammar_rows import forced_proposal
 from aurora_lit.serve.speculation.planner import MAX_REMAINING_TOKENS, DraftDecision, SpeculationPlanner
@@ -232,6 +233,13 @@ class Proposer:
                 return []
         started = time.perf_counter()
         candidates, num_read = self._caught_up(all_sequences, candidates, uncached)
+        num_read += sum(uncached[i] for i in candidates)
+        read_apart, read_apart_s = 0, 0.0
+        if candidates and decision.is_probe:
+            # Probes alone measure a draft that does not pay, and the time of both together says nothing of its steps.
+            probed = all_sequences[candidates[0]]
+            read_apart = drafter.catch_up(probed.slot, probed.length, most=max(0, num_read - READ_IN_A_STEP))
+            read_apart_s = time.perf_counter() - started
         if candidates:
             sequences = [all_sequences[i] for i in candidates]
             explores = [False] * len(sequences)
@@ -242,14 +250,15 @@ class Proposer:
                 ]
             drafted = self._run(sequences, decision, explores, batch_size=batch_size)
         self.draft_seconds = time.perf_counter() - started
-        num_read += sum(uncached[i] for i in candidates)
         catch_up_s = self._planner.costs.catch_up_s(len(candidates), uncached=num_read)
         self.catch_up_seconds = min(self.draft_seconds, catch_up_s)
         if not candidates:
             return []
         found = self._proposals(drafted, explores)
         if not any(explores):
-            self._planner.observe_draft(len(found), len(drafted.outcomes), self.draft_seconds, uncached=num_read)
+            self._planner.observe_catch_up(read_apart, read_apart_s)
+            drafting_s, left = self.draft_seconds - read_apart_s, num_read - read_apart
+            self._planner.observe_draft(len(found), len(drafted.outcomes), drafting_s, uncached=left)
         return list(zip(candidates, found, strict=True))
 
     def _caught_up(
