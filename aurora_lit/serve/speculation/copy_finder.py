@@ -60,8 +60,10 @@ class CopyFinder:
         self._least: dict[int, float] = {}
         """Survival below which copies are not looked up, by batch size."""
 
-    def find(self, sequences: Sequence[RunningSequence], candidates: Sequence[int]) -> dict[int, Copies]:
-        """The likeliest copies, by index of the sequence, where there are any."""
+    def find(
+        self, sequences: Sequence[RunningSequence], candidates: Sequence[int], *, is_trial: bool = False
+    ) -> dict[int, Copies]:
+        """The likeliest copies, by index of the sequence, where there are any. `is_trial`: even if they do not pay."""
         longest = self._planner.limits.copied_tokens
         if not longest:
             return {}
@@ -80,7 +82,7 @@ class CopyFinder:
             parts=[sequence.memory_part for sequence in asking],
             tables=[self._reliability.table(sampled=sequence.temperature > 0) for sequence in asking],
             rate_RC=self._reliability.rate_RC,
-            least=self._least_survival(len(sequences)),
+            least=LEAST_SURVIVAL if is_trial else self._least_survival(len(sequences)),
             own=self._looks_up,
         )
         found = look_up_copies(self._tokens_SL, rows, memory=self._memory)

@@ -35,11 +35,18 @@ class CopyPlanner:
     def __init__(self, planner: SpeculationPlanner) -> None:
         self._planner = planner
 
-    def choose(self, survivals: Sequence[Sequence[float]], rates: Sequence[float], *, batch_size: int) -> CopyPlan:
+    def choose(
+        self,
+        survivals: Sequence[Sequence[float]],
+        rates: Sequence[float],
+        *,
+        batch_size: int,
+        is_trial: bool = False,
+    ) -> CopyPlan:
         """How many copied nodes to propose, for each sequence that has some.
 
         `survivals[b]`: probabilities that its nodes are accepted, descending; `rates`: the draft's acceptance rates;
-        `batch_size`: all sequences.
+        `batch_size`: all sequences. `is_trial`: the most probable node is proposed even if none repays its column.
         """
         planner, costs = self._planner, self._planner.costs
         if not planner.limits.adaptive:
@@ -62,6 +69,8 @@ class CopyPlanner:
                 break
         columns = sum(counts)
         if not columns:
+            if is_trial:
+                counts[max(range(len(counts)), key=lambda b: survivals[b][0])] = 1
             return CopyPlan(counts, fastest)
         column_tokens = fastest * (costs.round_s(batch_size, counts) - plain_s) / columns
 

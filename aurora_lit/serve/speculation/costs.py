@@ -26,6 +26,8 @@ _UNSURE = (0.2, 0.3)
 """Standard deviations of the two factors at the start."""
 _CHANGE = (0.006, 0.01)
 """By how much the factors change from a round to the next, as standard deviations."""
+_MOST_UNSURE = 0.6
+"""Most standard deviation of the growing factor: rounds without proposals say nothing of it, however many they are."""
 _TOGETHER = 0.7
 """Correlation of the two, at the start and of their changes: often other work slows down both."""
 _OWN_WEIGHT, _OWN_PRIOR = 0.01, 16
@@ -67,6 +69,8 @@ class Slowdown:
         """Update by what such an operation took. Returns by which share that was more than expected, within limits."""
         f, g = 1 - grown, grown
         v_ff, v_fg, v_gg = (old + change for old, change in zip(self._var, _CHANGE_VAR, strict=True))
+        kept = min(1.0, _MOST_UNSURE / v_gg**0.5)
+        v_fg, v_gg = kept * v_fg, kept**2 * v_gg
         own_f, own_g = v_ff * f + v_fg * g, v_fg * f + v_gg * g
         expected = self(grown)
         total = own_f * f + own_g * g + (_NOISE * expected) ** 2

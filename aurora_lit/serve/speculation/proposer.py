@@ -49,6 +49,9 @@ from aurora_lit.traces.record import SOURCE_DRAFT, SOURCE_NONE
 
 _LEAST_CATCH_UP = 32
 """Positions of the draft's prefill that a round computes at least, if any are missing."""
+_TRY_COPIES_EVERY = 64
+"""Rounds without copied proposals after which the most probable copy is tried, whatever it promises. Only what is
+proposed is measured: without this, copies that were wrong for a while, or columns that were dear, would stay so."""
 
 
 class Proposer:
@@ -81,6 +84,8 @@ class Proposer:
         self._copy_planner = CopyPlanner(planner)
         self.reliability = CopyReliability()
         self._copy_finder = CopyFinder(planner, self.reliability, tokens_SL=tokens_SL, memory=memory, looks_up=looks_up)
+        self._rounds_without_copies = 0
+        """That might have copied, since one did."""
         self._max_catch_up_s = max_catch_up_s
         self.explore_share, self.explore_temperature = explore_share, explore_temperature
         self._rng = random.Random(explore_seed)
@@ -125,7 +130,8 @@ class Proposer:
         found: dict[int, Copies] = {}
         if copies:
             started = time.perf_counter()
-            found = self._copy_finder.find(sequences, speculating)
+            self._rounds_without_copies += 1
+            found = self._copy_finder.find(sequences, speculating, is_trial=self._tries_copies)
             self.looking_seconds = time.perf_counter() - started
         speed = self._copy(sequences, found, proposals, drafts=drafts)
         if not drafts:
@@ -161,6 +167,10 @@ class Proposer:
 
     # -- copies --------------------------------------------------------------------------------------------------------
 
+    @property
+    def _tries_copies(self) -> bool:
+        return self._rounds_without_copies >= _TRY_COPIES_EVERY
+
     def _copy(
         self,
         sequences: Sequence[RunningSequence],
@@ -174,7 +184,11 @@ class Proposer:
             return 0.0
         survivals = [each.survivals for each in copies.values()]
         rates = [self._planner.rate_of(sequences[i]) if drafts else 0.0 for i in copies]
-        counts, speed = self._copy_planner.choose(survivals, rates, batch_size=len(sequences))
+        counts, speed = self._copy_planner.choose(
+            survivals, rates, batch_size=len(sequences), is_trial=self._tries_copies
+        )
+        if any(counts):
+            self._rounds_without_copies = 0
         for (i, each), count in zip(copies.items(), counts, strict=True):
             table = self.reliability.table(sampled=sequences[i].temperature > 0)
             proposals[i] = copied(each, count, table=table)

@@ -6,10 +6,16 @@ Costs are in seconds; a plain forward pass of the target takes 10 ms.
 from __future__ import annotations
 
 import pytest
+import torch
+from support.tiny_models import request
 
-from aurora_lit.serve.speculation.copy_planner import CopyPlanner
+from aurora_lit.kernels.suffix_index import NO_COPIES, Copies, LookUp
+from aurora_lit.serve.sequences.sequence import RunningSequence
+from aurora_lit.serve.speculation import copy_finder
+from aurora_lit.serve.speculation.copy_planner import LEAST_SURVIVAL, CopyPlanner
 from aurora_lit.serve.speculation.costs import Costs
 from aurora_lit.serve.speculation.planner import SpeculationLimits, SpeculationPlanner
+from aurora_lit.serve.speculation.proposer import Proposer
 
 PLAIN_S = 0.010
 
@@ -62,6 +68,46 @@ def test_a_sequence_is_left_to_the_draft_where_that_promises_more() -> None:
     survivals = [geometric(0.5)] * 2
     assert copy_planner(column_s=0.0).choose(survivals, [0.95, 0.2], batch_size=2).counts == [0, 4]
     assert copy_planner(column_s=0.0, drafts=False).choose(survivals, [0.95, 0.2], batch_size=2).counts == [4, 4]
+
+
+def test_a_trial_proposes_the_most_probable_node_where_none_pays() -> None:
+    dear, cheap = copy_planner(column_s=0.02), copy_planner(column_s=0.001)
+    survivals = [geometric(0.3), geometric(0.4)]
+    assert dear.choose(survivals, [0.9] * 2, batch_size=2).counts == [0, 0]
+    assert dear.choose(survivals, [0.9] * 2, batch_size=2, is_trial=True).counts == [0, 1]
+    plain = cheap.choose(survivals, [0.0] * 2, batch_size=2)
+    assert cheap.choose(survivals, [0.0] * 2, batch_size=2, is_trial=True) == plain, "nothing else changes"
+
+
+def test_copies_that_do_not_pay_are_tried_in_one_of_64_rounds_and_proposed_again_when_they_do(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Of two sequences. A trial is looked up even if it is too improbable for other rounds."""
+    costs = Costs(ragged=True)
+    costs.target.set_initial(2, 1, PLAIN_S)
+    costs.target.set_initial(2, 2, 1.5 * PLAIN_S)
+    planner = SpeculationPlanner(SpeculationLimits(draft_tokens=0, copied_tokens=4), costs)
+    proposer = Proposer(None, planner, tokens_SL=torch.zeros(2, 1))
+    proposer.reliability.rate_RC[:] = 0.15
+    least = list[float]()
+
+    def find(_tokens_SL: torch.Tensor, rows: LookUp, **_how: object) -> list[Copies]:
+        least.append(rows.least)
+        rates = [proposer.reliability.rate(table, 3) for table in rows.tables]
+        return [Copies([5], [0], [rate], [3]) if rate >= rows.least else NO_COPIES for rate in rates]
+
+    monkeypatch.setattr(copy_finder, "look_up_copies", find)
+    sequences = [RunningSequence(request=request(str(i), [1]), slot=i, prompt_length=1, length=9) for i in range(2)]
+    numbers = list[int]()
+    for number in range(64 * 40):
+        proposals = proposer.propose(sequences)
+        if any(proposal.tokens for proposal in proposals):
+            numbers.append(number)
+        for sequence, proposal in zip(sequences, proposals, strict=True):
+            proposer.observe(sequence, proposal, path=[0, 1] if proposal.tokens else [0], finished=False)
+    assert numbers[:3] == [63, 127, 191]
+    assert sorted(set(least)) == [LEAST_SURVIVAL, pytest.approx(0.25)]
+    assert numbers[-50:] == list(range(64 * 40 - 50, 64 * 40)), "they were right each time"
 
 
 def test_without_adaptation_all_tokens_are_proposed() -> None:

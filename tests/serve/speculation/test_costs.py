@@ -169,3 +169,15 @@ def test_what_a_prefilled_position_takes_follows_the_machine(costs: Costs) -> No
         costs.observe_draft(1, 2, 0.001 + 500 * 1e-5, uncached=502)
     assert costs.catch_up_s(1, uncached=502) == pytest.approx(500 * 1e-5, rel=0.02)
     assert costs.prefill_position_s == 1e-5  # what is kept for the next start
+
+
+def test_after_many_plain_rounds_one_slow_round_with_a_proposal_changes_the_price_of_columns_little() -> None:
+    """Plain rounds say nothing of it, but not ever less."""
+    costs = Costs(ragged=True)
+    costs.target.set_initial(8, 1, 0.0154)
+    costs.target.set_initial(8, 2, 0.0198)
+    for _ in range(30_000):
+        costs.observe_round(8, [], 0.0154)
+    before = costs.column_s(8, 0)
+    costs.observe_round(8, [1], 1.25 * costs.round_s(8, [1]))
+    assert costs.column_s(8, 0) < 1.5 * before
