@@ -32,6 +32,9 @@ _LEAST_TOKENS = 16
 _LEAST_SHARE = 1.25
 """Time for prompt tokens, at least, as a share of what the round takes without them: where that alone is near
 engine.max_round_ms, prompts would be read so slowly that slots wait instead of decoding."""
+_LEFT_OUT_EVERY = 64
+"""Rounds that carry prompts beside sequences that decode, after which one leaves them out: only such a round tells what
+these sequences take, which decides how many prompt tokens are computed beside them."""
 _WORTH_WAITING = 32
 """Prompt tokens that can be copied a round later, for which a sequence lets others go first."""
 _LOGPROB_CHUNK = 32
@@ -64,13 +67,16 @@ class Prefill:
         self._chunk_tokens, self._max_round_s = chunk_tokens, max_round_s
         self.has_copied = False
         """True if the last plan copied a prefix."""
-        self._token_s = 0.0
-        """Running mean of the time per prompt token; 0 before the first chunk."""
+        self._token_s: float | None = None
+        """Running mean of the time per prompt token; None before the first chunk."""
+        self._rounds_beside = 0
+        """That carried prompts beside sequences that decode, since one did not."""
 
     def plan(self, *, num_decoding: int, round_s: float) -> list[PromptRow]:
         """The prompt chunks of the next round. `round_s`: what it takes for the `num_decoding` other sequences."""
         self.has_copied = False
-        budget = self._budget(num_decoding, round_s)
+        leaves_out = num_decoding > 0 and self._rounds_beside >= _LEFT_OUT_EVERY
+        budget = 0 if leaves_out else self._budget(num_decoding, round_s)
         rows: list[PromptRow] = []
         for sequence in self.sequences:
             if budget <= 0 or self._shares_with(sequence, rows):
@@ -81,6 +87,8 @@ class Prefill:
                 tokens = list(sequence.request.prompt_ids[start:end])
                 rows.append(PromptRow(sequence, start, tokens))
                 budget -= len(tokens)
+        if num_decoding:
+            self._rounds_beside = self._rounds_beside + 1 if rows else 0
         return rows
 
     def take_ready(self) -> list[RunningSequence]:
@@ -110,10 +118,11 @@ class Prefill:
         """Prompt tokens of this round."""
         if not num_decoding:
             return self._chunk_tokens
-        if not self._token_s:
+        if self._token_s is None:
             return min(_LEAST_TOKENS, self._chunk_tokens)
         room_s = max(self._max_round_s - round_s, _LEAST_SHARE * round_s)
-        return min(max(int(room_s / self._token_s), _LEAST_TOKENS), self._chunk_tokens)
+        fitting = int(room_s / self._token_s) if self._token_s else self._chunk_tokens
+        return min(max(fitting, _LEAST_TOKENS), self._chunk_tokens)
 
     def _shares_with(self, sequence: RunningSequence, rows: list[PromptRow]) -> bool:
         """True if this round computes much of the sequence's prompt for others: the next round can copy it."""

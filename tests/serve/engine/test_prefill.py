@@ -101,6 +101,37 @@ def test_the_time_of_a_prompt_token_is_learned_slowly_and_from_chunks_that_fill_
     assert budget() == pytest.approx(50, abs=1)
 
 
+def test_rounds_shorter_than_expected_without_prompts_do_not_keep_prompts_to_a_tile() -> None:
+    """Prompt tokens that seem to take nothing were measured, and a later time is believed."""
+    prefill = make_prefill(1)
+
+    def budget() -> int:
+        return len(prefill.plan(num_decoding=1, round_s=0.010)[0].tokens)
+
+    assert budget() == 16
+    prefill.observe(16, -0.002)
+    assert budget() == 256
+    prefill.observe(256, 0.256)
+    assert budget() == 40
+
+
+def test_in_one_of_many_rounds_prompts_are_left_out_so_that_costs_are_measured() -> None:
+    prefill = make_prefill(1)
+
+    def carries_prompts(num_decoding: int) -> bool:
+        return bool(prefill.plan(num_decoding=num_decoding, round_s=0.010))
+
+    assert all(carries_prompts(0) for _ in range(200)), "nobody decodes"
+    carrying = [carries_prompts(1) for _ in range(195)]
+    assert [number for number, carried in enumerate(carrying) if not carried] == [64, 129, 194]
+    waiting = prefill.sequences.copy()
+    prefill.sequences.clear()
+    assert not carries_prompts(1)
+    prefill.sequences.extend(waiting)
+    assert all(carries_prompts(1) for _ in range(64)), "counted since a round without prompts"
+    assert not carries_prompts(1)
+
+
 # -- prompts inside the pass of other sequences --------------------------------------------------------------------
 
 
