@@ -42,7 +42,7 @@ from aurora_lit.learn.offline.replay import (
 )
 from aurora_lit.learn.online.build import load_head_and_draft
 from aurora_lit.learn.online.data_parallel import broadcast_plain
-from aurora_lit.learn.training_precision import one_process_fabric, training_precision
+from aurora_lit.learn.training_precision import NAMES_OF_PRECISIONS, one_process_fabric, training_precision
 from aurora_lit.modules.draft.eagle3 import Eagle3Draft
 
 DRAFT_NAME, VERSIONS_NAME, REPORT_NAME = "draft", "versions", "replay.json"
@@ -130,6 +130,9 @@ def run(
             console.print(table(result, title))
         if replayed.skipped:
             console.print(f"{replayed.skipped} of {total} traces were skipped: of another target, or damaged")
+        if dropped := result["poisoned"]:
+            taken = dropped + result["steps"]
+            console.print(f"{dropped} of {taken} batches were dropped: their loss or gradient was not finite")
         if ended_by is not None:  # the served draft may be half replaced: it is not written
             console.print(f"interrupted; drafts that have passed the gate are in {out / VERSIONS_NAME}", soft_wrap=True)
         else:
@@ -204,11 +207,17 @@ def _fabric(config: AuroraConfig) -> Fabric:
     """Under `fabric run`, the Fabric that it configured and launched; else one of a single process.
 
     Raises ConfigError if several processes are asked for in another way: each would replay alone, all into one folder.
+    The same for a precision or strategy in which `Learner.update` does not learn.
     """
     if os.environ.get("LT_CLI_USED") == "1":
         # As in live learning, but not timed in each of several processes, which must compute in the same.
         several = int(os.environ.get("WORLD_SIZE", "1")) > 1
-        os.environ.setdefault("LT_PRECISION", "bf16-mixed" if several else training_precision())
+        precision = os.environ.setdefault("LT_PRECISION", "bf16-mixed" if several else training_precision())
+        strategy = os.environ.get("LT_STRATEGY", "auto")
+        if precision not in NAMES_OF_PRECISIONS:  # 16-mixed scales the loss, and gradients would be clipped scaled
+            raise ConfigError(f"--precision {precision}: a replay learns in bf16-mixed or 32-true; use one of them")
+        if strategy not in ("auto", "dp") and not strategy.startswith("ddp"):
+            raise ConfigError(f"--strategy {strategy}: a replay needs the whole draft in each process; use ddp")
         return Fabric()
     remedy = "start several processes with `fabric run --devices N --strategy ddp aurora_lit/replay.py -- ...`"
     if (devices := config.learn.devices) > 1:

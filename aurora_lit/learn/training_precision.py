@@ -19,6 +19,8 @@ from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 TrainingPrecision = Literal["bf16-mixed", "32-true"]
 _NAMES_OF_FP32 = ("32-true", "32")
 """What `fabric run --precision` calls it."""
+NAMES_OF_PRECISIONS = ("bf16-mixed", "bf16", *_NAMES_OF_FP32)
+"""What `fabric run --precision` may say."""
 _SHAPE = (256, 576, 1152)
 """Rows, inputs and outputs of the product that is timed."""
 _REPEATS = 5

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -38,6 +39,7 @@ from aurora_lit.learn.data.target_head import TargetHead
 from aurora_lit.learn.offline import replay as replay_module
 from aurora_lit.learn.offline.replay import ARMS, Replay, blocks, read_traces
 from aurora_lit.learn.offline.scoring import RoundTotals
+from aurora_lit.learn.online import learner as learner_module
 from aurora_lit.models.target import Target
 from aurora_lit.modules.losses.batch import OnlineBatch
 from aurora_lit.modules.losses.objective import OnlineWeights
@@ -469,6 +471,37 @@ def test_processes_of_fabric_run_do_not_each_time_a_product(
     assert "holds no traces" in " ".join(done.stderr.split()), done.exception
     assert os.environ["LT_PRECISION"] == "bf16-mixed"
     training_precision_module.training_precision.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "said"),
+    [
+        ("LT_PRECISION", "16-mixed", "--precision 16-mixed: a replay learns in bf16-mixed or 32-true; use one of them"),
+        ("LT_PRECISION", "bf16-true", "--precision bf16-true: a replay learns in bf16-mixed or 32-true"),
+        ("LT_STRATEGY", "fsdp", "--strategy fsdp: a replay needs the whole draft in each process; use ddp"),
+    ],
+    ids=["scaled", "rounded", "sharded"],
+)
+def test_what_fabric_run_cannot_learn_with_is_refused(
+    variable: str, value: str, said: str, recorded: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LT_PRECISION", "bf16-mixed")
+    fabric_run = {"LT_CLI_USED": "1", "LT_ACCELERATOR": "cpu", "LT_DEVICES": "1", variable: value}
+    done = CliRunner().invoke(main, ["replay", *recorded, "--out", str(tmp_path / "out")], env=fabric_run)
+    assert done.exit_code == 2, done.output
+    assert said in " ".join(done.stderr.split())
+    assert not (tmp_path / "out").exists()
+
+
+def test_dropped_batches_are_counted(
+    stream: list[Trace], recorded: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As 16-mixed would drop them all."""
+    monkeypatch.setattr(learner_module, "clip_gradients", lambda parameters: torch.tensor(math.inf))
+    traces, out = logged(tmp_path / "few", stream[:4]), tmp_path / "out"
+    done = CliRunner().invoke(main, ["replay", *recorded, "--traces", str(traces), "--out", str(out)])
+    assert done.exit_code == 0, done.output
+    assert "2 of 2 batches were dropped: their loss or gradient was not finite\n" in done.stdout
 
 
 def test_one_process_in_a_job_of_several_tasks_is_not_refused(recorded: list[str], tmp_path: Path) -> None:
