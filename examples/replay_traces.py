@@ -18,4 +18,3 @@ report = json.loads((Path(out) / "replay.json").read_text())
 print(f"{report['traces']} traces, {report['steps']} optimiser steps, {report['published']} drafts passed the gate")
 for arm in ("static", "learning"):
     print(f"{arm:8} draft: {report['all'][arm]['accepted_length']:.3f} tokens a round")
-print(f"aurora-lit serve draft.checkpoint={out}/draft")

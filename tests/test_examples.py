@@ -71,5 +71,5 @@ def test_all_examples_with_the_real_model(tmp_path: Path) -> None:
     assert list(traces.glob("*.safetensors"))
     assert "tokens a round" in run("without_a_server.py", "engine.max_batch_size=2").splitlines()[-1]
     shown = run("replay_traces.py", traces, tmp_path / "replayed", "--steps-per-trace", 0.2)
-    assert f"aurora-lit serve draft.checkpoint={tmp_path / 'replayed'}/draft" in shown
+    assert f"serve it with draft.checkpoint={tmp_path / 'replayed'}/draft" in shown
     assert "d2t" in run("export_draft.py", tmp_path / "exported", f"checkpoint.dir={tmp_path}")

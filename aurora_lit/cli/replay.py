@@ -27,6 +27,7 @@ from rich.table import Table
 from aurora_lit.config import AuroraConfig
 from aurora_lit.cores import use_threads
 from aurora_lit.drafts.checkpoint import check_replaceable, save_draft
+from aurora_lit.drafts.versions import settings_to_serve
 from aurora_lit.durable import replace_file
 from aurora_lit.errors import AuroraError, CheckpointError, ConfigError
 from aurora_lit.ipc.process_lifetime import sigterm_as_exit
@@ -137,11 +138,10 @@ def run(
             console.print(f"interrupted; drafts that have passed the gate are in {out / VERSIONS_NAME}", soft_wrap=True)
         else:
             save_draft(replayed.served, out / DRAFT_NAME)
-            more = " learn.from_scratch=false checkpoint.run=NEW" if config.learn.from_scratch else ""
             console.print(
                 f"{result['published']} of {len(result['trials'])} drafts passed the gate"
                 + ("" if result["published"] else ": the final draft is the starting draft")
-                + f"; serve it with draft.checkpoint={out / DRAFT_NAME}{more}",
+                + f"; serve it with {settings_to_serve(out / DRAFT_NAME, config)}",
                 soft_wrap=True,
             )
     if ended_by is not None:

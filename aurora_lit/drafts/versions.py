@@ -32,6 +32,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from aurora_lit.config import AuroraConfig, versions_folder
 from aurora_lit.durable import sync
 from aurora_lit.errors import CheckpointError
 
@@ -66,6 +67,18 @@ def version_number(name: str) -> int:
 def version_name(number: int) -> str:
     """ "draft-000042" for 42."""
     return f"draft-{number:06d}"
+
+
+def settings_to_serve(folder: Path, config: AuroraConfig) -> str:
+    """The settings with which a server begins with the draft in `folder` and its weights.
+
+    A published version would be served instead, and a server that learns from scratch publishes one as it starts.
+    """
+    is_published = DraftStore(versions_folder(config), keep=config.checkpoint.keep).has_current
+    settings = [f"draft.checkpoint={folder}"]
+    settings += ["learn.from_scratch=false"] if config.learn.from_scratch else []
+    settings += ["checkpoint.run=NEW"] if config.learn.from_scratch or is_published else []
+    return " ".join(settings)
 
 
 def lock(descriptor: int, folder: Path, *, wait: bool = True) -> None:

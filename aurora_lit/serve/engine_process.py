@@ -101,6 +101,13 @@ def _live_draft(config: AuroraConfig, parts: WorkerParts) -> LiveDraft | None:
     from aurora_lit.serve.worker.live_draft import LiveDraft
 
     store = DraftStore(versions_folder(config), keep=config.checkpoint.keep)
+    if store.has_current and config.draft.checkpoint is not None and not config.learn.from_scratch:
+        _log.warning(
+            "draft.checkpoint=%s is passed over, since newer versions are published in %s; to begin with it, name "
+            "another checkpoint.run",
+            config.draft.checkpoint,
+            store.folder,
+        )
     if parts.load_domains is None:
         return LiveDraft(parts.engine, HotReloader(store, parts.load_draft))
     watch = DomainWatch(store.folder / CENTROIDS_NAME, parts.load_domains)

@@ -45,6 +45,7 @@ def test_without_learning_no_learner_is_started_and_opting_out_is_counted():
     with FakeServer() as server:
         now = server.status()
         assert now["learner"]["state"] == "absent"
+        assert "passed over" not in server.stderr, "nothing is published"
         answer(server, store=False)
         answer(server)
         server.wait_until(lambda now: now["traces"]["opted_out"] == 1, 5)
@@ -113,6 +114,8 @@ def test_published_drafts_are_served_reported_and_rolled_back_by_the_command_lin
             "rolled_back": None,
         }
         assert versions_of(server) == ["draft-000001"]
+        passed_over = f"draft.checkpoint=anything is passed over, since newer versions are published in {store.folder};"
+        assert passed_over in server.stderr
         publish_draft(tmp_path)
         server.wait_until(lambda now: now["draft"]["version"] == "draft-000002", 10)
         assert versions_of(server) == ["draft-000002"]

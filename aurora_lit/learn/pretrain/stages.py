@@ -26,6 +26,7 @@ from aurora_lit.config import AuroraConfig
 from aurora_lit.cores import use_threads
 from aurora_lit.drafts.checkpoint import check_replaceable, load_draft, save_draft
 from aurora_lit.drafts.initial import DRAFT_VOCABULARY_SIZE, choose_vocabulary, initial_draft
+from aurora_lit.drafts.versions import settings_to_serve
 from aurora_lit.durable import is_as_begun
 from aurora_lit.errors import CheckpointError, ConfigError
 from aurora_lit.ipc.process_lifetime import sigterm_as_exit
@@ -143,8 +144,8 @@ def pretrain(config: AuroraConfig, options: PretrainOptions) -> dict[str, Any]:
     save_draft(module.draft, options.out)
     (options.out / "training.json").write_text(json.dumps(_record(options, shards, report), indent=2) + "\n")
     console.print_json(data=report)
-    more = " learn.from_scratch=false checkpoint.run=NEW" if config.learn.from_scratch else ""
-    console.print(f"draft written to {options.out}; serve it with draft.checkpoint={options.out}{more}", soft_wrap=True)
+    settings = settings_to_serve(options.out, config)
+    console.print(f"draft written to {options.out}; serve it with {settings}", soft_wrap=True)
     return report
 
 

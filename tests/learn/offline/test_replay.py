@@ -30,6 +30,7 @@ from aurora_lit.cli.main import main
 from aurora_lit.cli.replay import report
 from aurora_lit.config import load_config, to_yaml
 from aurora_lit.drafts.checkpoint import load_draft, save_draft
+from aurora_lit.drafts.versions import DraftStore
 from aurora_lit.errors import AuroraError
 from aurora_lit.kernels import native
 from aurora_lit.learn import training_precision as training_precision_module
@@ -284,6 +285,19 @@ def test_a_replay_from_scratch_says_so_and_how_its_draft_is_served(
     assert done.exit_code == 0, done.output
     assert "learning begins untrained" in " ".join(done.stderr.split())
     assert f"draft.checkpoint={out / 'draft'} learn.from_scratch=false checkpoint.run=NEW\n" in done.stdout
+
+
+def test_where_a_version_is_published_the_draft_is_served_under_another_run(
+    target: Target, stream: list[Trace], recorded: list[str], tmp_path: Path
+) -> None:
+    """A server would begin with the version, and say little of the draft it was given."""
+    traces = logged(tmp_path / "few", stream[:3])
+    run = ["replay", *recorded, "--traces", str(traces), f"checkpoint.dir={tmp_path}"]
+    for out, more in (("unpublished", ""), ("published", " checkpoint.run=NEW")):
+        done = CliRunner().invoke(main, [*run, "--out", str(tmp_path / out)])
+        assert done.exit_code == 0, done.output
+        assert f"serve it with draft.checkpoint={tmp_path / out / 'draft'}{more}\n" in done.stdout
+        DraftStore(tmp_path / "live", keep=2).publish(random_draft(target), record={})
 
 
 def test_files_where_the_draft_will_be_are_refused_at_once(recorded: list[str], tmp_path: Path) -> None:

@@ -16,8 +16,9 @@ from support.fake_engine import tiny_tokenizer
 from support.tiny_models import random_draft, save_model
 from support.trace_examples import numbered_trace
 
-from aurora_lit.config import AuroraConfig, load_config
-from aurora_lit.drafts.checkpoint import load_draft, save_draft
+from aurora_lit.config import AuroraConfig, load_config, versions_folder
+from aurora_lit.drafts.checkpoint import load_draft, read_config, save_draft
+from aurora_lit.drafts.versions import DraftStore
 from aurora_lit.errors import CheckpointError, ConfigError
 from aurora_lit.learn.data import log_batches
 from aurora_lit.learn.pretrain import stages
@@ -25,6 +26,7 @@ from aurora_lit.learn.pretrain.generate_answers import generate_answers
 from aurora_lit.learn.pretrain.record_text import text_pieces
 from aurora_lit.learn.pretrain.stages import PretrainOptions, pretrain
 from aurora_lit.models.target import Target
+from aurora_lit.modules.draft.eagle3 import Eagle3Draft
 from aurora_lit.traces.log import read_index, read_shard
 from aurora_lit.traces.record import Trace
 
@@ -42,7 +44,10 @@ def config(tmp_path: Path) -> AuroraConfig:
     tokenizer = tiny_tokenizer()
     folder = save_model("llama", tmp_path / "target", num_hidden_layers=4, vocab_size=len(tokenizer))
     tokenizer.save_pretrained(folder)
-    return load_config(None, [f"target.source={folder}", "target.precision=fp32", "engine.max_seq_len=256"])
+    return load_config(
+        None,
+        [f"target.source={folder}", "target.precision=fp32", "engine.max_seq_len=256", f"checkpoint.dir={tmp_path}"],
+    )
 
 
 @pytest.fixture
@@ -98,7 +103,9 @@ def test_what_is_started_again_answers_and_trains_on_nothing_twice(
     pretrain(dataclasses.replace(config, learn=dataclasses.replace(config.learn, from_scratch=True)), options)
     assert (options.out / "model.safetensors").read_bytes() == before
     assert f"draft.checkpoint={options.out} learn.from_scratch=false checkpoint.run=NEW\n" in capsys.readouterr().out
+    DraftStore(versions_folder(config), keep=2).publish(Eagle3Draft(read_config(options.out)), record={})
     pretrain(config, dataclasses.replace(options, positions=2100))
+    assert f"draft.checkpoint={options.out} checkpoint.run=NEW\n" in capsys.readouterr().out
     assert (options.out / "model.safetensors").read_bytes() != before, "there was more to train on"
 
 
