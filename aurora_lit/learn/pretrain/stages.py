@@ -144,6 +144,8 @@ def pretrain(config: AuroraConfig, options: PretrainOptions) -> dict[str, Any]:
     save_draft(module.draft, options.out)
     (options.out / "training.json").write_text(json.dumps(_record(options, shards, report), indent=2) + "\n")
     console.print_json(data=report)
+    if dropped := trainer.num_dropped:
+        console.print(f"{dropped} batches were dropped: their loss or gradient was not finite")
     settings = settings_to_serve(options.out, config)
     console.print(f"draft written to {options.out}; serve it with {settings}", soft_wrap=True)
     return report

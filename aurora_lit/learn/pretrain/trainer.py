@@ -34,6 +34,8 @@ from aurora_lit.traces.log import ShardInfo
 STATE_NAME = "training.safetensors"
 SAVE_EVERY_S = 60.0
 _MIN_LR_FACTOR = 0.05
+_MOST_DROPPED = 20
+"""Batches in a row without finite loss or gradient, after which the draft counts as spoiled."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,6 +81,9 @@ class DraftTrainer:
         self.schedules = [LambdaLR(each, lambda _: self._lr_factor()) for each in optimizers]
         self.module, *self.optimizers = self.fabric.setup(module, *optimizers)
         self.epoch = self.batches_taken = 0
+        self.num_dropped = 0
+        """Batches since this object was made that changed nothing, because loss or gradient was not finite."""
+        self._dropped_in_row = 0
         self._epoch_of: list[Any] = []
         """What the order of the epoch's batches follows from; after as many of them as `batches_taken` it goes on."""
         if self.state_path.exists():
@@ -87,7 +92,7 @@ class DraftTrainer:
     def fit(self, traces: Path, shards: Sequence[ShardInfo], *, until_positions: int) -> None:
         """Take optimiser steps over the shards, epoch after epoch, until `until_positions` were trained on in all.
 
-        Raises AuroraError when the shards hold no sequence to train on.
+        Raises AuroraError when the shards hold no sequence to train on, or the loss is not finite any more.
         """
         last_save = time.monotonic()
         with _progress() as bar:
@@ -98,7 +103,7 @@ class DraftTrainer:
                     report = self._step(batch)
                     self.batches_taken += 1
                     bar.update(task, completed=self.positions_seen, note=_note(report))
-                    if time.monotonic() - last_save > SAVE_EVERY_S:
+                    if time.monotonic() - last_save > SAVE_EVERY_S and not self._dropped_in_row:
                         self.save()
                         last_save = time.monotonic()
                     if self.positions_seen >= until_positions:
@@ -224,12 +229,26 @@ class DraftTrainer:
             report: StepReport = self.module.training_step(batch)
         self.module.zero_grad()
         self.fabric.backward(report.loss)
-        clip_gradients(self.module.parameters())
+        norm = clip_gradients(self.module.parameters())
         self.positions_seen += int((batch.traces.weight_BT > 0).sum())
+        if not (torch.isfinite(report.loss) and torch.isfinite(norm)):
+            self._drop()
+            return report
+        self._dropped_in_row = 0
         for optimizer, schedule in zip(self.optimizers, self.schedules, strict=True):
             optimizer.step()
             schedule.step()
         return report
+
+    def _drop(self) -> None:
+        """Count a batch that changes nothing. Raises AuroraError after _MOST_DROPPED in a row."""
+        self.num_dropped += 1
+        self._dropped_in_row += 1
+        if self._dropped_in_row == _MOST_DROPPED:
+            raise AuroraError(
+                f"{_MOST_DROPPED} batches in a row have a loss or gradient that is not finite; lower --learning-rate "
+                f"and start again; if that changes nothing, delete {self.state_path} to train from the beginning"
+            )
 
     def _stateful(self) -> dict[str, Any]:
         optimizers = {f"optimizer_{number}": optimizer for number, optimizer in enumerate(self.optimizers)}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -210,6 +211,36 @@ def test_a_damaged_state_is_an_error(target: Target, tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(AuroraError, match="is damaged; delete it"):
         trainer(target, tmp_path)
+
+
+def with_nan(log: Path, folder: Path, *, every: int) -> Path:
+    """The log with states that are not numbers in every so many traces."""
+    writer = TraceLogWriter(folder, kind="answer")
+    for number, trace in enumerate(trace for shard in read_index(log) for trace in read_shard(log / shard.name)):
+        states = torch.full_like(trace.last_TH, math.nan)
+        writer.append(trace if number % every else replace(trace, last_TH=states))
+    writer.close()
+    return folder
+
+
+def test_batches_without_finite_loss_change_nothing_and_are_counted(target: Target, log: Path, tmp_path: Path) -> None:
+    spoiled = with_nan(log, tmp_path / "spoiled", every=30)
+    learning = trainer(target, tmp_path / "fit")
+    learning.fit(spoiled, read_index(spoiled), until_positions=4_000)
+    assert learning.num_dropped > 0
+    assert learning.schedules[0].last_epoch > 1, "others are learned from"
+    assert all(parameter.isfinite().all() for parameter in learning.module.parameters())
+
+
+def test_training_that_finds_nothing_finite_any_more_ends_with_an_error_and_saves_nothing(
+    target: Target, log: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trainer_module, "SAVE_EVERY_S", 0.0)
+    spoiled = with_nan(log, tmp_path / "spoiled", every=1)
+    learning = trainer(target, tmp_path / "fit")
+    with pytest.raises(AuroraError, match="20 batches in a row .* not finite; lower --learning-rate"):
+        learning.fit(spoiled, read_index(spoiled), until_positions=40_000)
+    assert not learning.state_path.exists()
 
 
 def test_training_on_nothing_is_an_error(target: Target, tmp_path: Path) -> None:
