@@ -27,7 +27,7 @@ from aurora_lit.cores import use_threads
 from aurora_lit.drafts.checkpoint import check_replaceable, load_draft, save_draft
 from aurora_lit.drafts.initial import DRAFT_VOCABULARY_SIZE, choose_vocabulary, initial_draft
 from aurora_lit.drafts.versions import settings_to_serve
-from aurora_lit.durable import is_as_begun
+from aurora_lit.durable import is_as_begun, replace_file
 from aurora_lit.errors import CheckpointError, ConfigError
 from aurora_lit.ipc.process_lifetime import sigterm_as_exit
 from aurora_lit.learn.pretrain.generate_answers import PromptToAnswer, generate_answers
@@ -142,7 +142,8 @@ def pretrain(config: AuroraConfig, options: PretrainOptions) -> dict[str, Any]:
         trainer.fit(traces, answers, until_positions=options.positions)
     report = trainer.validate(traces, shards, logsumexp=target.logsumexp)
     save_draft(module.draft, options.out)
-    (options.out / "training.json").write_text(json.dumps(_record(options, shards, report), indent=2) + "\n")
+    record = json.dumps(_record(options, shards, report), indent=2) + "\n"
+    replace_file(options.out / "training.json", record.encode())
     console.print_json(data=report)
     if dropped := trainer.num_dropped:
         console.print(f"{dropped} batches were dropped: their loss or gradient was not finite")
@@ -279,7 +280,7 @@ def _vocabulary(
             counts += 9 * torch.bincount(ids_T[trace.answer_start :], minlength=target.vocab_size)
     size = min(options.draft_vocab_size, target.vocab_size)
     ids = choose_vocabulary(counts, size, always=eos_token_ids(target, tokenizer))
-    path.write_text(json.dumps(ids.tolist()))
+    replace_file(path, json.dumps(ids.tolist()).encode())  # one that a full disk cuts short could not be read again
     return ids
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import resource
 import signal
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -18,6 +19,7 @@ from support.trace_examples import numbered_trace
 
 from aurora_lit.config import AuroraConfig, load_config, versions_folder
 from aurora_lit.drafts.checkpoint import load_draft, read_config, save_draft
+from aurora_lit.drafts.initial import choose_vocabulary
 from aurora_lit.drafts.versions import DraftStore
 from aurora_lit.errors import CheckpointError, ConfigError
 from aurora_lit.learn.data import log_batches
@@ -184,6 +186,26 @@ def test_another_vocabulary_size_is_refused_when_training_continues(
         pretrain(config, options)
     with pytest.raises(ConfigError, match="--draft-vocab-size 16: .*first.traces is of a training with 32; use that"):
         pretrain(config, dataclasses.replace(options, draft_vocab_size=16))
+
+
+def test_training_continues_after_a_disk_that_was_full_when_the_vocabulary_was_written(
+    config: AuroraConfig, options: PretrainOptions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def fill_the_disk(*arguments: Any, **named: Any) -> torch.Tensor:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20, before[1]))
+        return choose_vocabulary(*arguments, **named)
+
+    monkeypatch.setattr(stages, "choose_vocabulary", fill_the_disk)
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            pretrain(config, options)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    monkeypatch.setattr(stages, "choose_vocabulary", choose_vocabulary)
+    pretrain(config, options)
+    assert (options.out / "training.json").exists()
 
 
 def test_a_target_that_was_moved_is_no_other(
