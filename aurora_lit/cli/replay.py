@@ -27,7 +27,7 @@ from rich.table import Table
 from aurora_lit.config import AuroraConfig
 from aurora_lit.cores import use_threads
 from aurora_lit.drafts.checkpoint import check_replaceable, save_draft
-from aurora_lit.drafts.versions import settings_to_serve
+from aurora_lit.drafts.versions import DraftStore, settings_to_serve
 from aurora_lit.durable import replace_file
 from aurora_lit.errors import AuroraError, CheckpointError, ConfigError
 from aurora_lit.ipc.process_lifetime import sigterm_as_exit
@@ -49,8 +49,12 @@ from aurora_lit.modules.draft.eagle3 import Eagle3Draft
 DRAFT_NAME, VERSIONS_NAME, REPORT_NAME = "draft", "versions", "replay.json"
 
 
-def replay(config: AuroraConfig, *, traces: Path | None, **options: Any) -> None:
-    """Replay the traces in `traces` (None: trace.record) as `run` does, after loading target head and draft."""
+def replay(config: AuroraConfig, *, traces: Path | None, out: Path, **options: Any) -> None:
+    """Replay the traces in `traces` (None: trace.record) as `run` does, after loading target head and draft.
+
+    Before that takes time, raises AuroraError if there are no traces, ConfigError if `out` holds other files or an
+    earlier replay's or cannot be locked, OSError if it cannot be written.
+    """
     folder = traces or (Path(config.trace.record).expanduser() if config.trace.record else None)
     if folder is None:
         raise ConfigError("trace.record=null: there are no traces to replay; use --traces DIR")
@@ -60,9 +64,12 @@ def replay(config: AuroraConfig, *, traces: Path | None, **options: Any) -> None
             "learn.from_scratch=true: learning begins untrained, with the shape of draft.checkpoint; to begin with its "
             "weights, set learn.from_scratch=false"
         )
+    count_traces(folder)
+    if fabric.is_global_zero:
+        _begin(out)
     use_threads(config.engine.threads, processes=int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     target_head, starting = load_head_and_draft(config)
-    run(config, traces=folder, target_head=target_head, starting=starting, fabric=fabric, **options)
+    run(config, traces=folder, out=out, target_head=target_head, starting=starting, fabric=fabric, **options)
 
 
 @sigterm_as_exit()
@@ -78,22 +85,13 @@ def run(
     trial_every: int,
     window: int,
 ) -> dict[str, Any]:
-    """Replay the traces in `traces`; write a report and the final draft to `out`, and return the report.
+    """Replay the traces in `traces`; write a report and the final draft to the new folder `out`, return the report.
 
     steps_per_trace: optimiser steps for each trace. trial_every: traces between two trials of the gate. window: traces
-    in each window of the report. Raises AuroraError if no trace can be used, ConfigError if the final draft would
-    replace other files, OSError if `out` cannot be written. What ends it before, such as Ctrl-C or SIGTERM, is raised
-    again once the report so far is written; there is no final draft then.
+    in each window of the report. Raises AuroraError if no trace can be used. What ends it before, such as Ctrl-C or
+    SIGTERM, is raised again once the report so far is written; there is no final draft then.
     """
-    try:
-        check_replaceable(out / DRAFT_NAME)
-    except CheckpointError as error:
-        raise ConfigError(f"--out: {error}") from error
-    total = count_traces(traces)
-    first = fabric.is_global_zero
-    if first:
-        out.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=out).close()  # fails now, and not after hours, if `out` cannot be written
+    total, first = count_traces(traces), fabric.is_global_zero
     with tempfile.TemporaryDirectory() as scratch, _progress(shown=first) as bar:
         replayed = Replay(
             config,
@@ -147,6 +145,23 @@ def run(
     if ended_by is not None:
         raise ended_by
     return result
+
+
+def _begin(out: Path) -> None:
+    """Make the folder of results, and fail now, and not after hours, if it cannot be used."""
+    out.mkdir(parents=True, exist_ok=True)
+    tempfile.TemporaryFile(dir=out).close()
+    store = DraftStore(out / VERSIONS_NAME, keep=1)
+    if store.versions() or (out / REPORT_NAME).exists():  # nothing would tell its drafts from those of this one
+        raise ConfigError(f"--out {out}: an earlier replay has written there; name another folder, or delete that one")
+    try:
+        check_replaceable(out / DRAFT_NAME)
+    except CheckpointError as error:
+        raise ConfigError(f"--out: {error}") from error
+    try:
+        store.prune()  # takes the lock that publishing takes
+    except CheckpointError as error:
+        raise ConfigError(f"--out {out}: its file system has no locks; name a folder on a local disk") from error
 
 
 def report(replayed: Replay, *, window: int) -> dict[str, Any]:

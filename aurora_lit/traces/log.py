@@ -208,7 +208,7 @@ def _locked(folder: Path) -> int:
         os.close(descriptor)
         if isinstance(error, BlockingIOError):
             raise BlockingIOError(error.errno, "another process writes traces there", str(folder)) from error
-        raise
+        raise OSError(error.errno, error.strerror, str(folder)) from error  # such as a file system without locks
     return descriptor
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import os
 from dataclasses import replace
@@ -66,6 +68,18 @@ def test_one_writer_at_a_time_has_the_folder(tmp_path: Path) -> None:
     writer.close()
     write_log(tmp_path, [numbered_trace(9, first=50)])
     assert [int(trace.token_ids_T[0]) for trace in read(tmp_path)] == [0, 50]
+
+
+def test_an_error_of_a_file_system_without_locks_names_the_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with pytest.raises(OSError, match="Function not implemented") as raised:
+        TraceLogWriter(tmp_path, kind="live")
+    assert raised.value.filename == str(tmp_path)
 
 
 def test_what_a_killed_writer_left_is_deleted(tmp_path: Path) -> None:

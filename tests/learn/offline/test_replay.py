@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import math
 import os
@@ -417,7 +419,7 @@ def test_a_failed_replay_writes_its_report_though_it_is_told_to_end(
 def test_a_folder_that_cannot_be_written_is_an_error_before_any_work(
     recorded: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delattr(Replay, "process_block")
+    monkeypatch.delattr(replay_command, "load_head_and_draft")
     (tmp_path / "file").touch()
     for out in (tmp_path / "file" / "out", Path("/proc/self")):  # cannot be made; holds no file that is made
         done = CliRunner().invoke(main, ["replay", *recorded, "--out", str(out)])
@@ -425,12 +427,47 @@ def test_a_folder_that_cannot_be_written_is_an_error_before_any_work(
         assert str(out) in done.stderr
 
 
+def test_a_folder_without_locks_is_an_error_before_any_work(
+    recorded: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first draft that passes could not be published."""
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.delattr(replay_command, "load_head_and_draft")
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    done = CliRunner().invoke(main, ["replay", *recorded, "--out", str(tmp_path / "out")])
+    assert done.exit_code == 2, done.output
+    said = f"--out {tmp_path / 'out'}: its file system has no locks; name a folder on a local disk"
+    assert said in " ".join(done.stderr.split())
+
+
+@pytest.mark.parametrize("left", ["replay.json", "versions/draft-000001/config.json"])
+def test_a_folder_of_an_earlier_replay_is_refused_before_any_work(
+    left: str, recorded: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its drafts could not be told from this one's."""
+    monkeypatch.delattr(replay_command, "load_head_and_draft")
+    file = tmp_path / "out" / left
+    file.parent.mkdir(parents=True)
+    file.touch()
+    done = CliRunner().invoke(main, ["replay", *recorded, "--out", str(tmp_path / "out")])
+    assert done.exit_code == 2, done.output
+    said = f"--out {tmp_path / 'out'}: an earlier replay has written there; name another folder, or delete that one"
+    assert said in " ".join(done.stderr.split())
+    assert file.exists()
+
+
 def _asked(times: int) -> list[Request]:
     asked = [*some_requests(8), *some_requests(4, seed=1, domain="code")]
     return [replace(r, request_id=f"{n}-{r.request_id}") for n in range(times) for r in asked]
 
 
-def test_a_folder_without_traces_is_an_error(tmp_path: Path, recorded: list[str]) -> None:
+def test_a_folder_without_traces_is_an_error_before_any_work(
+    tmp_path: Path, recorded: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(replay_command, "load_head_and_draft")
     result = CliRunner().invoke(main, ["replay", *recorded, "--traces", str(tmp_path / "none")])
     assert result.exit_code == 2
     assert "holds no traces" in result.output
