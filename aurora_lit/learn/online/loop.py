@@ -15,7 +15,7 @@ from collections.abc import Callable
 
 from aurora_lit.drafts.centroid_file import CENTROIDS_NAME, published_names
 from aurora_lit.drafts.versions import DraftStore, version_number
-from aurora_lit.errors import CheckpointError, TraceError
+from aurora_lit.errors import AuroraError, CheckpointError, TraceError
 from aurora_lit.learn.data.labelled_trace import is_compatible
 from aurora_lit.learn.data.online_batcher import OnlineBatcher
 from aurora_lit.learn.data.target_head import TargetHead
@@ -303,7 +303,14 @@ class OnlineLoop:
         self._last_trial_steps = self.learner.steps
 
     def _load_champion(self, version: str | None) -> None:
-        self._champion.draft.load_state_dict(self._environment.served_draft(version).state_dict())
+        state, own = self._environment.served_draft(version).state_dict(), self._champion.draft.state_dict()
+        if {name: each.shape for name, each in state.items()} != {name: each.shape for name, each in own.items()}:
+            self._save()  # for a return to this shape
+            raise AuroraError(
+                f"{version or 'the starting draft'} is of another shape than the draft that learns; start the learner "
+                "again, which then goes on from it, or return to a version of this shape"
+            )
+        self._champion.draft.load_state_dict(state)
         self._target_head.install_head(self._champion)
         self._current_version = version
         if version is not None and version == self._passed_version:

@@ -19,7 +19,7 @@ from support.live_traces import asked_again, make_controller, serve, some_reques
 
 from aurora_lit.drafts.centroid_file import CENTROIDS_NAME, read_centroids, write_centroids
 from aurora_lit.drafts.versions import DraftStore
-from aurora_lit.errors import CheckpointError
+from aurora_lit.errors import AuroraError, CheckpointError
 from aurora_lit.learn.online import gate, loop
 from aurora_lit.learn.online.budget import Budget, ServerLoad, ShareLimit
 from aurora_lit.learn.online.learner import PATIENCE_TRIALS, STARTING_VERSION
@@ -614,6 +614,21 @@ def test_beside_a_version_that_cannot_be_loaded_learning_goes_on_from_the_one_be
     assert again.loop._current_version == sound, "a learner that is started then takes it too"
     (harness.store.folder / "CURRENT").write_text("nonsense")
     assert LearnerHarness(target, tmp_path).loop._current_version is None
+
+
+def test_a_version_of_another_shape_ends_the_learner_with_a_remedy(
+    target: Target, traffic: list[Trace], tmp_path: Path
+) -> None:
+    harness = LearnerHarness(target, tmp_path)
+    harness.ring.records.extend(traffic)
+    harness.tick_until(lambda: harness.learner.steps >= 2)
+    wider = replace(harness.starting.config, intermediate_size=2 * harness.starting.config.intermediate_size)
+    other = Eagle3Draft(wider)
+    other.load_state_dict({name: harness.starting.state_dict()[name] for name in ("d2t", "t2d")}, strict=False)
+    harness.store.publish(other, record={})
+    with pytest.raises(AuroraError, match="draft-000001 is of another shape than the draft that learns; start the"):
+        harness.tick_until(lambda: False)
+    assert harness.learner.state_path.exists(), "what was learned is kept"
 
 
 def test_learning_begins_from_the_starting_draft_if_no_version_can_be_read(
