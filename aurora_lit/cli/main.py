@@ -159,7 +159,11 @@ def learn(config: AuroraConfig, run_folder: Path | None, parent: int | None) -> 
     "--out", type=FOLDER, default=Path("replay-results"), show_default=True, help="Folder for the report and the draft."
 )
 @click.option(
-    "--steps-per-trace", type=click.FloatRange(min=0), default=0.5, show_default=True, help="Optimiser steps per trace."
+    "--steps-per-trace",
+    type=click.FloatRange(min=0),
+    default=0.5,
+    show_default=True,
+    help="Optimiser steps per trace. Above about 1 fewer are taken: no position is learned from more than four times.",
 )
 @click.option(
     "--trial-every", type=click.IntRange(min=1), default=32, show_default=True, help="Traces between two trials."

@@ -43,6 +43,7 @@ from aurora_lit.learn.offline.replay import (
 )
 from aurora_lit.learn.online.build import load_head_and_draft
 from aurora_lit.learn.online.data_parallel import broadcast_plain
+from aurora_lit.learn.online.gate import MIN_REQUESTS
 from aurora_lit.learn.training_precision import NAMES_OF_PRECISIONS, one_process_fabric, training_precision
 from aurora_lit.modules.draft.eagle3 import Eagle3Draft
 
@@ -87,8 +88,8 @@ def run(
 ) -> dict[str, Any]:
     """Replay the traces in `traces`; write a report and the final draft to the new folder `out`, return the report.
 
-    steps_per_trace: optimiser steps for each trace. trial_every: traces between two trials of the gate. window: traces
-    in each window of the report. Raises AuroraError if no trace can be used. What ends it before, such as Ctrl-C or
+    steps_per_trace: optimiser steps for each trace, as far as traces may be repeated. trial_every: traces between two
+    trials of the gate. window: traces in each window of the report. Raises AuroraError if no trace can be used. What ends it before, such as Ctrl-C or
     SIGTERM, is raised again once the report so far is written; there is no final draft then.
     """
     total, first = count_traces(traces), fabric.is_global_zero
@@ -132,6 +133,13 @@ def run(
         if dropped := result["poisoned"]:
             taken = dropped + result["steps"]
             console.print(f"{dropped} of {taken} batches were dropped: their loss or gradient was not finite")
+        if not result["trials"]:
+            console.print(
+                f"no trial was held: {result['steps']} steps were taken, and one needs learn.publish_every_steps="
+                f"{config.learn.publish_every_steps} and {MIN_REQUESTS} requests that are kept for it; give more "
+                "traces, or raise --steps-per-trace",
+                soft_wrap=True,
+            )
         if ended_by is not None:  # the served draft may be half replaced: it is not written
             console.print(f"interrupted; drafts that have passed the gate are in {out / VERSIONS_NAME}", soft_wrap=True)
         else:

@@ -105,7 +105,6 @@ class Replay:
         folder: for published versions. scratch: for remembered traces, of which only the first process has any.
         fabric: for several processes that replay together; all create a Replay. gated: false serves the learner's draft
         without a trial after each learn.publish_every_steps steps. keep_versions: false writes no version to disk.
-        Raises ConfigError when engine.max_draft_tokens is 0.
         """
         learn = config.learn
         module = online_module(config, copy.deepcopy(starting), target_head)
@@ -245,6 +244,8 @@ class Replay:
     def learn_from(self, trace: Trace) -> Trace:
         """Take in a trace as the online learner does, and the steps that are due. Returns the trace with its domain.
 
+        Steps for which no trace is left are not made up for later, but for one.
+
         A trace with a looping answer is returned as it is.
         """
         placed = self._intake.add(trace)
@@ -254,7 +255,8 @@ class Replay:
         while self._steps_due >= 1:
             oldest_fresh = max(0, version_number(self.version) - self._learn.max_staleness)  # never recorded rounds
             batch = self._batcher.next_batch(oldest_fresh=oldest_fresh)
-            if batch is None:  # all traces wait for a trial
+            if batch is None:  # all traces wait for a trial, or were learned from as often as they may be
+                self._steps_due = min(self._steps_due, 1.0)
                 break
             self._steps_due -= 1
             self.learner.update(batch)

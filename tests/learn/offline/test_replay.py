@@ -162,6 +162,20 @@ def test_without_gate_or_store_every_draft_is_served_and_none_is_written(
         assert torch.equal(served[name], stored.to(learned.dtype)), name
 
 
+def test_steps_that_nothing_is_left_for_are_not_owed(
+    target: Target, stream: list[Trace], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Positions are learned from a few times at most. Later traces would pay for earlier ones."""
+    replay = make_replay(target, random_draft(target), tmp_path, steps_per_trace=50.0)
+    replay.process_block(stream[:24])
+    steps = replay.learner.steps
+    assert 0 < steps < 24 * 50
+    replay._steps_per_trace = 0.0
+    monkeypatch.setattr(replay._batcher, "next_batch", lambda **_: pytest.fail("a step was owed"))
+    replay._steps_due -= 1  # at most
+    replay.process_block(stream[24:28])
+
+
 def test_the_gate_is_told_how_hot_the_stream_is(
     target: Target, stream: list[Trace], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -261,6 +275,7 @@ def test_the_command_writes_a_draft_and_a_report(
     assert report["copies"] is False, "the settings say so"
     assert (report["all"]["memory"], report["all"]["both"]) == (report["all"]["static"], report["all"]["learning"])
     assert report["published"] >= 1
+    assert "no trial was held" not in done.stdout
     assert report["windows"][-1]["learning"]["accepted_length"] > static.accepted_length + 0.2
     draft = load_draft(out / "draft", TargetHead(target))
     live = sum(map(scored_rounds, serve(target, draft, _asked(1))), RoundTotals())
@@ -319,6 +334,7 @@ def test_skipped_traces_are_counted_and_it_is_an_error_if_all_are(
     done = CliRunner().invoke(main, ["replay", *recorded, "--traces", str(some), "--out", str(tmp_path / "out")])
     assert done.exit_code == 0, done.output
     assert "2 of 3 traces were skipped" in done.stdout
+    assert "no trial was held: 0 steps were taken, and one needs learn.publish_every_steps=10 and 6 " in done.stdout
     done = CliRunner().invoke(main, ["replay", *recorded, "--traces", str(others), "--out", str(tmp_path / "none")])
     assert done.exit_code == 2, done.output
     assert "all 2 traces" in done.stderr
