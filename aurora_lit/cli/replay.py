@@ -10,6 +10,7 @@ Leaves out learning and scoring (learn/offline/replay.py).
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import signal
@@ -24,6 +25,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from aurora_lit import __version__
 from aurora_lit.config import AuroraConfig
 from aurora_lit.cores import use_threads
 from aurora_lit.drafts.checkpoint import check_replaceable, save_draft
@@ -89,8 +91,9 @@ def run(
     """Replay the traces in `traces`; write a report and the final draft to the new folder `out`, return the report.
 
     steps_per_trace: optimiser steps for each trace, as far as traces may be repeated. trial_every: traces between two
-    trials of the gate. window: traces in each window of the report. Raises AuroraError if no trace can be used. What ends it before, such as Ctrl-C or
-    SIGTERM, is raised again once the report so far is written; there is no final draft then.
+    trials of the gate. window: traces in each window of the report. Raises AuroraError if no trace can be used. What
+    ends it before, such as Ctrl-C or SIGTERM, is raised again once the report so far is written; there is no final
+    draft then.
     """
     total, first = count_traces(traces), fabric.is_global_zero
     with tempfile.TemporaryDirectory() as scratch, _progress(shown=first) as bar:
@@ -122,7 +125,12 @@ def run(
             f"all {replayed.skipped} traces in {traces} were skipped: they are of another target than "
             f"{config.target.source}, or damaged; give the server's --config"
         )
-    result = report(replayed, window=window)
+    result = report(replayed, window=window) | {
+        "aurora_lit": __version__,
+        "options": {"traces": str(traces), "steps_per_trace": steps_per_trace, "trial_every": trial_every},
+        # Without the server's, which may hold a key.
+        "settings": {name: each for name, each in dataclasses.asdict(config).items() if name != "server"},
+    }
     if first:
         replace_file(out / REPORT_NAME, (json.dumps(result, indent=2) + "\n").encode())
         console = Console()

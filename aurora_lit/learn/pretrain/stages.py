@@ -142,7 +142,7 @@ def pretrain(config: AuroraConfig, options: PretrainOptions) -> dict[str, Any]:
         trainer.fit(traces, answers, until_positions=options.positions)
     report = trainer.validate(traces, shards, logsumexp=target.logsumexp)
     save_draft(module.draft, options.out)
-    record = json.dumps(_record(options, shards, report), indent=2) + "\n"
+    record = json.dumps(_record(config, options, shards, report), indent=2) + "\n"
     replace_file(options.out / "training.json", record.encode())
     console.print_json(data=report)
     if dropped := trainer.num_dropped:
@@ -284,15 +284,22 @@ def _vocabulary(
     return ids
 
 
-def _record(options: PretrainOptions, shards: list[ShardInfo], report: dict[str, Any]) -> dict[str, Any]:
+def _record(
+    config: AuroraConfig, options: PretrainOptions, shards: list[ShardInfo], report: dict[str, Any]
+) -> dict[str, Any]:
     """How the draft was trained, stored beside it."""
     by_kind = {kind: sum(s.num_positions for s in shards if s.kind == kind) for kind in ("text", "answer")}
     return {
+        "target": config.target.source,
+        "precision": config.target.precision,
         "positions_learnt_from": options.positions,
         "distinct_positions": by_kind,
         "prompt_files": [path.name for path in options.prompts],
+        "max_answer_tokens": options.max_answer_tokens,
+        "draft_vocab_size": options.draft_vocab_size,
         "batch_positions": options.batch_positions,
         "learning_rate": options.learning_rate,
+        "seed": options.seed,
         "started_from": options.start_from.name if options.start_from else None,
         "held_out": report,
     }

@@ -32,7 +32,7 @@ from aurora_lit.modules.losses.unroll import StepwiseChains, UnrolledChains, shi
 
 
 class DraftModule(LightningModule):
-    """Trains a draft against recorded targets.
+    """Trains a draft against recorded targets, in a loop of Fabric: Trainer cannot fit it.
 
     `embedding_VH` and `head_VdH` are the target's input embedding and its head's rows for the draft vocabulary;
     `logit_transform` belongs to that head. They are frozen and not part of the state.

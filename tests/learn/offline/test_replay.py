@@ -264,6 +264,11 @@ def test_the_command_writes_a_draft_and_a_report(
     assert done.exit_code == 0, done.output
     report = json.loads((out / "replay.json").read_text())
     assert (report["traces"], report["skipped"]) == (len(stream), 0)
+    # What two reports on the same traces differ by.
+    assert report["options"] == {"traces": str(tmp_path / "traces"), "steps_per_trace": 0.5, "trial_every": 20}
+    settings = report["settings"]
+    assert (settings["learn"]["learning_rate"], settings["draft"]["checkpoint"]) == (4e-3, str(tmp_path / "start"))
+    assert "server" not in settings, "it holds the key of the API"
     assert len(stream) / 3 < report["steps"] <= len(stream) / 2
     assert [row["domain"] for row in report["domains"]] == ["chat", "code"]
     assert [row["first"] for row in report["windows"]] == list(range(0, len(stream), 50))

@@ -88,7 +88,10 @@ def test_a_draft_is_trained_from_another(
     assert torch.equal(first.draft_token_ids, second.draft_token_ids)
     for name, weight in first.named_parameters():
         torch.testing.assert_close(second.get_parameter(name), weight, atol=1e-4, rtol=1e-2)  # stored in bf16
-    assert json.loads((slow.out / "training.json").read_text())["started_from"] == "first"
+    record = json.loads((slow.out / "training.json").read_text())
+    assert record["started_from"] == "first"
+    assert (record["target"], record["precision"]) == (str(tmp_path / "target"), "fp32")
+    assert (record["max_answer_tokens"], record["draft_vocab_size"], record["seed"]) == (12, 32, 0)
 
 
 def test_what_is_started_again_answers_and_trains_on_nothing_twice(
