@@ -170,6 +170,13 @@ class DraftStore:
         """False if the starting draft is to be served."""
         return (self.folder / CURRENT_NAME).exists()
 
+    def predates(self, checkpoint: Path) -> bool:
+        """True if there is a current version, and the weights of this checkpoint were written after it."""
+        try:
+            return (self.folder / CURRENT_NAME).stat().st_mtime < (checkpoint / "model.safetensors").stat().st_mtime
+        except OSError:
+            return False
+
     def roll_back(self, *, bad: str, reason: str, wait: bool = True) -> str | None:
         """Retire a version; if it is current, make the newest older one that is not retired current.
 

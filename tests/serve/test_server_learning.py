@@ -11,7 +11,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from support.fake_drafts import publish_draft
-from support.fake_engine import FAKE_SHAPE
+from support.fake_engine import FAKE_SHAPE, FakeEngine, FakeOptions
 from support.fake_server import MODEL, FakeServer
 
 from aurora_lit.cli import status as live_status
@@ -22,8 +22,9 @@ from aurora_lit.errors import AuroraError, ConfigError
 from aurora_lit.ipc.learner_status import LearnerStatusPage
 from aurora_lit.ipc.run_folder import live_folders
 from aurora_lit.modules.domains.centroids import Centroids
-from aurora_lit.serve import learner_child
+from aurora_lit.serve import engine_process, learner_child
 from aurora_lit.serve.server import check_learning, settings_for_learner
+from aurora_lit.serve.worker.parts import WorkerParts
 
 
 def answer(server, **options):
@@ -45,7 +46,6 @@ def test_without_learning_no_learner_is_started_and_opting_out_is_counted():
     with FakeServer() as server:
         now = server.status()
         assert now["learner"]["state"] == "absent"
-        assert "passed over" not in server.stderr, "nothing is published"
         answer(server, store=False)
         answer(server)
         server.wait_until(lambda now: now["traces"]["opted_out"] == 1, 5)
@@ -102,6 +102,23 @@ def test_a_learner_that_fails_is_reported_and_serving_continues(behaviour, state
         assert httpx.get(f"{server.url}/ready").status_code == 200
 
 
+@pytest.mark.parametrize(("trained_later_s", "is_told"), [(60, True), (-60, False)])
+def test_a_draft_that_is_trained_after_the_current_version_is_not_passed_over_in_silence(
+    trained_later_s, is_told, tmp_path, caplog
+):
+    store, folder = publish_draft(tmp_path), tmp_path / "retrained"
+    folder.mkdir()
+    weights = folder / "model.safetensors"
+    weights.touch()
+    trained_s = store.folder.stat().st_mtime + trained_later_s
+    os.utime(weights, (trained_s, trained_s))
+    config = load_config(None, [f"draft.checkpoint={folder}", f"checkpoint.dir={tmp_path}"])
+    parts = WorkerParts(engine=FakeEngine(FakeOptions()), load_draft=lambda folder: None)
+    engine_process._live_draft(config, parts)
+    told = f"draft.checkpoint={folder} is newer than the current version in {store.folder}"
+    assert (told in caplog.text) == is_told
+
+
 def test_published_drafts_are_served_reported_and_rolled_back_by_the_command_line(tmp_path):
     store = publish_draft(tmp_path)
     with FakeServer(checkpoints=tmp_path) as server:
@@ -114,8 +131,6 @@ def test_published_drafts_are_served_reported_and_rolled_back_by_the_command_lin
             "rolled_back": None,
         }
         assert versions_of(server) == ["draft-000001"]
-        passed_over = f"draft.checkpoint=anything is passed over, since newer versions are published in {store.folder};"
-        assert passed_over in server.stderr
         publish_draft(tmp_path)
         server.wait_until(lambda now: now["draft"]["version"] == "draft-000002", 10)
         assert versions_of(server) == ["draft-000002"]
