@@ -15,10 +15,10 @@ from pathlib import Path
 
 from aurora_lit.cgroups import own_groups
 
-_SPINS = "20000"
-"""How often a thread that waits for others asks again before it sleeps: for a quarter of a millisecond or a whole one,
-longer than undisturbed threads of a round wait. libgomp's own 300,000 take fifteen times as long, at each of the 180
-meetings in a pass that another process has taken a core from."""
+_SPINS = "60000"
+"""How often a thread that waits for others asks again before it sleeps: for a millisecond, longer than threads of
+undisturbed rounds wait. libgomp's own 300,000 take five times as long, at each of the 180 meetings in a pass that
+another process has taken a core from."""
 
 
 def available_cores(*, root: Path = Path("/")) -> int:

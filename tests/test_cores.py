@@ -63,9 +63,9 @@ os.sched_setaffinity(0, {CORES[:1]})
 from aurora_lit.cores import use_threads
 use_threads(0)
 from aurora_lit.learn.online.budget import Budget
-from aurora_lit.serve.worker.thread_budget import ThreadBudget
+from aurora_lit.serve.engine.thread_budget import ThreadBudget
 budget = Budget(idle_share=0.5, share=0.5, full_load_share=0.5, minimum_share=0.5)
-print(torch.get_num_threads(), budget._cpus, ThreadBudget(None, None, threads=1)._cores)
+print(torch.get_num_threads(), budget._cpus, ThreadBudget(threads=1)._cores)
 """
     assert run_program(code).stdout == "1 1 1\n"
 
@@ -168,8 +168,8 @@ import torch
 @pytest.mark.parametrize(
     ("code", "given", "spins"),
     [
-        ("from aurora_lit import LLM", {}, "20000"),
-        (COMMAND, {}, "20000"),
+        ("from aurora_lit import LLM", {}, "60000"),
+        (COMMAND, {}, "60000"),
         ("from aurora_lit import LLM", {"GOMP_SPINCOUNT": "7"}, "7"),
         ("from aurora_lit import LLM", {"OMP_WAIT_POLICY": "passive"}, "0"),
     ],

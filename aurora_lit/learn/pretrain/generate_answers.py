@@ -12,6 +12,7 @@ from aurora_lit.models.target import Target
 from aurora_lit.request import Request, SamplingParams
 from aurora_lit.serve.engine.engine import Engine
 from aurora_lit.serve.engine.options import EngineOptions
+from aurora_lit.serve.engine.thread_budget import thread_budget
 from aurora_lit.serve.engine.trace_recorder import TraceRecorder
 from aurora_lit.traces.record import Trace
 
@@ -61,7 +62,7 @@ def generate_answers(
         explore_share=0.0,
         explore_temperature=1.0,
     )
-    engine = Engine(target, None, options, observer=recorder)
+    engine = Engine(target, None, options, observer=recorder, threads=thread_budget(target.device))
     for number, prompt in enumerate(prompts):
         if len(prompt.prompt_ids) + max_answer_tokens > max_seq_len:
             continue

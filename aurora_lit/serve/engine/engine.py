@@ -216,6 +216,7 @@ class Engine:
         for sequence in [*self._prefill.sequences, *self._decoding]:
             if sequence.request.request_id == request_id:
                 self._release(sequence)
+        self._give_back_threads()
 
     def swap_draft(self, draft: Eagle3Draft | RuntimeDraft, *, version: str, recompute: bool = False) -> None:
         """Propose with another draft from the next round on (see `Drafter.swap`).
@@ -233,13 +234,12 @@ class Engine:
 
     def round(self) -> list[Output]:
         """Run one round for everything that is submitted. Returns what each decoding request received."""
-        if self._threads is None:
+        if self._threads is not None:
+            self.planner.updates_costs = self._threads.before_round()
+        try:
             return self._round()
-        self.planner.updates_costs = self._threads.before_round()
-        outputs = self._round()
-        has_computed = bool(outputs or self.num_running)  # not where all wait for their grammars
-        self._threads.after_round(has_computed=has_computed, goes_on=self.has_work)
-        return outputs
+        finally:
+            self._give_back_threads()
 
     @torch.no_grad()
     def _round(self) -> list[Output]:
@@ -251,7 +251,11 @@ class Engine:
             if not self.num_running:
                 self._waiting.wait_for_grammar()
             return refused
+        if self._threads is not None:
+            self._threads.begin_pass()
         columns = self._runner.run(plan)
+        if self._threads is not None:
+            self._threads.end_pass()
         verdicts, logits_DV = self._judge(plan, columns)
         outputs = []
         for index, (row, verdict) in enumerate(zip(plan.decoding, verdicts, strict=True)):
@@ -319,7 +323,11 @@ class Engine:
             for sequence, proposal in zip(sequences, proposals, strict=True)
         ]
         expected_s = self.costs.round_s(len(decoding), [len(row.proposal.tokens) for row in decoding])
-        prompts = self._prefill.plan(num_decoding=len(decoding), round_s=expected_s + self.proposer.draft_seconds)
+        prompts = self._prefill.plan(
+            num_decoding=len(decoding),
+            round_s=expected_s + self.proposer.draft_seconds,
+            updates_costs=self.planner.updates_costs,
+        )
         return RoundPlan(
             decoding,
             prompts,
@@ -406,6 +414,11 @@ class Engine:
             return ""
         x_E = pool_prompt(self._drafter.features_SLF[sequence.slot], sequence.prompt_length)
         return "" if x_E is None else self.assigner.assign(x_E.cpu())
+
+    def _give_back_threads(self) -> None:
+        """If no request is left."""
+        if self._threads is not None and not self.has_work:
+            self._threads.give_back()
 
     def _release(self, sequence: RunningSequence) -> None:
         """Free the slot of a request that finished or was cancelled."""

@@ -72,10 +72,13 @@ class Prefill:
         self._rounds_beside = 0
         """That carried prompts beside sequences that decode, since one did not."""
 
-    def plan(self, *, num_decoding: int, round_s: float) -> list[PromptRow]:
-        """The prompt chunks of the next round. `round_s`: what it takes for the `num_decoding` other sequences."""
+    def plan(self, *, num_decoding: int, round_s: float, updates_costs: bool = True) -> list[PromptRow]:
+        """The prompt chunks of the next round. `round_s`: what it takes for the `num_decoding` other sequences.
+
+        updates_costs: what it takes is learned, if it carries no prompt.
+        """
         self.has_copied = False
-        leaves_out = num_decoding > 0 and self._rounds_beside >= _LEFT_OUT_EVERY
+        leaves_out = updates_costs and num_decoding > 0 and self._rounds_beside >= _LEFT_OUT_EVERY
         budget = 0 if leaves_out else self._budget(num_decoding, round_s)
         rows: list[PromptRow] = []
         for sequence in self.sequences:

@@ -39,7 +39,7 @@ from aurora_lit.modules.draft.eagle3 import Eagle3Config, Eagle3Draft
 from aurora_lit.placement import describe, uses_gpus
 from aurora_lit.serve.engine.engine import Engine
 from aurora_lit.serve.engine.options import EngineOptions
-from aurora_lit.serve.engine.thread_budget import ThreadBudget
+from aurora_lit.serve.engine.thread_budget import ThreadBudget, thread_budget
 from aurora_lit.serve.engine.trace_recorder import TraceRecorder
 from aurora_lit.serve.sequences.observer import RoundObserver
 from aurora_lit.serve.speculation.kept_costs import KeptCosts
@@ -81,15 +81,9 @@ def build_engine(
     if target is None:
         target = load_serving_target(config)
     observer = None if sink is None else _recorder(config, target, sink)
-    kept_costs, threads = _kept_costs(config, target), _thread_budget(target)
+    kept_costs, threads = _kept_costs(config, target), thread_budget(target.device)
     engine = _engine(config, target, tokenizer, observer=observer, kept_costs=kept_costs, threads=threads)
     return engine, tokenizer
-
-
-def _thread_budget(target: Target, *, busy_cores: Callable[[], int] = lambda: 0) -> ThreadBudget | None:
-    """None on a GPU: a round needs one thread there, so that others' load says nothing about its time."""
-    on_cpu = target.device.type == "cpu"
-    return ThreadBudget(threads=torch.get_num_threads(), busy_cores=busy_cores) if on_cpu else None
 
 
 def check_one_process(config: AuroraConfig) -> None:
@@ -118,7 +112,7 @@ def build_worker(config: AuroraConfig, run_folder: Path) -> WorkerParts:
         tokenizer,
         observer=observer if records_traces else None,
         kept_costs=None if shard is not None else _kept_costs(config, target),
-        threads=None if shard is not None else _thread_budget(target, busy_cores=LearnerCores(page)),
+        threads=None if shard is not None else thread_budget(target.device, busy_cores=LearnerCores(page)),
     )
 
     def load(folder: Path | None) -> RuntimeDraft:

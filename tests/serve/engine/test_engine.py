@@ -361,24 +361,24 @@ def test_a_short_output_does_not_pay_for_the_prefill_of_the_draft_cache(
     assert bool(drafted) == pays
 
 
+@pytest.mark.parametrize("is_cancelled", [False, True])
 def test_rounds_compute_on_the_threads_of_their_budget_until_no_request_is_left(
-    models: TinyModels, monkeypatch: pytest.MonkeyPatch
+    models: TinyModels, monkeypatch: pytest.MonkeyPatch, is_cancelled: bool
 ) -> None:
     """Here as beside a learner that has the other core."""
-    rounds: list[tuple[int, bool]] = []
-    after_round = ThreadBudget.after_round
-
-    def after(budget: ThreadBudget, *, has_computed: bool, goes_on: bool) -> None:
-        rounds.append((torch.get_num_threads(), has_computed))
-        after_round(budget, has_computed=has_computed, goes_on=goes_on)
-
-    monkeypatch.setattr(ThreadBudget, "after_round", after)
+    passes: list[int] = []
+    monkeypatch.setattr(ThreadBudget, "end_pass", lambda _: passes.append(torch.get_num_threads()))
     engine = models.engine(threads=ThreadBudget(threads=2, cores=2, busy_cores=lambda: 1))
     num_threads = torch.get_num_threads()
     try:
-        answers = run(engine, [models.request(3)])
-        assert answers["3"].token_ids == models.answers[3]
-        assert set(rounds) == {(1, True)}
+        if is_cancelled:
+            engine.submit(models.request(3))
+            engine.round()
+            assert torch.get_num_threads() == 1
+            engine.cancel("3")
+        else:
+            assert run(engine, [models.request(3)])["3"].token_ids == models.answers[3]
+        assert set(passes) == {1}
         assert not engine.planner.updates_costs, "such rounds are not compared with those on all threads"
         assert torch.get_num_threads() == 2, "for what else this process does"
     finally:

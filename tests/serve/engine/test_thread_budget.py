@@ -65,6 +65,14 @@ def test_a_core_is_given_up_after_a_few_disturbed_rounds_in_a_row() -> None:
     assert not contention.is_on, "all threads are tried again"
 
 
+def test_a_core_is_given_up_at_once_after_a_disturbed_pass_that_took_long() -> None:
+    contention = Contention(monotonic_s=lambda: 0.0)
+    contention.observe(wall_s=0.2, cpu_s=0.39, threads=2)
+    assert not contention.is_on, "a long prompt"
+    contention.observe(wall_s=0.2, cpu_s=0.2, threads=2)
+    assert contention.is_on
+
+
 def test_each_failure_in_a_row_doubles_the_time_on_one_thread() -> None:
     now, waits = [0.0], []
     contention = Contention(monotonic_s=lambda: now[0])
@@ -86,17 +94,20 @@ def test_rounds_beside_a_busy_process_run_on_one_thread(clocks: dict[str, float]
     now = [0.0]
     budget = ThreadBudget(threads=2, cores=2, contention=Contention(monotonic_s=lambda: now[0]))
 
-    def round_on(cores: float, *, has_computed: bool = True, goes_on: bool = True) -> tuple[int, bool]:
+    def round_on(cores: float) -> tuple[int, bool]:
         uses_all = budget.before_round()
         threads = torch.get_num_threads()
+        budget.begin_pass()
         clocks["perf_counter"] += 0.010
         clocks["process_time"] += 0.010 * min(cores, threads)
-        budget.after_round(has_computed=has_computed, goes_on=goes_on)
+        budget.end_pass()
+        clocks["perf_counter"] += 0.050  # the rest of a round, which one thread computes
+        clocks["process_time"] += 0.050
         return threads, uses_all
 
-    assert [round_on(0.1, has_computed=False) for _ in range(4)] == [(2, True)] * 4, "waiting for a grammar"
+    assert [round_on(2.0) for _ in range(4)] == [(2, True)] * 4
     assert [round_on(1.2) for _ in range(4)] == [(2, True)] * 3 + [(1, False)]
-    assert round_on(1.2, goes_on=False) == (1, False)
+    budget.give_back()
     assert torch.get_num_threads() == 2, "other code of this process is not slowed down"
     assert round_on(1.2) == (1, False)
     now[0] += 0.6
