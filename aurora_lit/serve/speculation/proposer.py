@@ -128,18 +128,24 @@ class Proposer:
         if not speculating:
             return
         found: dict[int, Copies] = {}
+        is_trial = False
         if copies:
             started = time.perf_counter()
             self._rounds_without_copies += 1
-            found = self._copy_finder.find(sequences, speculating, is_trial=self._tries_copies)
+            is_trial = self._rounds_without_copies >= _TRY_COPIES_EVERY
+            found = self._copy_finder.find(sequences, speculating, is_trial=is_trial)
+            if is_trial and found:
+                self._rounds_without_copies = 0
             self.looking_seconds = time.perf_counter() - started
-        speed = self._copy(sequences, found, proposals, drafts=drafts)
+        speed = self._copy(sequences, found, proposals, drafts=drafts, is_trial=is_trial)
         if not drafts:
             return
         rest = [i for i in speculating if proposals[i] is NO_PROPOSAL and sequences[i].num_remaining > 1]
         drafted = self._draft(sequences, rest)
         if found and drafted and not any(proposal.explored_at is not None for _, proposal in drafted):
             drafted = self._merge(sequences, drafted, found, proposals, speed=speed)
+            if any(proposal.copies for _, proposal in drafted):
+                self._rounds_without_copies = 0
         for i, proposal in drafted:
             proposals[i] = proposal
 
@@ -167,10 +173,6 @@ class Proposer:
 
     # -- copies --------------------------------------------------------------------------------------------------------
 
-    @property
-    def _tries_copies(self) -> bool:
-        return self._rounds_without_copies >= _TRY_COPIES_EVERY
-
     def _copy(
         self,
         sequences: Sequence[RunningSequence],
@@ -178,15 +180,14 @@ class Proposer:
         proposals: list[Proposal],
         *,
         drafts: bool,
+        is_trial: bool,
     ) -> float:
         """Propose copies where they promise more than the draft, if that may run. Returns the tokens per second."""
         if not copies:
             return 0.0
         survivals = [each.survivals for each in copies.values()]
         rates = [self._planner.rate_of(sequences[i]) if drafts else 0.0 for i in copies]
-        counts, speed = self._copy_planner.choose(
-            survivals, rates, batch_size=len(sequences), is_trial=self._tries_copies
-        )
+        counts, speed = self._copy_planner.choose(survivals, rates, batch_size=len(sequences), is_trial=is_trial)
         if any(counts):
             self._rounds_without_copies = 0
         for (i, each), count in zip(copies.items(), counts, strict=True):
