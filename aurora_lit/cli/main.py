@@ -163,7 +163,7 @@ def learn(config: AuroraConfig, run_folder: Path | None, parent: int | None) -> 
     type=click.FloatRange(min=0),
     default=0.5,
     show_default=True,
-    help="Optimiser steps per trace. Above about 1 fewer are taken: no position is learned from more than four times.",
+    help="Optimiser steps per trace; fewer are taken where no trace is left that was not repeated often enough.",
 )
 @click.option(
     "--trial-every", type=click.IntRange(min=1), default=32, show_default=True, help="Traces between two trials."

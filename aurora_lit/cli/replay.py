@@ -55,8 +55,8 @@ DRAFT_NAME, VERSIONS_NAME, REPORT_NAME = "draft", "versions", "replay.json"
 def replay(config: AuroraConfig, *, traces: Path | None, out: Path, **options: Any) -> None:
     """Replay the traces in `traces` (None: trace.record) as `run` does, after loading target head and draft.
 
-    Before that takes time, raises AuroraError if there are no traces, ConfigError if `out` holds other files or an
-    earlier replay's or cannot be locked, OSError if it cannot be written.
+    Before that takes time, raises AuroraError if there are no traces, ConfigError in all processes if `out` holds other
+    files or an earlier replay's, or cannot be written or locked.
     """
     folder = traces or (Path(config.trace.record).expanduser() if config.trace.record else None)
     if folder is None:
@@ -68,8 +68,9 @@ def replay(config: AuroraConfig, *, traces: Path | None, out: Path, **options: A
             "weights, set learn.from_scratch=false"
         )
     count_traces(folder)
-    if fabric.is_global_zero:
-        _begin(out)
+    error = _cannot_use(out) if fabric.is_global_zero else None
+    if (error := broadcast_plain(fabric, error)) is not None:
+        raise ConfigError(error)
     use_threads(config.engine.threads, processes=int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     target_head, starting = load_head_and_draft(config)
     run(config, traces=folder, out=out, target_head=target_head, starting=starting, fabric=fabric, **options)
@@ -163,21 +164,22 @@ def run(
     return result
 
 
-def _begin(out: Path) -> None:
-    """Make the folder of results, and fail now, and not after hours, if it cannot be used."""
-    out.mkdir(parents=True, exist_ok=True)
-    tempfile.TemporaryFile(dir=out).close()
+def _cannot_use(out: Path) -> str | None:
+    """Make the folder of results. Why it cannot be used is known now, and not after hours; None: it can be."""
     store = DraftStore(out / VERSIONS_NAME, keep=1)
-    if store.versions() or (out / REPORT_NAME).exists():  # nothing would tell its drafts from those of this one
-        raise ConfigError(f"--out {out}: an earlier replay has written there; name another folder, or delete that one")
     try:
+        out.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=out).close()
         check_replaceable(out / DRAFT_NAME)
-    except CheckpointError as error:
-        raise ConfigError(f"--out: {error}") from error
+        if store.versions() or (out / REPORT_NAME).exists():  # nothing would tell its drafts from those of this one
+            return f"--out {out}: an earlier replay has written there; name another folder, or delete that one"
+    except (CheckpointError, OSError) as error:
+        return f"--out: {error}"
     try:
         store.prune()  # takes the lock that publishing takes
-    except CheckpointError as error:
-        raise ConfigError(f"--out {out}: its file system has no locks; name a folder on a local disk") from error
+    except CheckpointError:
+        return f"--out {out}: its file system has no locks; name a folder on a local disk"
+    return None
 
 
 def report(replayed: Replay, *, window: int) -> dict[str, Any]:

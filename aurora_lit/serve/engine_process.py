@@ -17,7 +17,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from aurora_lit.config import AuroraConfig, draft_folder, max_proposal_length, versions_folder
+from aurora_lit.config import AuroraConfig, draft_folder, load_config, max_proposal_length, versions_folder
 from aurora_lit.errors import AuroraError
 from aurora_lit.ipc.engine_status import STATUS_NAME, EngineStatusPage, WorkerState
 from aurora_lit.ipc.messages import WorkerChannel
@@ -101,8 +101,8 @@ def _live_draft(config: AuroraConfig, parts: WorkerParts) -> LiveDraft | None:
     from aurora_lit.serve.worker.live_draft import LiveDraft
 
     store = DraftStore(versions_folder(config), keep=config.checkpoint.keep)
-    starting = draft_folder(config)
-    if starting is not None and not config.learn.from_scratch and store.predates(starting):
+    starting, is_shipped = draft_folder(config), config.draft.checkpoint == load_config(None, []).draft.checkpoint
+    if starting is not None and not is_shipped and not config.learn.from_scratch and store.predates(starting):
         _log.warning(
             "draft.checkpoint=%s is newer than the current version in %s, which is served all the same; to begin with "
             "the checkpoint, name another checkpoint.run",

@@ -305,7 +305,6 @@ class OnlineLoop:
     def _load_champion(self, version: str | None) -> None:
         state, own = self._environment.served_draft(version).state_dict(), self._champion.draft.state_dict()
         if {name: each.shape for name, each in state.items()} != {name: each.shape for name, each in own.items()}:
-            self._save()  # for a return to this shape
             raise AuroraError(
                 f"{version or 'the starting draft'} is of another shape than the draft that learns; start the learner "
                 "again, which then goes on from it, or return to a version of this shape"

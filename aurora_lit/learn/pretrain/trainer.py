@@ -202,6 +202,8 @@ class DraftTrainer:
                 f"{self.state_path} is of a draft with another vocabulary or shape; repeat the --start-from and "
                 "--draft-vocab-size that it began with, or name another --out"
             )
+        if not all(bool(torch.isfinite(each).all()) for each in saved.values()):
+            raise AuroraError(f"{self.state_path}: its weights are not finite; delete it to train from the beginning")
         for name, part in self._stateful().items():
             part.load_state_dict(state[name])
         for schedule, of_schedule in zip(self.schedules, state["schedules"], strict=True):

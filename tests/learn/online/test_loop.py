@@ -628,7 +628,7 @@ def test_a_version_of_another_shape_ends_the_learner_with_a_remedy(
     harness.store.publish(other, record={})
     with pytest.raises(AuroraError, match="draft-000001 is of another shape than the draft that learns; start the"):
         harness.tick_until(lambda: False)
-    assert harness.learner.state_path.exists(), "what was learned is kept"
+    assert not harness.learner.state_path.exists(), "the last state of the other shape is not overwritten"
 
 
 def test_learning_begins_from_the_starting_draft_if_no_version_can_be_read(
