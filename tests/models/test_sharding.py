@@ -251,6 +251,12 @@ def test_a_plan_with_unknown_kinds_is_refused():
         tensor_parallel_plan(config)
 
 
+def test_a_plan_that_divides_a_tied_embedding_is_accepted():
+    """As transformers has it before 5.21: the vocabulary is divided without it."""
+    plan = {"embed_tokens": "embedding_rowwise", "layers.*.self_attn.q_proj": "colwise"}
+    assert tensor_parallel_plan(SimpleNamespace(model_type="llama", base_model_tp_plan=plan)) == plan
+
+
 def test_norms_with_weights_of_every_head_which_the_plan_leaves_out_are_refused():
     """Command R+: every rank would hold the weights of all heads, and the queries of its own."""
     assert tensor_parallel_plan(CohereConfig(use_qk_norm=False))
