@@ -169,10 +169,10 @@ def test_a_draft_that_has_the_targets_head_is_refused_before_anything_is_wrapped
 def test_a_full_disk_leaves_serving_alone(
     run_folder: Path, make_worker: MakeWorker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(*_: Any) -> None:
+    def full(*_: Any, **_how: Any) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr("aurora_lit.ipc.ring._reserve", full)
+    monkeypatch.setattr("aurora_lit.ipc.ring.reserve_space", full)
     worker = make_worker()
     assert "No space left" in worker.aurora_lit_start(str(run_folder))["error"]
     run(worker)
