@@ -244,7 +244,7 @@ class Replay:
     def learn_from(self, trace: Trace) -> Trace:
         """Take in a trace as the online learner does, and the steps that are due. Returns the trace with its domain.
 
-        Steps for which no trace is left are not made up for later, but for one.
+        Steps for which no trace is left are made up for later, but no more than there are between two trials.
 
         A trace with a looping answer is returned as it is.
         """
@@ -256,7 +256,7 @@ class Replay:
             oldest_fresh = max(0, version_number(self.version) - self._learn.max_staleness)  # never recorded rounds
             batch = self._batcher.next_batch(oldest_fresh=oldest_fresh)
             if batch is None:  # all traces wait for a trial, or were learned from as often as they may be
-                self._steps_due = min(self._steps_due, 1.0)
+                self._steps_due = min(self._steps_due, float(self._learn.publish_every_steps))
                 break
             self._steps_due -= 1
             self.learner.update(batch)
