@@ -38,6 +38,9 @@ _MEAN_DECAY = 0.998
 _INITIAL_RATE, _INITIAL_WEIGHT = 0.5, 40.0
 """Acceptance rate of a draft before anything was verified, and the proposals that it counts as: those of a few
 requests, since one request's are alike. With 10, a first request that was hard to draft for ended drafting for ten."""
+_PROBED_WEIGHT = 40.0
+"""Most proposals that the earlier ones count as while only probes are verified, one in _PROBE_EVERY rounds: with
+_MEAN_DECAY's four and eight clients waited for minutes until drafting came back."""
 _MIN_GAIN = 1.01
 """A change of what is drafted must promise this factor in speed, so that noise does not make it alternate."""
 _RECONSIDER_EVERY = 8
@@ -84,9 +87,9 @@ class _MeanRate:
         self.value = _INITIAL_RATE
         self._weight = _INITIAL_WEIGHT
 
-    def add(self, accepted: bool) -> None:
-        """Update by one proposal."""
-        self._weight = min(self._weight + 1, 1 / (1 - _MEAN_DECAY))
+    def add(self, accepted: bool, *, probed: bool) -> None:
+        """Update by one proposal; `probed`: of a probe."""
+        self._weight = min(self._weight + 1, _PROBED_WEIGHT if probed else 1 / (1 - _MEAN_DECAY))
         self.value += (accepted - self.value) / self._weight
 
 
@@ -284,7 +287,7 @@ class SpeculationPlanner:
 
     def _add(self, sequence: RunningSequence, accepted: bool, *, sampled: bool) -> None:
         sequence.verified_drafts.add(accepted, decay=_RECORD_DECAY)
-        self._mean_rates[sampled].add(accepted)
+        self._mean_rates[sampled].add(accepted, probed=not self._last)
 
     def observe_round(self, batch_size: int, counts: Sequence[int], seconds: float) -> None:
         """Update by a round's time but for drafting; `counts`: proposals of those sequences that have some."""

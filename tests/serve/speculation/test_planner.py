@@ -229,6 +229,24 @@ def test_accepted_probes_bring_speculation_back(temperature: float) -> None:
     assert planner.rate_of(sequence) > 0.3
 
 
+def test_probes_of_new_requests_are_believed_sooner_than_as_many_of_all_proposals() -> None:
+    """Each is one proposal in 128 rounds: eight clients waited for minutes until twenty of them changed anything."""
+    planner = chain_planner()
+    for _ in range(3000):
+        observe(planner, a_sequence(temperature=0.0), proposed=1, accepted=0)
+    before = planner.mean_rate(sampled=False)
+    observe(planner, a_sequence(temperature=0.0), proposed=1, accepted=1)
+    assert planner.mean_rate(sampled=False) - before == pytest.approx(0.002, rel=0.01), "it drafts: all count"
+    assert decide(planner, [before]) == 0
+    for _ in range(20):
+        observe(planner, a_sequence(temperature=0.0), proposed=1, accepted=1)
+    assert planner.mean_rate(sampled=False) > 0.35
+    assert decide(planner, [planner.mean_rate(sampled=False)] * 2) == 0, "between two decisions"
+    for _ in range(planner_module._RECONSIDER_EVERY):
+        length = decide(planner, [planner.mean_rate(sampled=False)] * 2)
+    assert length > 0
+
+
 @pytest.mark.parametrize(
     ("costs", "value", "survival", "extends"),
     [
