@@ -102,10 +102,13 @@ def test_a_learner_that_fails_is_reported_and_serving_continues(behaviour, state
         assert httpx.get(f"{server.url}/ready").status_code == 200
 
 
-@pytest.mark.parametrize(("trained_later_s", "is_told"), [(60, True), (-60, False)])
+@pytest.mark.parametrize(
+    ("trained_later_s", "is_default", "is_told"), [(60, False, True), (-60, False, False), (60, True, False)]
+)
 def test_a_draft_that_is_trained_after_the_current_version_is_not_passed_over_in_silence(
-    trained_later_s, is_told, tmp_path, caplog
+    trained_later_s, is_default, is_told, tmp_path, caplog, monkeypatch
 ):
+    """The default one is as new as the package that was installed last."""
     store, folder = publish_draft(tmp_path), tmp_path / "retrained"
     folder.mkdir()
     weights = folder / "model.safetensors"
@@ -113,6 +116,8 @@ def test_a_draft_that_is_trained_after_the_current_version_is_not_passed_over_in
     trained_s = store.folder.stat().st_mtime + trained_later_s
     os.utime(weights, (trained_s, trained_s))
     config = load_config(None, [f"draft.checkpoint={folder}", f"checkpoint.dir={tmp_path}"])
+    if is_default:
+        monkeypatch.setattr(engine_process, "load_config", lambda *_: config)
     parts = WorkerParts(engine=FakeEngine(FakeOptions()), load_draft=lambda folder: None)
     engine_process._live_draft(config, parts)
     told = f"draft.checkpoint={folder} is newer than the current version in {store.folder}"

@@ -29,8 +29,9 @@ from aurora_lit.models.target import Target
 from aurora_lit.modules.draft.eagle3 import Eagle3Draft
 from aurora_lit.request import Output, Request
 from aurora_lit.serve.engine.engine import Engine
+from aurora_lit.serve.engine.target_runner import TargetRunner
 from aurora_lit.serve.engine.thread_budget import ThreadBudget
-from aurora_lit.serve.sequences.round_plan import Proposal
+from aurora_lit.serve.sequences.round_plan import Proposal, RoundPlan
 from aurora_lit.serve.speculation import planner as planner_module
 from aurora_lit.serve.speculation.costs import CostTable
 from aurora_lit.serve.speculation.drafter import Drafter, DraftInputs
@@ -365,9 +366,20 @@ def test_a_short_output_does_not_pay_for_the_prefill_of_the_draft_cache(
 def test_rounds_compute_on_the_threads_of_their_budget_until_no_request_is_left(
     models: TinyModels, monkeypatch: pytest.MonkeyPatch, is_cancelled: bool
 ) -> None:
-    """Here as beside a learner that has the other core."""
-    passes: list[int] = []
-    monkeypatch.setattr(ThreadBudget, "end_pass", lambda _: passes.append(torch.get_num_threads()))
+    """Here as beside a learner that has the other core; the target's passes are timed, and nothing else."""
+    steps: list[tuple[str, int]] = []
+    run_target = TargetRunner.run
+
+    def told(name: str) -> None:
+        steps.append((name, torch.get_num_threads()))
+
+    def run_and_tell(runner: TargetRunner, plan: RoundPlan) -> Any:
+        told("pass")
+        return run_target(runner, plan)
+
+    monkeypatch.setattr(ThreadBudget, "begin_pass", lambda _: told("begin"))
+    monkeypatch.setattr(TargetRunner, "run", run_and_tell)
+    monkeypatch.setattr(ThreadBudget, "end_pass", lambda _: told("end"))
     engine = models.engine(threads=ThreadBudget(threads=2, cores=2, busy_cores=lambda: 1))
     num_threads = torch.get_num_threads()
     try:
@@ -378,7 +390,8 @@ def test_rounds_compute_on_the_threads_of_their_budget_until_no_request_is_left(
             engine.cancel("3")
         else:
             assert run(engine, [models.request(3)])["3"].token_ids == models.answers[3]
-        assert set(passes) == {1}
+        assert steps[:3] == [("begin", 1), ("pass", 1), ("end", 1)]
+        assert steps == steps[:3] * (len(steps) // 3)
         assert not engine.planner.updates_costs, "such rounds are not compared with those on all threads"
         assert torch.get_num_threads() == 2, "for what else this process does"
     finally:
