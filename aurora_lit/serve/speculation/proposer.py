@@ -110,6 +110,8 @@ class Proposer:
         ]
         if copies or drafts:
             self._propose(sequences, proposals, copies=copies, drafts=drafts)
+            if any(proposal.copies for proposal in proposals):
+                self._rounds_without_copies = 0
             self.seconds = time.perf_counter() - started
         return proposals
 
@@ -134,8 +136,6 @@ class Proposer:
             self._rounds_without_copies += 1
             is_trial = self._rounds_without_copies >= _TRY_COPIES_EVERY
             found = self._copy_finder.find(sequences, speculating, is_trial=is_trial)
-            if is_trial and found:
-                self._rounds_without_copies = 0
             self.looking_seconds = time.perf_counter() - started
         speed = self._copy(sequences, found, proposals, drafts=drafts, is_trial=is_trial)
         if not drafts:
@@ -144,8 +144,6 @@ class Proposer:
         drafted = self._draft(sequences, rest)
         if found and drafted and not any(proposal.explored_at is not None for _, proposal in drafted):
             drafted = self._merge(sequences, drafted, found, proposals, speed=speed)
-            if any(proposal.copies for _, proposal in drafted):
-                self._rounds_without_copies = 0
         for i, proposal in drafted:
             proposals[i] = proposal
 
@@ -188,8 +186,6 @@ class Proposer:
         survivals = [each.survivals for each in copies.values()]
         rates = [self._planner.rate_of(sequences[i]) if drafts else 0.0 for i in copies]
         counts, speed = self._copy_planner.choose(survivals, rates, batch_size=len(sequences), is_trial=is_trial)
-        if any(counts):
-            self._rounds_without_copies = 0
         for (i, each), count in zip(copies.items(), counts, strict=True):
             table = self.reliability.table(sampled=sequences[i].temperature > 0)
             proposals[i] = copied(each, count, table=table)

@@ -10,12 +10,14 @@ import torch
 from support.tiny_models import request
 
 from aurora_lit.kernels.suffix_index import NO_COPIES, Copies, LookUp
+from aurora_lit.serve.sequences.round_plan import Proposal
 from aurora_lit.serve.sequences.sequence import RunningSequence
 from aurora_lit.serve.speculation import copy_finder
-from aurora_lit.serve.speculation.copy_planner import LEAST_SURVIVAL, CopyPlanner
+from aurora_lit.serve.speculation.copy_planner import LEAST_SURVIVAL, CopyPlan, CopyPlanner
 from aurora_lit.serve.speculation.costs import Costs
 from aurora_lit.serve.speculation.planner import SpeculationLimits, SpeculationPlanner
 from aurora_lit.serve.speculation.proposer import Proposer
+from aurora_lit.traces.record import SOURCE_DRAFT
 
 PLAIN_S = 0.010
 
@@ -108,6 +110,34 @@ def test_copies_that_do_not_pay_are_tried_in_one_of_64_rounds_and_proposed_again
     assert numbers[:3] == [63, 127, 191]
     assert sorted(set(least)) == [LEAST_SURVIVAL, pytest.approx(0.25)]
     assert numbers[-50:] == list(range(64 * 40 - 50, 64 * 40)), "they were right each time"
+
+
+def test_copies_beside_a_drafts_chain_are_measured_so_that_none_has_to_be_tried(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    costs = Costs(ragged=True)
+    costs.target.set_initial(1, 1, PLAIN_S)
+    costs.target.set_initial(1, 2, 1.5 * PLAIN_S)
+    proposer = Proposer(
+        None,
+        SpeculationPlanner(SpeculationLimits(draft_tokens=4, copied_tokens=4), costs),
+        tokens_SL=torch.zeros(1, 1),
+    )
+    least = list[float]()
+
+    def find(_tokens_SL: torch.Tensor, rows: LookUp, **_how: object) -> list[Copies]:
+        least.append(rows.least)
+        return [Copies([5], [0], [0.9], [3])]
+
+    drafted = Proposal(tokens=[7], source=SOURCE_DRAFT, num_drafted=1)
+    monkeypatch.setattr(copy_finder, "look_up_copies", find)
+    monkeypatch.setattr(CopyPlanner, "choose", lambda *_args, **_how: CopyPlan([0], 1.0))
+    monkeypatch.setattr(proposer, "_draft", lambda _sequences, candidates: [(i, drafted) for i in candidates])
+    sequence = RunningSequence(request=request("a", [1], max_tokens=99), slot=0, prompt_length=1, length=9)
+    for _ in range(64 * 3):
+        (proposal,) = proposer.propose([sequence])
+        assert proposal.tokens == [7, 5]
+    assert LEAST_SURVIVAL not in least
 
 
 def test_without_adaptation_all_tokens_are_proposed() -> None:
