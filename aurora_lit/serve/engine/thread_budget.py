@@ -14,6 +14,7 @@ changes speed only.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 
@@ -24,10 +25,11 @@ from aurora_lit.cores import available_cores
 _LEAST_SHARE = 0.75
 """Passes that get less than this share of the processor time of their threads compete with another process. Undisturbed
 they get 0.9 or more, since threads that wait for a moment spin."""
-_PASSES_IN_A_ROW = 3
-"""So many such passes, one after the other, before a core is given up: short disturbances cost less than that."""
-_LONG_S = 0.1
-"""Or so much time in them."""
+_JUDGED_S = 0.1
+"""Time of the passes that are judged together. Linux knows the processor time of other threads that compute as of the
+last tick of the clock, up to 10 ms before: of a pass of 3 ms the process's time may be that of one thread."""
+_MOST_GAP_S = 0.01
+"""Between passes that follow each other. What a tick tells in it is of the pass before, mostly, and counts."""
 _FIRST_REST_S, _MOST_REST_S = 0.5, 8.0
 """For how long it is given up: then all threads are tried again. Each failure in a row doubles the time."""
 
@@ -41,7 +43,8 @@ class Contention:
 
     def __init__(self, *, monotonic_s: Callable[[], float] = time.monotonic) -> None:
         self._monotonic_s = monotonic_s
-        self._disturbed, self._disturbed_s = 0, 0.0
+        self._wall_s = self._cpu_s = 0.0
+        """Of the passes since the last judgement; processor time as a share of what their threads could have."""
         self._rest_s, self._until_s = _FIRST_REST_S, 0.0
 
     @property
@@ -51,14 +54,15 @@ class Contention:
 
     def observe(self, *, wall_s: float, cpu_s: float, threads: int) -> None:
         """Add a pass on several threads: its duration, and the processor time of the whole process in it."""
-        if cpu_s >= _LEAST_SHARE * threads * wall_s:
-            self._disturbed, self._disturbed_s, self._rest_s = 0, 0.0, _FIRST_REST_S
+        self._wall_s, self._cpu_s = self._wall_s + wall_s, self._cpu_s + cpu_s / threads
+        if self._wall_s < _JUDGED_S:
             return
-        self._disturbed, self._disturbed_s = self._disturbed + 1, self._disturbed_s + wall_s
-        if self._disturbed >= _PASSES_IN_A_ROW or self._disturbed_s >= _LONG_S:
-            self._disturbed, self._disturbed_s = 0, 0.0
+        if self._cpu_s >= _LEAST_SHARE * self._wall_s:
+            self._rest_s = _FIRST_REST_S
+        else:
             self._until_s = self._monotonic_s() + self._rest_s
             self._rest_s = min(2 * self._rest_s, _MOST_REST_S)
+        self._wall_s = self._cpu_s = 0.0
 
 
 class ThreadBudget:
@@ -78,6 +82,7 @@ class ThreadBudget:
         self._configured_threads, self._cores = threads, cores or available_cores()
         self._busy_cores, self._contention = busy_cores, contention or Contention()
         self._started = (0.0, 0.0)
+        self._ended = (-math.inf, 0.0, 0.0)
 
     def before_round(self) -> bool:
         """Set the threads of the next round. True if they are all, so that its time may be compared with others'."""
@@ -90,13 +95,18 @@ class ThreadBudget:
 
     def begin_pass(self) -> None:
         """Time the pass of the target that begins now."""
-        self._started = (time.perf_counter(), time.process_time())
+        now_s, cpu_s = time.perf_counter(), time.process_time()
+        ended_s, ended_cpu_s, ended_own_s = self._ended
+        if now_s - ended_s <= _MOST_GAP_S:
+            cpu_s = ended_cpu_s + time.thread_time() - ended_own_s  # all but this thread's own since then
+        self._started = now_s, cpu_s
 
     def end_pass(self) -> None:
         """Learn whether the pass had its cores to itself. In the rest of a round most threads wait, and may sleep."""
+        now_s, cpu_s = time.perf_counter(), time.process_time()
         if (threads := torch.get_num_threads()) > 1:
-            wall_s, cpu_s = time.perf_counter() - self._started[0], time.process_time() - self._started[1]
-            self._contention.observe(wall_s=wall_s, cpu_s=cpu_s, threads=threads)
+            self._contention.observe(wall_s=now_s - self._started[0], cpu_s=cpu_s - self._started[1], threads=threads)
+        self._ended = now_s, cpu_s, time.thread_time()
 
     def give_back(self) -> None:
         """Let other code of this process have the threads again."""

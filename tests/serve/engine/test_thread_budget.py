@@ -21,8 +21,8 @@ def two_threads() -> Iterator[None]:
 
 @pytest.fixture
 def clocks(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
-    """The two clocks that rounds are timed with."""
-    clocks = {"perf_counter": 0.0, "process_time": 0.0}
+    """The clocks that rounds are timed with."""
+    clocks = {"perf_counter": 0.0, "process_time": 0.0, "thread_time": 0.0}
     for name in clocks:
         monkeypatch.setattr(time, name, lambda name=name: clocks[name])
     return clocks
@@ -46,19 +46,19 @@ def test_rounds_leave_the_cores_to_a_learner_that_computes_on_them() -> None:
 
 
 def observe(contention: Contention, *shares: float) -> list[bool]:
-    """Rounds of 10 ms on two threads that got these shares of their processor time."""
+    """Passes of a 64th of a second on two threads that got these shares of their processor time."""
     seen = []
     for share in shares:
-        contention.observe(wall_s=0.010, cpu_s=0.020 * share, threads=2)
+        contention.observe(wall_s=1 / 64, cpu_s=share / 32, threads=2)
         seen.append(contention.is_on)
     return seen
 
 
-def test_a_core_is_given_up_after_a_few_disturbed_rounds_in_a_row() -> None:
+def test_a_core_is_given_up_after_a_tenth_of_a_second_of_disturbed_passes() -> None:
     now = [0.0]
     contention = Contention(monotonic_s=lambda: now[0])
-    assert observe(contention, 0.95, 0.6, 0.6, 0.95, 0.6, 0.6) == [False] * 6, "short disturbances"
-    assert observe(contention, 0.6) == [True]
+    assert observe(contention, *[0.95, 0.6, 0.6, 0.95, 0.6, 0.95, 0.95] * 5) == [False] * 35, "short disturbances"
+    assert observe(contention, *[0.6] * 7) == [False] * 6 + [True]
     now[0] += 0.49
     assert contention.is_on
     now[0] += 0.02
@@ -73,23 +73,53 @@ def test_a_core_is_given_up_at_once_after_a_disturbed_pass_that_took_long() -> N
     assert contention.is_on
 
 
+@pytest.mark.parametrize("tick_s", [0.001, 0.004, 0.010])
+@pytest.mark.parametrize("pass_s", [0.0005, 0.0027, 0.009, 0.04])
+@pytest.mark.parametrize(("threads", "of_others", "gives_up"), [(2, 1.0, False), (2, 0.3, True), (16, 1.0, False)])
+def test_the_time_of_other_threads_is_known_as_of_the_last_tick_only(
+    tick_s: float, pass_s: float, threads: int, of_others: float, gives_up: bool, clocks: dict[str, float]
+) -> None:
+    """On Linux. Here the others compute for `of_others` of the time of passes, and wait between them."""
+    budget, of_other_s, told_s = ThreadBudget(threads=threads, cores=threads), 0.0, 0.0
+
+    def pass_time(seconds: float, cores_of_others: float) -> None:
+        nonlocal of_other_s, told_s
+        of_other_s += seconds * cores_of_others
+        clocks["perf_counter"] += seconds
+        clocks["thread_time"] += seconds
+        if clocks["perf_counter"] // tick_s != (clocks["perf_counter"] - seconds) // tick_s:
+            told_s = of_other_s
+        clocks["process_time"] = clocks["thread_time"] + told_s
+
+    torch.set_num_threads(threads)
+    used = set()
+    for _ in range(round(3.0 / pass_s)):
+        used.add(budget.before_round())
+        budget.begin_pass()
+        pass_time(pass_s, (threads - 1) * of_others)
+        budget.end_pass()
+        pass_time(0.0003, 0.0)
+    assert used == ({True, False} if gives_up else {True})
+
+
 def test_each_failure_in_a_row_doubles_the_time_on_one_thread() -> None:
     now, waits = [0.0], []
     contention = Contention(monotonic_s=lambda: now[0])
     for _ in range(7):
-        observe(contention, 0.5, 0.5, 0.5)
+        observe(contention, *[0.5] * 7)
         began = now[0]
         while contention.is_on:
             now[0] += 0.125
         waits.append(now[0] - began)
     assert waits == [0.5, 1.0, 2.0, 4.0, 8.0, 8.0, 8.0]
-    observe(contention, 0.95)
-    observe(contention, 0.5, 0.5, 0.5)
+    observe(contention, *[0.95] * 7)
+    observe(contention, *[0.5] * 7)
     now[0] += 0.5
-    assert not contention.is_on, "an undisturbed round resets it"
+    assert not contention.is_on, "undisturbed passes reset it"
 
 
-def test_rounds_beside_a_busy_process_run_on_one_thread(clocks: dict[str, float]) -> None:
+@pytest.mark.parametrize("rest_s", [0.0003, 0.050])
+def test_rounds_beside_a_busy_process_run_on_one_thread(rest_s: float, clocks: dict[str, float]) -> None:
     """Processor time is that of the process: one thread that sleeps instead of computing is a core that others have."""
     now = [0.0]
     budget = ThreadBudget(threads=2, cores=2, contention=Contention(monotonic_s=lambda: now[0]))
@@ -98,15 +128,15 @@ def test_rounds_beside_a_busy_process_run_on_one_thread(clocks: dict[str, float]
         uses_all = budget.before_round()
         threads = torch.get_num_threads()
         budget.begin_pass()
-        clocks["perf_counter"] += 0.010
-        clocks["process_time"] += 0.010 * min(cores, threads)
+        clocks["perf_counter"] += 1 / 64
+        clocks["process_time"] += min(cores, threads) / 64
         budget.end_pass()
-        clocks["perf_counter"] += 0.050  # the rest of a round, which one thread computes
-        clocks["process_time"] += 0.050
+        for clock in clocks:
+            clocks[clock] += rest_s  # the rest of a round, which one thread computes
         return threads, uses_all
 
-    assert [round_on(2.0) for _ in range(4)] == [(2, True)] * 4
-    assert [round_on(1.2) for _ in range(4)] == [(2, True)] * 3 + [(1, False)]
+    assert [round_on(2.0) for _ in range(7)] == [(2, True)] * 7
+    assert [round_on(1.2) for _ in range(8)] == [(2, True)] * 7 + [(1, False)]
     budget.give_back()
     assert torch.get_num_threads() == 2, "other code of this process is not slowed down"
     assert round_on(1.2) == (1, False)
