@@ -18,8 +18,7 @@ def own_groups(controller: str, *, root: Path = Path("/")) -> Iterator[tuple[Pat
     `root`: where /proc and the cgroups are, for tests.
     """
     try:
-        groups = (root / "proc/self/cgroup").read_text().splitlines()
-        mounts = (root / "proc/self/mountinfo").read_text().splitlines()
+        groups, mounts = (_lines(root / "proc/self" / name) for name in ("cgroup", "mountinfo"))
     except OSError:  # not Linux
         return
     mounted = _mounted_cgroups(mounts, controller)
@@ -34,6 +33,11 @@ def own_groups(controller: str, *, root: Path = Path("/")) -> Iterator[tuple[Pat
             own = "/" / own.relative_to(mount_root)
         for group in (own, *own.parents):
             yield root / folder.lstrip("/") / str(group).lstrip("/"), version
+
+
+def _lines(path: Path) -> list[str]:
+    """Paths in it may be of any bytes, and hold what str.splitlines takes for the end of a line."""
+    return path.read_text(encoding="utf-8", errors="surrogateescape").removesuffix("\n").split("\n")
 
 
 def _mounted_cgroups(mounts: list[str], controller: str) -> dict[int, tuple[str, str]]:

@@ -15,10 +15,20 @@ from pathlib import Path
 
 from aurora_lit.cgroups import own_groups
 
+PINNING = ("OMP_PROC_BIND", "OMP_PLACES", "GOMP_CPU_AFFINITY", "KMP_AFFINITY")
+"""Variables that bind OpenMP's threads to cores: the main thread, and all that it starts, once torch is loaded."""
 _SPINS = "60000"
 """How often a thread that waits for others asks again before it sleeps: for a millisecond, longer than threads of
 undisturbed rounds wait. libgomp's own 300,000 take five times as long, at each of the 180 meetings in a pass that
 another process has taken a core from."""
+
+
+def _num_allowed() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+_NUM_AT_START = _num_allowed()
+"""Before torch is loaded: processes import this file first."""
 
 
 def available_cores(*, root: Path = Path("/")) -> int:
@@ -27,7 +37,7 @@ def available_cores(*, root: Path = Path("/")) -> int:
     The smallest limit of the process's cgroups and of all their parents holds (`cpu.max` in version 2,
     `cpu.cfs_quota_us` and `cpu.cfs_period_us` in version 1). `root`: where /proc and the cgroups are, for tests.
     """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = _NUM_AT_START if any(name in os.environ for name in PINNING) else _num_allowed()
     limits = (_limit(folder, version) for folder, version in own_groups("cpu", root=root))
     return max(1, int(min([cores, *(limit for limit in limits if limit is not None)])))
 

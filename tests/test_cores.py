@@ -54,6 +54,27 @@ def test_affinity_limits_the_cores_of_a_real_process() -> None:
     assert run(code, CORES[:1]) == "1\n"
 
 
+@pytest.mark.parametrize("pinning", [{"OMP_PROC_BIND": "true"}, {"GOMP_CPU_AFFINITY": f"{CORES[0]}-{CORES[-1]}"}])
+def test_the_cores_are_those_of_before_openmp_has_bound_this_thread_to_one(pinning: dict[str, str]) -> None:
+    for module in ("aurora_lit.__main__, aurora_lit.cores", "aurora_lit.serve.engine_process"):
+        code = f"import {module}, torch; from aurora_lit.cores import available_cores as cores; print(cores())"
+        found = subprocess.run(
+            [sys.executable, "-c", code], env=child_environment(**pinning), capture_output=True, text=True, check=True
+        )
+        assert int(found.stdout) == len(CORES)
+
+
+def test_a_learner_is_not_bound_to_a_core() -> None:
+    code = (
+        "import os; from aurora_lit.learn.online.process import _lower_priority as begin; begin(1, 1)\n"
+        "import torch; print(len(os.sched_getaffinity(0)))"
+    )
+    command = [sys.executable, "-c", code]
+    environment = child_environment(OMP_PROC_BIND="true", OMP_PLACES="cores")
+    found = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert int(found.stdout) == len(CORES)
+
+
 def test_threads_budgets_and_niceness_follow_affinity_in_a_real_process() -> None:
     code = f"""
 import os
@@ -108,6 +129,9 @@ def test_a_parents_limit_holds_too_and_another_groups_does_not(tmp_path: Path, m
     machine.write("sys/fs/cgroup/app.slice/server/cpu.max", "800000 100000")
     machine.write("sys/fs/cgroup/other/cpu.max", "100000 100000")
     assert cores_of(machine, monkeypatch) == 8
+    # Paths of any bytes, and with what str.splitlines takes for the end of a line.
+    odd = ["34 1 8:1 / /mnt/\udcfc rw - ext4 /dev/sdb rw", "35 1 8:1 / /mnt/a\u2028b rw - ext4 /dev/sdc rw", *mounts]
+    (tmp_path / "proc/self/mountinfo").write_bytes("\n".join(odd).encode(errors="surrogateescape"))
     machine.write("sys/fs/cgroup/app.slice/cpu.max", "300000 100000")
     assert cores_of(machine, monkeypatch) == 3
     assert cores_of(machine, monkeypatch, affinity=2) == 2

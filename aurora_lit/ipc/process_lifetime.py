@@ -36,6 +36,23 @@ def module_command(module: str) -> list[str]:
     return [sys.executable, *([] if is_checkout else ["-P"]), "-m", module]
 
 
+@contextlib.contextmanager
+def imports_are_safe() -> Iterator[None]:
+    """Inside the context multiprocessing's children do not look for modules in the working directory.
+
+    They begin with `python -c`, which does, until they have been told their parent's path.
+    """
+    before = os.environ.get("PYTHONSAFEPATH")
+    os.environ["PYTHONSAFEPATH"] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["PYTHONSAFEPATH"]
+        else:
+            os.environ["PYTHONSAFEPATH"] = before
+
+
 def die_with_parent(parent_pid: int, *, by: signal.Signals = signal.SIGKILL) -> None:
     """Have this process signalled when its parent, `parent_pid`, ends, even by SIGKILL.
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from aurora_lit.config import AuroraConfig
 from aurora_lit.errors import AuroraError, ConfigError, SourceError
-from aurora_lit.ipc.process_lifetime import die_with_parent
+from aurora_lit.ipc.process_lifetime import die_with_parent, imports_are_safe
 from aurora_lit.logs import log_to_stderr
 from aurora_lit.models.source import cache_root, cached, find_target
 from aurora_lit.models.tokenizer import Tokenizer, is_kept, load_tokenizer
@@ -69,7 +69,8 @@ def prepare(config: AuroraConfig) -> None:
     context = multiprocessing.get_context(START_METHOD)
     receiving, sending = context.Pipe(duplex=False)
     process = context.Process(target=_prepare_in_child, args=(config, sending, os.getpid()))  # type: ignore[attr-defined]
-    process.start()
+    with imports_are_safe():
+        process.start()
     sending.close()
     try:
         outcome = receiving.recv_bytes().decode()

@@ -17,11 +17,12 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import aurora_lit.cores  # noqa: F401  # counts them before torch is loaded
 from aurora_lit.config import AuroraConfig, draft_folder, load_config, max_proposal_length, versions_folder
 from aurora_lit.errors import AuroraError
 from aurora_lit.ipc.engine_status import STATUS_NAME, EngineStatusPage, WorkerState
 from aurora_lit.ipc.messages import WorkerChannel
-from aurora_lit.ipc.process_lifetime import die_with_parent
+from aurora_lit.ipc.process_lifetime import die_with_parent, imports_are_safe
 from aurora_lit.logs import log_to_stderr
 from aurora_lit.serve import backend as backends
 from aurora_lit.serve.backend import Backend
@@ -46,7 +47,8 @@ def start_engine_processes(
             args=(rank, config, backend, run_folder, os.getpid(), None if rank else channel),
             name="engine-worker" if rank == 0 else f"engine-rank-{rank}",
         )
-        process.start()
+        with imports_are_safe():
+            process.start()
         processes.append(process)
     return processes
 

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 import psutil
 
 from aurora_lit.config import AuroraConfig, versions_folder
-from aurora_lit.cores import available_cores
+from aurora_lit.cores import PINNING, available_cores
 from aurora_lit.drafts.versions import lock
 from aurora_lit.errors import AuroraError
 from aurora_lit.ipc.engine_status import STATUS_NAME, EngineStatus, EngineStatusPage
@@ -153,6 +153,8 @@ def _lower_priority(threads: int, nice: int) -> None:
     two busy sessions get half each. So if this process leads its session, the session is niced as a whole.
     """
     os.environ["OMP_NUM_THREADS"] = str(threads)
+    for name in PINNING:  # bound to a core, this would share one with the engine's thread, however many are idle
+        os.environ.pop(name, None)
     os.environ.setdefault(*_KEPT_PRODUCTS)
     if hasattr(os, "SCHED_BATCH"):
         with contextlib.suppress(OSError):  # a sandbox that refuses it
