@@ -14,7 +14,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -99,7 +99,7 @@ class RankWatch:
             for process in self._processes:
                 if process.sentinel in ended_sentinels:
                     process.join()  # the sentinel fires a moment before the process has ended
-            return self._describe_loss()
+            return self._describe_loss(ended_sentinels)
         status = self._status.read()
         # A worker without further ranks is watched in serve/http/worker_client.py. While loading, heartbeats may stop.
         if len(self._processes) == 1 or status.state is not WorkerState.READY:
@@ -121,14 +121,19 @@ class RankWatch:
         for process in self._processes:
             process.join()
 
-    def _describe_loss(self) -> str:
+    def _describe_loss(self, ended_sentinels: Collection[object]) -> str:
         """Name the process that ended first; the others end because of it, each with an error of its own."""
         if len(self._processes) > 1:
             time.sleep(0.1)  # the end of a killed process may be seen after that of one that lost its connection to it
             own = self._status.read()
             if own.state is WorkerState.FAILED and own.error and not own.error.startswith(RankError.__name__):
                 return own.error  # rank 0 has ended the others
-        ended = [rank for rank, process in enumerate(self._processes) if not process.is_alive()]
+        # A process whose end another thread is just learning of still counts as alive.
+        ended = [
+            rank
+            for rank, process in enumerate(self._processes)
+            if process.sentinel in ended_sentinels or not process.is_alive()
+        ]
         codes = {rank: self._processes[rank].exitcode or 0 for rank in ended}
         errors = {rank: self._pages[rank - 1].read().error if rank else self._status.read().error for rank in ended}
         first = min(ended, key=lambda rank: (min(codes[rank], 0), errors[rank].startswith(RankError.__name__), rank))

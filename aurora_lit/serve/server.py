@@ -23,6 +23,7 @@ import gc
 import http.client
 import logging
 import os
+import resource
 import signal
 import socket
 import threading
@@ -51,6 +52,8 @@ if TYPE_CHECKING:
 
 WORKER_GRACE_S = 1.0
 """How long a server without a worker still answers /health and its clients."""
+_OPEN_FILES = 65_535
+"""Open files at most, as vLLM and SGLang allow: one for each connection."""
 _WRITE_S = 5.0
 """How long an engine process may take to end after the HTTP process has ended."""
 _log = logging.getLogger(__name__)
@@ -59,6 +62,7 @@ _log = logging.getLogger(__name__)
 def serve(config: AuroraConfig, *, backend: Backend | None = None) -> None:
     """Serve until SIGTERM or Ctrl-C. Raises AuroraError if the server cannot start or the engine worker dies."""
     backend = real_backend() if backend is None else backend
+    _allow_open_files()
     check_address(config.server.host, config.server.port)
     if config.server.host != "127.0.0.1" and config.server.api_key is None:
         _log.warning("server.host=%s is open to everyone; set server.api_key, or 127.0.0.1", config.server.host)
@@ -99,6 +103,15 @@ def serve(config: AuroraConfig, *, backend: Backend | None = None) -> None:
     final = status.read()
     if final.state is WorkerState.FAILED:
         raise AuroraError(f"the server failed: {final.error}")
+
+
+def _allow_open_files() -> None:
+    """As many connections as this user may open; shells and service managers set a lower limit to begin with."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _OPEN_FILES if most == resource.RLIM_INFINITY else min(most, _OPEN_FILES)
+    if resource.getrlimit(resource.RLIMIT_NOFILE)[0] < wanted:
+        with contextlib.suppress(OSError, ValueError):  # macOS allows fewer than it says
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, most))
 
 
 def check_learning(config: AuroraConfig) -> None:
@@ -225,7 +238,8 @@ def _announce_when_ready(config: AuroraConfig, status: EngineStatusPage, learner
     page = f"; watch it at {url}/" if shows_page(config) else ""
     if learner is not None:
         learner.start()  # before the line below, which a full disk or a closed pipe refuses
-    print(f"aurora-lit serves {model_name(config)} on {url}/v1{page}", flush=True)
+    with contextlib.suppress(OSError):
+        print(f"aurora-lit serves {model_name(config)} on {url}/v1{page}", flush=True)
 
 
 def _answers_ready(host: str, port: int) -> bool:

@@ -209,9 +209,25 @@ def test_the_learner_is_started_even_if_nobody_can_be_told_the_url(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(server, "print", refuse, raising=False)
-    with pytest.raises(OSError, match="No space left"):
-        server._announce_when_ready(*arguments)
+    server._announce_when_ready(*arguments)
     assert learner.started.is_set()
+
+
+def test_as_many_connections_as_the_user_may_open_are_allowed() -> None:
+    code = """
+import resource
+hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+resource.setrlimit(resource.RLIMIT_NOFILE, (64, 4096 if hard == resource.RLIM_INFINITY else min(hard, 4096)))
+from aurora_lit.serve import server
+server._allow_open_files()
+soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+assert 64 < soft == hard
+resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+server._OPEN_FILES = 100
+server._allow_open_files()
+assert resource.getrlimit(resource.RLIMIT_NOFILE) == (hard, hard), "never fewer than there were"
+"""
+    subprocess.run([sys.executable, "-c", code], env=child_environment(), check=True)
 
 
 def test_a_machine_without_ipv6_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
