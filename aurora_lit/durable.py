@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import json
 import os
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,14 @@ def discard_unfinished(path: Path) -> None:
 
 def _unfinished(path: Path) -> Path:
     return path.with_name(f".{path.name}.tmp")
+
+
+def changed_at(path: Path) -> float:
+    """A file's time of change; that of a file that another process has just renamed or deleted is now."""
+    try:
+        return path.stat().st_mtime
+    except FileNotFoundError:
+        return time.time()
 
 
 def is_as_begun(path: Path, how: Mapping[str, Any]) -> bool:

@@ -119,7 +119,7 @@ def _torch_openmp() -> str | None:
     if sys.platform != "linux":
         return None
     torch.empty(1)
-    return _openmp_in(Path("/proc/self/maps").read_text())
+    return _openmp_in(Path("/proc/self/maps").read_text(errors="surrogateescape"))
 
 
 def _openmp_in(maps: str) -> str | None:
@@ -128,10 +128,20 @@ def _openmp_in(maps: str) -> str | None:
     return next((path for name in _OPENMP for path in paths if Path(path).name.startswith(name)), None)
 
 
+def processor_name() -> str:
+    """What the processor calls itself."""
+    return _cpuinfo("model name")
+
+
 def _processor() -> str:
     """The processor features that -march=native depends on."""
+    return _cpuinfo("flags", "Features")
+
+
+def _cpuinfo(*names: str) -> str:
+    """The first line of /proc/cpuinfo with one of these names; elsewhere what the system calls the processor."""
     if sys.platform == "linux":
         for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith(("flags", "Features")):
+            if line.startswith(names):
                 return line
     return platform.processor()

@@ -26,6 +26,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from aurora_lit.durable import changed_at
 from aurora_lit.errors import AuroraError, CacheError
 from aurora_lit.kernels import native, products
 from aurora_lit.kernels.decoder import LayerWeights
@@ -254,16 +255,8 @@ def _packed_head(target: Target) -> PackedLinear:
 def _remove_older(path: Path) -> None:
     """Delete all but the newest files of a source, and what killed processes left of them."""
     source, _ = path.stem.split("-")
-    files = sorted(path.parent.glob(f"{source}-*.safetensors"), key=_changed_at)
+    files = sorted(path.parent.glob(f"{source}-*.safetensors"), key=changed_at)
     abandoned_before = time.time() - _ABANDONED_AFTER_S
     unfinished = path.parent.glob(f".{source}-*.safetensors.*")
-    for old in [*files[:-_KEPT_FILES], *(each for each in unfinished if _changed_at(each) < abandoned_before)]:
+    for old in [*files[:-_KEPT_FILES], *(each for each in unfinished if changed_at(each) < abandoned_before)]:
         old.unlink(missing_ok=True)
-
-
-def _changed_at(path: Path) -> float:
-    """A file's time of change; that of a file that another process has just renamed or deleted is now."""
-    try:
-        return path.stat().st_mtime
-    except FileNotFoundError:
-        return time.time()

@@ -21,9 +21,11 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
-from aurora_lit.durable import sync
+from aurora_lit.durable import changed_at, sync
 from aurora_lit.serve.speculation.costs import Costs
 
+_KEPT_FILES = 32
+"""The newest of a cache: each version of the code and each deployment has its own."""
 _TABLES = ("target", "chain")
 _log = logging.getLogger(__name__)
 
@@ -68,6 +70,8 @@ class KeptCosts:
             temporary.write_text(json.dumps(content), encoding="utf-8")
             sync(temporary)
             os.replace(temporary, self.path)
+            for old in sorted(self.path.parent.glob("*.json"), key=changed_at)[:-_KEPT_FILES]:
+                old.unlink(missing_ok=True)
         except OSError as error:
             _log.warning("the measured costs cannot be kept (%s); every start measures them", error)
 

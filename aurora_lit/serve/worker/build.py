@@ -9,7 +9,6 @@ import dataclasses
 import errno
 import hashlib
 import logging
-import platform
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -28,6 +27,7 @@ from aurora_lit.ipc.learner_status import LEARNER_STATUS_NAME, LearnerStatusPage
 from aurora_lit.ipc.ring import RingWriter
 from aurora_lit.ipc.run_folder import RING_NAME
 from aurora_lit.kernels import native
+from aurora_lit.kernels.build import processor_name
 from aurora_lit.models import packed_target
 from aurora_lit.models.kv_cache import cache_bytes, kv_heads_of
 from aurora_lit.models.source import cache_root, find_target, read_model_config
@@ -315,7 +315,7 @@ def _kept_costs(config: AuroraConfig, target: Target) -> KeptCosts:
     for path in sorted(path for part in _TIMED_CODE for path in (Path(__file__).parents[2] / part).glob("*.py")):
         code.update(path.read_bytes())
     key = {
-        "machine": f"{platform.node()}, {native.build_digest()}",  # the kernels' name holds the processor's features
+        "machine": f"{_processor_of(target.device)}, {native.build_digest()}",  # the kernels' name holds its features
         "threads": f"{torch.get_num_threads()} on {available_cores()}",
         "code": code.hexdigest(),
         "target": f"{find_target(config)} {config.target.precision} {type(target).__name__}",
@@ -323,6 +323,11 @@ def _kept_costs(config: AuroraConfig, target: Target) -> KeptCosts:
         "engine": str(dataclasses.asdict(config.engine)),
     }
     return KeptCosts(cache_root(config.target.cache_dir) / "costs", key=key)
+
+
+def _processor_of(device: torch.device) -> str:
+    """Its name, not the machine's: a container has another one at each start."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else processor_name()
 
 
 def _sinks(config: AuroraConfig, run_folder: Path) -> TraceSinks:

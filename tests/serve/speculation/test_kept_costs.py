@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,7 +15,7 @@ from support.tiny_models import make_engine, random_draft
 from aurora_lit.models.target import Target
 from aurora_lit.request import Request, SamplingParams
 from aurora_lit.serve.engine.engine import Engine
-from aurora_lit.serve.speculation import calibration
+from aurora_lit.serve.speculation import calibration, kept_costs
 from aurora_lit.serve.speculation.costs import Costs, CostTable
 from aurora_lit.serve.speculation.kept_costs import KeptCosts
 
@@ -204,6 +205,18 @@ def test_costs_of_something_else_are_measured_anew(changed: str, target: Target,
     engine_with(target, tmp_path)
     engine_with(target, tmp_path, **{changed: "another"})
     assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_the_newest_files_are_kept(target: Target, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kept_costs, "_KEPT_FILES", 2)
+    costs = engine_with(target, tmp_path).costs
+    for number in range(4):
+        kept = KeptCosts(tmp_path, key={"number": str(number)})
+        kept.save(costs)
+        os.utime(kept.path, (number, number))
+    KeptCosts(tmp_path, key={"number": "4"}).save(costs)
+    newest = (KEY, {"number": "4"})
+    assert set(tmp_path.iterdir()) == {KeptCosts(tmp_path, key=key).path for key in newest}
 
 
 @pytest.mark.parametrize("damage", ["half", "empty", "no number", "negative", "another key", "no target"])

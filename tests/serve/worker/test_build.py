@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import platform
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -79,12 +80,16 @@ def test_costs_are_kept_for_what_they_were_measured_on(
         return build._kept_costs(load_config(None, [*common, "learn.enabled=false", *overrides]), target)._key
 
     first = key()
+    monkeypatch.setattr(platform, "node", lambda: "another container")
     assert key() == first
     assert key("target.precision=bf16")["target"] != first["target"]
     assert key("engine.sibling_tokens=1")["engine"] != first["engine"]
     threads = torch.get_num_threads()
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads + 1)
     assert key()["threads"] != first["threads"]
+    with monkeypatch.context() as other:
+        other.setattr(build, "processor_name", lambda: "another processor")
+        assert key()["machine"] != first["machine"]
     monkeypatch.setattr(build.native, "build_digest", lambda: "other kernels")
     assert key()["machine"] != first["machine"]
     monkeypatch.setattr(Path, "read_bytes", lambda _: b"other code")
