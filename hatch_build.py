@@ -3,7 +3,6 @@
 In a checkout they are beside the package, and an editable install leaves them there.
 """
 
-from pathlib import Path
 from typing import Any
 
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
@@ -17,5 +16,4 @@ class ShippedData(BuildHookInterface):  # type: ignore[misc, type-arg]
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
         """Add the folders to the wheel; `version` is "editable" or "standard"."""
         if version != "editable":
-            present = [folder for folder in SHIPPED if (Path(self.root) / folder).is_dir()]
-            build_data["force_include"].update({folder: f"aurora_lit/{folder}" for folder in present})
+            build_data["force_include"].update({folder: f"aurora_lit/{folder}" for folder in SHIPPED})

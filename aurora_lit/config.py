@@ -60,12 +60,26 @@ def load_config(path: Path | Sequence[Path] | None, overrides: Sequence[str]) ->
 
 
 def to_yaml(config: AuroraConfig) -> str:
-    """All settings as YAML; load_config reads an equal config from it."""
+    """All settings as YAML; load_config reads an equal config from it. Raises ConfigError if a path is not UTF-8."""
+    for name, settings in dataclasses.asdict(config).items():
+        for key, value in settings.items():
+            if isinstance(value, str) and not _is_utf8(value):
+                raise ConfigError(
+                    f"{name}.{key}={ascii(value)} is not UTF-8; rename that folder, or begin in another one"
+                )
     sections = {
         section: {key: _escaped(value) if isinstance(value, str) else value for key, value in settings.items()}
         for section, settings in dataclasses.asdict(config).items()
     }
     return OmegaConf.to_yaml(OmegaConf.create(sections))
+
+
+def _is_utf8(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def validate(config: AuroraConfig) -> None:
@@ -172,11 +186,12 @@ def max_proposal_length(config: AuroraConfig) -> int:
 
 
 def draft_folder(config: AuroraConfig) -> Path | None:
-    """The folder that draft.checkpoint names: in the working directory, else beside configs/; None if it is null."""
+    """The folder that draft.checkpoint names: in the working directory, else a shipped one; None if it is null."""
     if config.draft.checkpoint is None:
         return None
     folder = Path(config.draft.checkpoint).expanduser()
-    return folder if folder.is_absolute() or folder.is_dir() else PROJECT_FOLDER / folder
+    shipped = PROJECT_FOLDER / folder
+    return shipped if not folder.is_dir() and shipped.is_dir() else folder
 
 
 def versions_folder(config: AuroraConfig) -> Path:

@@ -456,14 +456,24 @@ def test_a_value_that_is_still_to_be_given_may_be_given_by_a_later_file_or_overr
         load_config([base], ["server.port=9002"])
 
 
+def test_settings_that_are_not_utf_8_are_named() -> None:
+    config = load_config(None, [r"checkpoint.dir=/data/m" + "\udcfc" + "del"])
+    with pytest.raises(ConfigError, match=r"^checkpoint\.dir='/data/m\\udcfcdel' is not UTF-8; rename that folder, or"):
+        to_yaml(config)
+
+
 def test_a_relative_draft_is_looked_up_here_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = load_config(None, ["draft.checkpoint=checkpoints/some"])
+    config = load_config(None, [])
+    shipped = PROJECT_FOLDER / "checkpoints" / "smollm2-base"
     monkeypatch.chdir(tmp_path)
-    assert draft_folder(config) == PROJECT_FOLDER / "checkpoints" / "some"
-    (tmp_path / "checkpoints" / "some").mkdir(parents=True)
+    assert draft_folder(config) == shipped
+    assert draft_folder(load_config(None, [f"draft.checkpoint={shipped}"])) == shipped
+    absent = draft_folder(load_config(None, ["draft.checkpoint=checkpoints/smolm2"]))
+    assert absent == Path("checkpoints/smolm2"), "errors name what was given"
+    (tmp_path / "checkpoints" / "smollm2-base").mkdir(parents=True)
     folder = draft_folder(config)
     assert folder is not None
-    assert folder.resolve() == tmp_path / "checkpoints" / "some"
+    assert folder.resolve() == tmp_path / "checkpoints" / "smollm2-base"
     assert draft_folder(load_config(None, ["draft.checkpoint=null"])) is None
 
 

@@ -150,7 +150,11 @@ def run(
                 soft_wrap=True,
             )
         if ended_by is not None:  # the served draft may be half replaced: it is not written
-            console.print(f"interrupted; drafts that have passed the gate are in {out / VERSIONS_NAME}", soft_wrap=True)
+            console.print(
+                f"interrupted; drafts that have passed the gate are in {out / VERSIONS_NAME}",
+                soft_wrap=True,
+                markup=False,
+            )
         else:
             save_draft(replayed.served, out / DRAFT_NAME)
             console.print(
@@ -158,6 +162,7 @@ def run(
                 + ("" if result["published"] else ": the final draft is the starting draft")
                 + f"; serve it with {settings_to_serve(out / DRAFT_NAME, config)}",
                 soft_wrap=True,
+                markup=False,
             )
     if ended_by is not None:
         raise ended_by
@@ -252,7 +257,8 @@ def _fabric(config: AuroraConfig) -> Fabric:
         if strategy not in ("auto", "dp") and not strategy.startswith("ddp"):
             raise ConfigError(f"--strategy {strategy}: a replay needs the whole draft in each process; use ddp")
         return Fabric()
-    remedy = "start several processes with `fabric run --devices N --strategy ddp aurora_lit/replay.py -- ...`"
+    script = os.path.relpath(Path(__file__).parents[1] / "replay.py")
+    remedy = f"start several processes with `fabric run --devices N --strategy ddp {script} -- ...`"
     if (devices := config.learn.devices) > 1:
         raise ConfigError(f"learn.devices={devices}: this is one process; use learn.devices=1, or {remedy}")
     # SLURM_NTASKS does not say that srun has started this process; that it is not the first task does.
