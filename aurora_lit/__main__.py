@@ -1,6 +1,8 @@
 """`python -m aurora_lit` is the command `aurora-lit`."""
 
+import io
 import signal
+import sys
 
 
 def run() -> None:
@@ -12,6 +14,8 @@ def run() -> None:
     # Process 1 of a container would ignore it otherwise: for that one the system has no default.
     signal.signal(signal.SIGTERM, raise_exit)
     spin_briefly()
+    if isinstance(sys.stdout, io.TextIOWrapper):  # not all of an answer can be written in Latin-1
+        sys.stdout.reconfigure(errors="replace")
     from aurora_lit.cli.main import main
 
     main(prog_name="aurora-lit")

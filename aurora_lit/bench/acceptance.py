@@ -94,7 +94,7 @@ def run(
         draft_version=engine.draft_version,
         results={"max_tokens": max_tokens, "acceptance": [asdict(result) for result in results]},
     )
-    console.print(f"written to {path}")
+    console.print(f"written to {path}", markup=False)
     return results
 
 

@@ -159,7 +159,7 @@ def run(
         written.append(out / "throughput.png")
     else:
         console.print("no plot: matplotlib is not installed (pip install 'aurora-lit\\[bench]')")
-    console.print(f"written to {', '.join(map(str, written))}")
+    console.print(f"written to {', '.join(map(str, written))}", markup=False)
     return results
 
 

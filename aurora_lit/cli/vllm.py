@@ -127,7 +127,7 @@ def start(
 
         handle_ending(end)
         if config.learn.enabled:
-            _learn_beside(process, status, learner_page, _learner_command(folder, gpus=learner_gpus), ending)
+            _learn_beside(process, status, learner_page, learner_command(folder), ending, gpus=learner_gpus)
         elif process is not None:
             process.wait()
         else:
@@ -209,11 +209,6 @@ def _deployment(config: AuroraConfig, folder: Path) -> Deployment:
     )
 
 
-def _learner_command(folder: Path, *, gpus: str) -> list[str]:
-    """The learner sees only its own GPUs: vLLM takes nearly all memory of those that it uses."""
-    return ["env", f"CUDA_VISIBLE_DEVICES={gpus}", *learner_command(folder)]
-
-
 def _serve_metrics(folder: Path, page: LearnerStatusPage, *, host: str, port: int, model: str) -> None:
     """Answer /metrics in a thread of this process, which outlives learners that fail."""
     registry = CollectorRegistry()
@@ -233,8 +228,13 @@ def _learn_beside(
     learner_page: LearnerStatusPage,
     command: Sequence[str],
     ending: threading.Event,
+    *,
+    gpus: str,
 ) -> None:
-    """A learner for each life of the engine; returns when vLLM has ended or this process shall."""
+    """A learner for each life of the engine; returns when vLLM has ended or this process shall.
+
+    The learner sees only its own GPUs: vLLM takes nearly all memory of those that it uses.
+    """
     learner, learned_from = None, 0
     while not ending.wait(_LOOK_EVERY_S) and (process is None or process.poll() is None):
         now = status.read()
@@ -242,7 +242,7 @@ def _learn_beside(
             if learner is not None:
                 learner.end()
             learned_from = now.worker_pid
-            learner = LearnerChild(command, learner_page)
+            learner = LearnerChild(command, learner_page, environment={"CUDA_VISIBLE_DEVICES": gpus})
             learner.start()
     if learner is not None:
         learner.end()

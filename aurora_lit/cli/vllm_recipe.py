@@ -122,7 +122,7 @@ def show(config: AuroraConfig, *, as_json: bool) -> None:
         parallel += f" --pipeline-parallel-size {found.pipeline_parallel}"
     command = ["aurora-lit", "vllm", config.target.source, "--draft", "DIR"]
     command += [word for setting in _learner_settings(config) for word in ("--set", setting)]
-    console.print(f"{shlex.join(command)} {parallel}", soft_wrap=True, highlight=False)
+    console.print(f"{shlex.join(command)} {parallel}", soft_wrap=True, highlight=False, markup=False)
 
 
 def _learner_settings(config: AuroraConfig) -> Iterator[str]:

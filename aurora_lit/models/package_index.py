@@ -65,7 +65,7 @@ def file_sha256(path: Path) -> str:
 
 def print_progress(text: str) -> None:
     """Print a line to stderr for the user who is waiting."""
-    Console(stderr=True, highlight=False).print(text, soft_wrap=True)
+    Console(stderr=True, highlight=False, markup=False).print(text, soft_wrap=True)
 
 
 def _parts(project: str, archive: zipfile.ZipFile, file: str, *, wheels: Path, wheel: Path) -> list[tuple[Path, str]]:

@@ -15,7 +15,7 @@ import os
 import subprocess
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from aurora_lit.ipc.learner_status import LearnerStatusPage
@@ -39,9 +39,11 @@ def learner_command(run_folder: Path) -> list[str]:
 class LearnerChild:
     """Starts the learner and restarts it after faults; see the file's example."""
 
-    def __init__(self, command: Sequence[str], page: LearnerStatusPage) -> None:
-        """page: writable; written to only while the child does not run."""
-        self._command, self._page = command, page
+    def __init__(
+        self, command: Sequence[str], page: LearnerStatusPage, *, environment: Mapping[str, str] | None = None
+    ) -> None:
+        """page: writable; written to only while the child does not run. environment: beside this process's."""
+        self._command, self._page, self._environment = command, page, dict(environment or {})
         self._is_ending = threading.Event()
         # The kernel kills the child when the thread that started it ends, so this thread lives as long as the server.
         self._thread = threading.Thread(target=self._run_with_restarts, name="learner", daemon=True)
@@ -83,7 +85,12 @@ class LearnerChild:
         """Run the child until it ends; its exit code, negative for a signal."""
         try:
             # In a session of its own: Ctrl-C in the terminal is meant for the server, which ends the learner.
-            process = subprocess.Popen(self._command, stdin=subprocess.DEVNULL, start_new_session=True)
+            process = subprocess.Popen(
+                self._command,
+                env={**os.environ, **self._environment},
+                stdin=subprocess.DEVNULL,
+                start_new_session=True,
+            )
         except OSError as error:
             _log.error("the learner cannot be started: %s", error)
             return 1

@@ -1,7 +1,11 @@
 """`aurora-lit generate` on a fake engine: colours and numbers."""
 
+import subprocess
+import sys
+
 import pytest
 from rich.console import Console
+from support import child_environment
 from support.fake_engine import FakeEngine, FakeOptions, tiny_tokenizer
 
 from aurora_lit.cli import generate as generate_module
@@ -36,6 +40,18 @@ def test_it_prints_the_answer_and_the_numbers(
     assert "accepted length 3.00" in printed
     assert ("plain decoding" in printed) == compare_plain
     assert not engine.has_work
+
+
+def test_an_answer_that_the_terminal_has_no_letters_for_is_shown_all_the_same() -> None:
+    code = """
+from unittest import mock
+import aurora_lit.__main__, aurora_lit.cli.main
+with mock.patch("aurora_lit.cli.main.main", lambda **_: print("caf\u00e9 \U0001f31f 2\u00d7")):
+    aurora_lit.__main__.run()
+"""
+    environment = child_environment(PYTHONIOENCODING="latin-1")
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, check=False)
+    assert done.stdout == "café ? 2×\n".encode("latin-1"), done.stderr
 
 
 def test_the_ratio_is_that_of_the_median_pair() -> None:

@@ -244,7 +244,7 @@ def test_a_closed_terminal_ends_it_as_ctrl_c_does_unless_nohup_started_it(
     command_of(tmp_path)
     ended = list[bool]()
 
-    def close_terminal(*arguments: Any) -> None:
+    def close_terminal(*arguments: Any, gpus: str) -> None:
         os.kill(os.getpid(), signal.SIGHUP)
         ended.append(arguments[-1].wait(0.0))
 
@@ -358,7 +358,8 @@ def test_a_learner_is_started_for_each_life_of_the_engine(tmp_path: Path, monkey
     status = EngineStatusPage.create(tmp_path / STATUS_NAME)
     page = LearnerStatusPage.create(tmp_path / LEARNER_STATUS_NAME)
     starts, ending = tmp_path / "starts", threading.Event()
-    learner = ["sh", "-c", f"echo start >> {starts}"]  # ends at once with 0, as when its engine has ended
+    # It ends at once with 0, as when its engine has ended.
+    learner = ["sh", "-c", f"echo $CUDA_VISIBLE_DEVICES >> {starts}"]
 
     def number_of_starts() -> int:
         return len(starts.read_text().split()) if starts.exists() else 0
@@ -369,7 +370,9 @@ def test_a_learner_is_started_for_each_life_of_the_engine(tmp_path: Path, monkey
             assert time.monotonic() < until
             time.sleep(0.02)
 
-    thread = threading.Thread(target=vllm_command_file._learn_beside, args=(None, status, page, learner, ending))
+    thread = threading.Thread(
+        target=vllm_command_file._learn_beside, args=(None, status, page, learner, ending), kwargs={"gpus": "6"}
+    )
     thread.start()
     try:
         time.sleep(0.3)
@@ -382,6 +385,7 @@ def test_a_learner_is_started_for_each_life_of_the_engine(tmp_path: Path, monkey
         ending.set()
         thread.join(20)
     assert not thread.is_alive()
+    assert set(starts.read_text().split()) == {"6"}, "the learner's own"
 
 
 def test_the_learners_metrics_are_served_apart_and_go_on_when_it_has_ended(tmp_path: Path) -> None:

@@ -63,7 +63,7 @@ def save_report(
     console = report_console()
     for shown in (*tables(report), *short_phases):
         console.print(shown)
-    console.print(f"written to {out / REPORT_NAME}")
+    console.print(f"written to {out / REPORT_NAME}", markup=False)
     return report
 
 

@@ -148,7 +148,7 @@ def pretrain(config: AuroraConfig, options: PretrainOptions) -> dict[str, Any]:
     if dropped := trainer.num_dropped:
         console.print(f"{dropped} batches were dropped: their loss or gradient was not finite")
     settings = settings_to_serve(options.out, config)
-    console.print(f"draft written to {options.out}; serve it with {settings}", soft_wrap=True)
+    console.print(f"draft written to {options.out}; serve it with {settings}", soft_wrap=True, markup=False)
     return report
 
 
