@@ -549,3 +549,8 @@ def test_all_processes_read_the_revision_of_a_hub_model_that_the_server_started_
     for source in (str(tmp_path), load_config(None, []).target.source):
         other = load_config(None, [f"target.source={source}"])
         assert with_fixed_target(other) == other
+
+
+def test_brackets_in_a_path_are_no_markup(capsys: pytest.CaptureFixture[str]) -> None:
+    package_index.print_progress("kept in /data/[v2]/models [/b]")
+    assert capsys.readouterr().err == "kept in /data/[v2]/models [/b]\n"
