@@ -122,12 +122,13 @@ def check_devices(config: AuroraConfig) -> Check:
 
 def check_processor(_: AuroraConfig) -> Check:
     """Vector instructions that the CPU kernels use."""
+    from aurora_lit.kernels.build import processor_name
+
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        model, lines = processor_name(), Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         return _ok("processor", platform.processor() or "unknown")
     flags = next((line.split(":", 1)[1].split() for line in lines if line.startswith(("flags", "Features"))), [])
-    model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
     if platform.machine() != "x86_64":
         return _ok("processor", f"{model}: the kernels have no instructions for products of bf16 or bytes here")
     fast = [flag for flag in _FAST_FLAGS if flag in flags]

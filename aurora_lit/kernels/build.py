@@ -129,8 +129,8 @@ def _openmp_in(maps: str) -> str | None:
 
 
 def processor_name() -> str:
-    """What the processor calls itself."""
-    return _cpuinfo("model name")
+    """What the processor calls itself; its architecture if it does not say, as ARM's do not. Raises OSError."""
+    return _cpuinfo("model name").partition(":")[2].strip() or platform.machine()
 
 
 def _processor() -> str:

@@ -34,6 +34,15 @@ def copy_planner(*, column_s: float, ragged: bool = True, drafts: bool = True, a
     return CopyPlanner(SpeculationPlanner(limits, costs))
 
 
+def a_proposer(*, batch_size: int, draft_tokens: int) -> Proposer:
+    """Without a draft of its own, and with columns that are dear."""
+    costs = Costs(ragged=True)
+    costs.target.set_initial(batch_size, 1, PLAIN_S)
+    costs.target.set_initial(batch_size, 2, 1.5 * PLAIN_S)
+    planner = SpeculationPlanner(SpeculationLimits(draft_tokens=draft_tokens, copied_tokens=4), costs)
+    return Proposer(None, planner, tokens_SL=torch.zeros(batch_size, 1))
+
+
 def geometric(rate: float, count: int = 15) -> list[float]:
     return [rate ** (j + 1) for j in range(count)]
 
@@ -85,11 +94,7 @@ def test_copies_that_do_not_pay_are_tried_in_one_of_64_rounds_and_proposed_again
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Of two sequences. A trial is looked up even if it is too improbable for other rounds."""
-    costs = Costs(ragged=True)
-    costs.target.set_initial(2, 1, PLAIN_S)
-    costs.target.set_initial(2, 2, 1.5 * PLAIN_S)
-    planner = SpeculationPlanner(SpeculationLimits(draft_tokens=0, copied_tokens=4), costs)
-    proposer = Proposer(None, planner, tokens_SL=torch.zeros(2, 1))
+    proposer = a_proposer(batch_size=2, draft_tokens=0)
     proposer.reliability.rate_RC[:] = 0.15
     least = list[float]()
 
@@ -115,14 +120,7 @@ def test_copies_that_do_not_pay_are_tried_in_one_of_64_rounds_and_proposed_again
 def test_copies_beside_a_drafts_chain_are_measured_so_that_none_has_to_be_tried(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    costs = Costs(ragged=True)
-    costs.target.set_initial(1, 1, PLAIN_S)
-    costs.target.set_initial(1, 2, 1.5 * PLAIN_S)
-    proposer = Proposer(
-        None,
-        SpeculationPlanner(SpeculationLimits(draft_tokens=4, copied_tokens=4), costs),
-        tokens_SL=torch.zeros(1, 1),
-    )
+    proposer = a_proposer(batch_size=1, draft_tokens=4)
     least = list[float]()
 
     def find(_tokens_SL: torch.Tensor, rows: LookUp, **_how: object) -> list[Copies]:
