@@ -3,7 +3,7 @@
 FOLDER/domains.safetensors holds the tensors of `Centroids`; its metadata holds the format, the publication's number,
 the domains' names, the numbers of `Centroids`, and the target whose hidden states were clustered. It is replaced as a
 whole.
-`read_centroids` refuses a file that is damaged, of a newer format or of another target, and gives the reason.
+`read_centroids` refuses a file that is damaged, of a newer format or of a target of other sizes, and gives the reason.
 
 Leaves out when it is written (learn/online/centroid_publisher.py) and read (serve/worker/domain_watch.py).
 

@@ -37,6 +37,7 @@ from aurora_lit.durable import sync
 from aurora_lit.errors import CheckpointError
 
 if TYPE_CHECKING:
+    from aurora_lit.drafts.checkpoint import TargetShape
     from aurora_lit.modules.draft.eagle3 import Eagle3Draft
 
 CURRENT_NAME, HISTORY_NAME, RECORD_NAME, RETIRED_NAME = "CURRENT", "history.jsonl", "record.json", "RETIRED"
@@ -176,6 +177,23 @@ class DraftStore:
             return (self.folder / CURRENT_NAME).stat().st_mtime < (checkpoint / "model.safetensors").stat().st_mtime
         except OSError:
             return False
+
+    def check_target(self, target: TargetShape) -> None:
+        """Raise CheckpointError if a version is of a target of other sizes: publishing would soon delete it."""
+        from aurora_lit.drafts.checkpoint import check_fits, read_config  # imports torch, as in `publish`
+
+        for name in self._names():
+            try:
+                config = read_config(self.folder / name)
+            except CheckpointError:  # damaged
+                continue
+            try:
+                check_fits(self.folder / name, config, target)
+            except CheckpointError as error:
+                raise CheckpointError(
+                    f"checkpoint.run={self.folder.name}: {self.folder} has drafts of another target, such as {name}; "
+                    "set checkpoint.run=NAME, so that those of this one have a folder of their own"
+                ) from error
 
     def roll_back(self, *, bad: str, reason: str, wait: bool = True) -> str | None:
         """Retire a version; if it is current, make the newest older one that is not retired current.

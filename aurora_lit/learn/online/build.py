@@ -70,11 +70,13 @@ def build_loop(
         ring = stack.enter_context(contextlib.closing(RingReaders.open(rings, layout=LAYOUT_DIGEST)))
         target_head, starting = load_head_and_draft(config)
         store = DraftStore(versions_folder(config), keep=config.checkpoint.keep)
+        store.check_target(target_head)
         # CheckpointError: a CURRENT that names no version, which `newest_usable` tells; OSError: learning can begin.
         with contextlib.suppress(CheckpointError, OSError):
             store.prune()  # also deletes what a learner left that was killed while it published
         starting_digest = weights_digest(starting)
-        if learn.from_scratch and not store.has_current:
+        begins_anew = learn.from_scratch and not store.has_current
+        if begins_anew:
             store.publish(starting, record={"reason": "untrained: learning begins from scratch"})
 
         untrained = starting if learn.from_scratch else None
@@ -105,11 +107,12 @@ def build_loop(
         )
         record = _record_of(store, current)
         if learner.resume() and (
-            version_number(learner.version) > version_number(current or STARTING_VERSION)
+            begins_anew
+            or version_number(learner.version) > version_number(current or STARTING_VERSION)
             or record.get("steps", 0) > learner.steps
         ):
-            # Of a later version: it was rolled back meanwhile, or cannot be loaded. Of fewer steps: the learner was
-            # killed after it had published and before it saved its state.
+            # Anew, or of a later version: it was rolled back meanwhile, or cannot be loaded. Of fewer steps: the
+            # learner was killed after it had published and before it saved its state.
             learner.restart_from(served_draft(current), version=current or STARTING_VERSION)
         # Those of the draft that it goes on from. With fewer the next start would go back to that draft again.
         learner.steps = max(learner.steps, record.get("steps", 0))

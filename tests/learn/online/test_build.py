@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import importlib.util
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -63,6 +64,44 @@ def test_learning_begins_although_current_names_no_version(server: ServerStandIn
     status = EngineStatusPage.open(server.run_folder / STATUS_NAME)
     with build_loop(config, server.run_folder, server.run_folder / RING_NAME, server.page, status) as loop:
         assert loop.learner.version == "start"
+
+
+def test_drafts_of_another_target_are_not_published_over(server: ServerStandIn, target: Target) -> None:
+    """Each new version deletes the oldest, and the learner's state would be replaced."""
+    from aurora_lit.learn.online.build import build_loop
+
+    config, status = load_config(None, server.overrides), EngineStatusPage.open(server.run_folder / STATUS_NAME)
+    server.store.publish(random_draft(target), record={})
+    folder = server.store.folder / "draft-000001"
+    of_another = json.loads((folder / "config.json").read_text()) | {"vocab_size": target.vocab_size + 1}
+    (folder / "config.json").write_text(json.dumps(of_another))
+    with (
+        pytest.raises(AuroraError, match="^checkpoint.run=.*draft-000001; set checkpoint.run=NAME"),
+        build_loop(config, server.run_folder, server.run_folder / RING_NAME, server.page, status),
+    ):
+        pass
+    assert [version.name for version in server.store.versions()] == ["draft-000001"]
+    (folder / "config.json").write_text("damaged")
+    with build_loop(config, server.run_folder, server.run_folder / RING_NAME, server.page, status) as loop:
+        assert loop.learner.version == "start"
+
+
+def test_a_rollback_to_an_untrained_draft_is_not_undone_by_the_next_start(server: ServerStandIn) -> None:
+    from aurora_lit.learn.online.build import build_loop
+
+    config = load_config(None, [*server.overrides, "learn.from_scratch=true"])
+    status = EngineStatusPage.open(server.run_folder / STATUS_NAME)
+    for is_again in (False, True):
+        with build_loop(config, server.run_folder, server.run_folder / RING_NAME, server.page, status) as loop:
+            norm = loop.learner.draft.norm.weight
+            assert norm.min() < 2.0, "what was rolled back is not learned on"
+            if not is_again:
+                with torch.no_grad():
+                    norm.fill_(2.0)
+                loop.learner.steps = 7
+                loop.learner.save()
+                server.store.roll_back_to(None, reason="by hand")
+    assert server.store.current() == "draft-000002"
 
 
 @pytest.mark.parametrize(("saved", "published"), [(True, True), (True, False), (False, True)])
