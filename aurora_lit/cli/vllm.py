@@ -26,6 +26,7 @@ from prometheus_client import CollectorRegistry, start_http_server
 from aurora_lit.config import AuroraConfig, draft_folder, load_config, to_yaml, versions_folder
 from aurora_lit.drafts.checkpoint import read_config
 from aurora_lit.drafts.export import loadable
+from aurora_lit.drafts.versions import DraftStore
 from aurora_lit.errors import ConfigError
 from aurora_lit.ipc.engine_status import STATUS_NAME, EngineStatusPage, WorkerState
 from aurora_lit.ipc.learner_status import LEARNER_STATUS_NAME, LearnerStatusPage
@@ -198,7 +199,7 @@ def _deployment(config: AuroraConfig, folder: Path) -> Deployment:
     draft = draft_folder(config)
     assert draft is not None
     read_config(draft)  # a draft that cannot be read is an error now, not inside vLLM
-    return Deployment(
+    deployment = Deployment(
         run_folder=folder,
         starting_draft=draft.resolve(),
         versions=versions_folder(config).resolve(),
@@ -207,6 +208,10 @@ def _deployment(config: AuroraConfig, folder: Path) -> Deployment:
         segment_tokens=config.trace.segment_tokens,
         overlap_tokens=config.trace.overlap_tokens,
     )
+    current = DraftStore(deployment.versions, keep=deployment.keep).current()
+    if current is not None and (deployment.versions / current).is_dir():
+        deployment.check_shape(deployment.versions / current)
+    return deployment
 
 
 def _serve_metrics(folder: Path, page: LearnerStatusPage, *, host: str, port: int, model: str) -> None:

@@ -11,11 +11,12 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from aurora_lit.errors import ConfigError
+from aurora_lit.drafts.checkpoint import read_config
+from aurora_lit.errors import CheckpointError, ConfigError
 from aurora_lit.ipc.engine_status import STATUS_NAME
 
 VARIABLE = "AURORA_LIT_VLLM"
@@ -44,17 +45,17 @@ class Deployment:
 
     def write(self) -> None:
         """Write the file."""
-        fields = {name: str(value) if isinstance(value, Path) else value for name, value in asdict(self).items()}
-        (self.run_folder / _FILE_NAME).write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
+        content = {name: str(value) if isinstance(value, Path) else value for name, value in asdict(self).items()}
+        (self.run_folder / _FILE_NAME).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
     @classmethod
     def read(cls, run_folder: Path) -> Deployment:
         """The deployment of a run folder. Raises ConfigError."""
         try:
-            fields: dict[str, Any] = json.loads((run_folder / _FILE_NAME).read_text(encoding="utf-8"))
+            content: dict[str, Any] = json.loads((run_folder / _FILE_NAME).read_text(encoding="utf-8"))
             for name in ("run_folder", "starting_draft", "versions"):
-                fields[name] = Path(fields[name])
-            return cls(**fields)
+                content[name] = Path(content[name])
+            return cls(**content)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ConfigError(
                 f"{VARIABLE}={run_folder} is not the run folder of a running `aurora-lit vllm`: {error}"
@@ -65,6 +66,17 @@ class Deployment:
         """The deployment that AURORA_LIT_VLLM names; None if it is not set. Raises ConfigError."""
         folder = os.environ.get(VARIABLE)
         return cls.read(Path(folder)) if folder else None
+
+    def check_shape(self, folder: Path) -> None:
+        """Raise CheckpointError if a draft has another shape than the starting one, whose shape vLLM keeps."""
+        config, starting = read_config(folder), read_config(self.starting_draft)
+        for each in fields(config):
+            found, wanted = getattr(config, each.name), getattr(starting, each.name)
+            if found != wanted:
+                raise CheckpointError(
+                    f"{folder} is refused: {each.name} is {found}, but vLLM was started with a draft that has "
+                    f"{wanted}; start it with one of this shape, or with --set checkpoint.run=NAME"
+                )
 
     def status_path(self, engine: int) -> Path:
         """The status page of a data-parallel engine; the first one's has the name that every server's has."""

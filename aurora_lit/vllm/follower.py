@@ -19,14 +19,13 @@ import itertools
 import logging
 import os
 from collections.abc import Iterator
-from dataclasses import fields
 from pathlib import Path
 from typing import Any, Protocol
 
 from aurora_lit.drafts.checkpoint import load_draft, read_config
 from aurora_lit.drafts.hot_reload import HotReloader, ReadyDraft
 from aurora_lit.drafts.versions import DraftStore
-from aurora_lit.errors import AuroraError, CheckpointError
+from aurora_lit.errors import AuroraError
 from aurora_lit.ipc.engine_status import STATUS_NAME, EngineStatusPage
 from aurora_lit.vllm.deployment import Deployment
 
@@ -179,13 +178,7 @@ class DraftFollower:
         """The folder of a draft that this engine can load. Raises CheckpointError with the reason if it cannot."""
         if folder is None:
             return self._deployment.starting_draft
-        config = read_config(folder)
-        for each in fields(config):
-            found, wanted = getattr(config, each.name), getattr(self._starting, each.name)
-            if found != wanted:
-                raise CheckpointError(
-                    f"{folder} is refused: {each.name} is {found}, but vLLM was started with a draft that has {wanted}"
-                )
+        self._deployment.check_shape(folder)
         load_draft(folder, self._starting)
         return folder
 

@@ -27,6 +27,7 @@ from aurora_lit.cli.main import main
 from aurora_lit.cli.vllm import (
     MIDDLEWARE,
     WORKER_EXTENSION,
+    _deployment,
     _serve_metrics,
     _value_of,
     _with_file,
@@ -37,7 +38,8 @@ from aurora_lit.cli.vllm import (
 from aurora_lit.cli.vllm_recipe import recipe
 from aurora_lit.config import PROJECT_FOLDER, AuroraConfig, draft_folder, load_config
 from aurora_lit.drafts.checkpoint import save_draft
-from aurora_lit.errors import ConfigError
+from aurora_lit.drafts.versions import DraftStore
+from aurora_lit.errors import CheckpointError, ConfigError
 from aurora_lit.ipc.engine_status import STATUS_NAME, EngineStatusPage, WorkerState
 from aurora_lit.ipc.learner_status import LEARNER_STATUS_NAME, LearnerStatusPage
 from aurora_lit.ipc.process_lifetime import module_command
@@ -351,6 +353,20 @@ def test_a_folder_for_drafts_that_cannot_be_written_is_one_line(tmp_path: Path) 
     result = CliRunner().invoke(main, ["vllm", "m", "--draft", str(DRAFT), "--attach", "--set", folder])
     assert result.exit_code == 2
     assert "is no folder that can be written to" in result.output
+
+
+def test_versions_of_another_shape_than_the_starting_draft_are_told_before_vllm_starts(tmp_path: Path) -> None:
+    """vLLM keeps the shape it has started with, so it would refuse every version, and whatever is learned from them."""
+    starting, published = tmp_path / "starting", tmp_path / "live"
+    save_draft(Eagle3Draft(SMALL), starting)
+    config = settings("m", starting, [f"checkpoint.dir={tmp_path}"])
+    DraftStore(published, keep=5).publish(Eagle3Draft(SMALL), record={})
+    assert _deployment(config, tmp_path).starting_draft == starting
+    other = replace(SMALL, draft_vocab_size=SMALL.draft_vocab_size - 1)
+    DraftStore(published, keep=5).publish(Eagle3Draft(other), record={})
+    reason = r"draft-000002 is refused: draft_vocab_size .* --set checkpoint.run=NAME$"
+    with pytest.raises(CheckpointError, match=reason):
+        _deployment(config, tmp_path)
 
 
 def test_a_learner_is_started_for_each_life_of_the_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
