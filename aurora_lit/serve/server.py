@@ -66,6 +66,8 @@ def serve(config: AuroraConfig, *, backend: Backend | None = None) -> None:
     check_address(config.server.host, config.server.port)
     if config.server.host != "127.0.0.1" and config.server.api_key is None:
         _log.warning("server.host=%s is open to everyone; set server.api_key, or 127.0.0.1", config.server.host)
+    if (most := config.server.max_queue) < (slots := config.engine.max_batch_size):
+        _log.warning("server.max_queue=%d lets only so many of engine.max_batch_size=%d run; raise it", most, slots)
     check_learning(config)
     backend.prepare(config)
     config = with_fixed_target(config)

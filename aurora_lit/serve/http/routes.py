@@ -90,30 +90,32 @@ class GenerationRoutes:
     async def chat(self, body: ChatRequest, request: Request) -> Response:
         """POST /v1/chat/completions."""
         check_model(body.model, served=self._model)
-        self._worker_client.check_queue(num_prompts=1, num_choices=body.num_choices)
-        prepared = await asyncio.to_thread(
-            prepare_chat,
-            body,
-            call_id=f"chatcmpl-{uuid.uuid4().hex}",
-            tokenizer=self._tokenizer,
-            limits=self._limits(),
-            client=self._pseudonym(body, request),
-        )
-        return await self._respond(body, prepared, request)
+        latencies = _LatencyRecorder(self._metrics)
+        with self._worker_client.places(num_prompts=1, num_choices=body.num_choices):
+            prepared = await asyncio.to_thread(
+                prepare_chat,
+                body,
+                call_id=f"chatcmpl-{uuid.uuid4().hex}",
+                tokenizer=self._tokenizer,
+                limits=self._limits(),
+                client=self._pseudonym(body, request),
+            )
+        return await self._respond(body, prepared, request, latencies)
 
     async def complete(self, body: CompletionRequest, request: Request) -> Response:
         """POST /v1/completions."""
         check_model(body.model, served=self._model)
-        self._worker_client.check_queue(num_prompts=len(body.prompts), num_choices=body.num_choices)
-        prepared = await asyncio.to_thread(
-            prepare_completion,
-            body,
-            call_id=f"cmpl-{uuid.uuid4().hex}",
-            tokenizer=self._tokenizer,
-            limits=self._limits(),
-            client=self._pseudonym(body, request),
-        )
-        return await self._respond(body, prepared, request)
+        latencies = _LatencyRecorder(self._metrics)
+        with self._worker_client.places(num_prompts=len(body.prompts), num_choices=body.num_choices):
+            prepared = await asyncio.to_thread(
+                prepare_completion,
+                body,
+                call_id=f"cmpl-{uuid.uuid4().hex}",
+                tokenizer=self._tokenizer,
+                limits=self._limits(),
+                client=self._pseudonym(body, request),
+            )
+        return await self._respond(body, prepared, request, latencies)
 
     def _pseudonym(self, body: ChatRequest | CompletionRequest, request: Request) -> str:
         return self._pseudonyms.of(user=body.user, address=request.client.host if request.client else None)
@@ -122,7 +124,13 @@ class GenerationRoutes:
         status = self._status.read()
         return Limits(max_seq_len=status.max_seq_len, vocab_size=status.vocab_size, longest_token=self._longest_token)
 
-    async def _respond(self, body: ChatRequest | CompletionRequest, prepared: Prepared, request: Request) -> Response:
+    async def _respond(
+        self,
+        body: ChatRequest | CompletionRequest,
+        prepared: Prepared,
+        request: Request,
+        latencies: _LatencyRecorder,
+    ) -> Response:
         check_logprobs(body, prepared)
         options = body.stream_options or StreamOptions()
         response = ResponseBuilder(
@@ -134,7 +142,6 @@ class GenerationRoutes:
             max_draft_tokens=self._status.read().max_draft_tokens,
             usage_in_every_chunk=bool(options.continuous_usage_stats),
         )
-        latencies = _LatencyRecorder(self._metrics)
         clock = SendClock(self._stream_shape.interval_s if body.stream else 0.0)
 
         def on_close(failed: bool) -> None:

@@ -7,6 +7,7 @@ tokenizer (serve/http/schema.py).
 from __future__ import annotations
 
 import threading
+import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from weakref import WeakKeyDictionary
@@ -351,6 +352,7 @@ def _call(
     choice may begin later than others.
     """
     requests: list[Request] = []
+    name = uuid.uuid4().hex  # not the call's id, which the client knows: traces on disk have the name
     for prompt_ids, options in zip(prompts, params, strict=True):
         for choice in range(body.num_choices):
             # Random generators take 63-bit seeds.
@@ -358,7 +360,7 @@ def _call(
             of_prompt = options.prompt_logprobs if choice == 0 or body.stream else None
             requests.append(
                 Request(
-                    request_id=f"{call_id}-{len(requests)}",
+                    request_id=f"{name}-{len(requests)}",
                     prompt_ids=prompt_ids,
                     params=replace(options, seed=seed, prompt_logprobs=of_prompt),
                     store=body.may_be_stored,

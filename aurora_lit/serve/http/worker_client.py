@@ -6,7 +6,8 @@ end of a choice that has reached a stop string. Also notices when the worker die
 Leaves out how text is made (serve/http/answer_stream.py), how a response looks (serve/http/responses.py) and the routes
 (serve/http/routes.py).
 
-    worker_client.check_queue(num_prompts=1, num_choices=2)  # RequestError: 400 if it is too short, 429 if it is full
+    with worker_client.places(num_prompts=1, num_choices=2):    # RequestError: 400 if there are too few, 429 if all are
+        ...                                                     # taken; the call is prepared
     pending = worker_client.start(call, request, ...)   # RequestError: 429 if the queue is full, 503 if the worker died
     try:
         while not response.finished:
@@ -63,6 +64,8 @@ class WorkerClient:
         self._suspended_until_s = -HEARTBEAT_STALE_S
         self.num_sequences = 0
         """Unfinished choices of all pending calls, waiting or running; at most server.max_queue."""
+        self._num_preparing = 0
+        """Choices of calls that are being prepared."""
 
     def connect(self, spec: Any) -> None:
         """Use the response buffer and the request queue (an HTTPChannel) that the spec has once LitServe starts."""
@@ -100,8 +103,8 @@ class WorkerClient:
                 await asyncio.sleep(_CHECK_HEARTBEAT_S)
                 if time.monotonic() - before_s > _CHECK_HEARTBEAT_S + HEARTBEAT_STALE_S / 2:
                     self._suspended_until_s = time.monotonic()
-                if self.unavailable_reason() is not None:
-                    self._fail_all(_WORKER_DEAD)
+                if (reason := self.unavailable_reason()) is not None:
+                    self._fail_all(Failure(message=f"cannot serve: {reason}", code="engine_dead", status=503))
 
         stop_watching = call_when_process_ends(self._status.read().worker_pid, on_worker_end)
         heartbeat_check = asyncio.create_task(check_heartbeat())
@@ -111,10 +114,11 @@ class WorkerClient:
             heartbeat_check.cancel()
             stop_watching()
 
-    def check_queue(self, *, num_prompts: int, num_choices: int) -> None:
-        """Raise RequestError if a call does not fit into the queue, now or ever; to be asked before it is prepared.
+    @contextlib.contextmanager
+    def places(self, *, num_prompts: int, num_choices: int) -> Iterator[None]:
+        """Hold a call's places in the queue while it is prepared. RequestError if it does not fit in, now or ever.
 
-        num_choices: of each prompt.
+        num_choices: of each prompt. `start` takes the places itself: call it before anything else can.
         """
         total = num_prompts * num_choices
         if total > self._max_queue:
@@ -125,11 +129,17 @@ class WorkerClient:
                 param=field,
             )
         self._check_room(total)
+        self._num_preparing += total
+        try:
+            yield
+        finally:
+            self._num_preparing -= total
 
     def _check_room(self, num_choices: int) -> None:
-        if self.num_sequences + num_choices > self._max_queue:
+        taken = self.num_sequences + self._num_preparing
+        if taken + num_choices > self._max_queue:
             raise RequestError(
-                f"the queue is full: {self.num_sequences} choices wait or run and server.max_queue is "
+                f"the queue is full: {taken} choices wait or run and server.max_queue is "
                 f"{self._max_queue}; try again later",
                 code="queue_full",
                 status=429,

@@ -127,7 +127,7 @@ class CallTracker:
             tracked.call.held.append(_delta(tracked.index, output))
             if output.finish_reason is not None:
                 if output.finish_reason == "error":
-                    _log.error("request %s failed: %s", output.request_id, output.error)
+                    _log.error("request %s failed: %s", tracked.call.call_id, output.error)
                 self._remove(tracked)
         now_s = self._clock()
         taken = ((call_id, call.take_held(now_s)) for call_id, call in concerned.items())

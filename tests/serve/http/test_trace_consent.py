@@ -58,3 +58,9 @@ def test_the_salt_reaches_every_choice(sent: dict[str, Any], arrives: str) -> No
     made = requests(n=2, **sent)
     assert len(made) == 6
     assert {request.cache_salt for request in made} == {arrives}
+
+
+def test_a_requests_name_which_traces_have_is_not_the_id_that_the_client_gets() -> None:
+    names = [request.request_id for request in requests(n=2)]
+    assert len(set(names)) == 6
+    assert not set(names) & {f"{call_id}-{number}" for call_id in "ct" for number in range(4)}

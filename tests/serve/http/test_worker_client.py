@@ -130,23 +130,41 @@ def test_a_damaged_message_fails_every_waiting_call_and_frees_its_slots(worker_c
 
 @pytest.mark.parametrize(("num_prompts", "num_choices", "field"), [(1, 2, None), (1, 3, "n"), (3, 1, "prompt")])
 def test_a_call_that_never_fits_into_the_queue_is_refused(worker_client, num_prompts, num_choices, field):
+    places = worker_client.places(num_prompts=num_prompts, num_choices=num_choices)
     if field is None:
-        worker_client.check_queue(num_prompts=num_prompts, num_choices=num_choices)
-        return
-    with pytest.raises(RequestError, match=f"^{field}: .* asks for 3 choices.*server.max_queue is 2") as caught:
-        worker_client.check_queue(num_prompts=num_prompts, num_choices=num_choices)
+        with places:
+            return
+    with pytest.raises(RequestError, match=f"^{field}: .* asks for 3 choices.*server.max_queue is 2") as caught, places:
+        pass
     assert (caught.value.status, caught.value.param) == (400, field)
+
+
+def test_calls_that_are_being_prepared_have_places_in_the_queue(worker_client):
+    """Else a burst would all be prepared, on the cores of rounds, and then be refused."""
+
+    def prepare(num_prompts, then=lambda: None):
+        with worker_client.places(num_prompts=num_prompts, num_choices=1):
+            then()
+
+    with pytest.raises(RequestError, match="the queue is full: 2 choices"):
+        prepare(2, then=lambda: prepare(1))
+    prepare(1, then=lambda: prepare(1))
+    with pytest.raises(KeyError):
+        prepare(2, then=lambda: {}["a fault of preparing"])
+    prepare(2)
 
 
 def test_a_full_queue_is_told_before_prompts_are_tokenized(worker_client):
     async def run():
         pending = worker_client.start(CALL, FakeClient(), on_close=lambda failed: None)
-        worker_client.check_queue(num_prompts=1, num_choices=1)
+        with worker_client.places(num_prompts=1, num_choices=1):
+            pass
         with pytest.raises(RequestError, match="the queue is full: 1 choices") as caught:
-            worker_client.check_queue(num_prompts=1, num_choices=2)
+            worker_client.places(num_prompts=1, num_choices=2).__enter__()
         assert (caught.value.status, caught.value.code) == (429, "queue_full")
         pending.close()
-        worker_client.check_queue(num_prompts=1, num_choices=2)
+        with worker_client.places(num_prompts=1, num_choices=2):
+            pass
 
     asyncio.run(run())
 
@@ -284,6 +302,7 @@ def test_a_silent_worker_gives_waiting_calls_an_error(worker_client, page, spec,
                 await pending.next()
             assert 0.2 < time.monotonic() - began < 5
             assert (caught.value.status, caught.value.code) == (503, "engine_dead")
+            assert "gave no sign of life" in str(caught.value), "it may come back: nobody need restart it"
             pending.close()
             assert sent_messages(spec) == [CALL, CANCEL], "if the worker comes back, it has nothing to do"
             assert "no sign of life" in worker_client.unavailable_reason()
