@@ -25,6 +25,7 @@ from typing import Any, Protocol, cast
 
 from tokenizers import Tokenizer as BackendTokenizer
 
+from aurora_lit.durable import sync
 from aurora_lit.errors import SourceError
 from aurora_lit.models.chat_template import ChatTemplate
 from aurora_lit.models.source import loading_error
@@ -156,9 +157,9 @@ def load_tokenizer(folder: Path, *, cache_dir: Path) -> Tokenizer:
 
 def is_kept(folder: Path, *, cache_dir: Path) -> bool:
     """True if `keep_tokenizer` has nothing to do: kept already, cannot be kept, or the cache cannot be written to."""
-    path = _paths(folder, cache_dir)[1]
-    existing = next(parent for parent in path.parents if parent.exists())
-    return path.is_file() or not os.access(existing, os.W_OK)
+    paths = _paths(folder, cache_dir)
+    existing = next(parent for parent in paths[0].parents if parent.exists())
+    return all(path.is_file() for path in paths) or not os.access(existing, os.W_OK)
 
 
 def keep_tokenizer(folder: Path, *, cache_dir: Path) -> None:
@@ -184,6 +185,7 @@ def keep_tokenizer(folder: Path, *, cache_dir: Path) -> None:
     for path, text in ((state_path, state), (record_path, json.dumps(record))):  # the record last: it makes it valid
         temporary = path.with_name(f".{path.name}.{os.getpid()}")
         temporary.write_text(text, encoding="utf-8")
+        sync(temporary)
         os.replace(temporary, path)
 
 

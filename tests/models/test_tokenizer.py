@@ -264,6 +264,16 @@ def test_a_damaged_copy_is_not_used(tmp_path: Path) -> None:
     assert not isinstance(load_tokenizer(folder, cache_dir=tmp_path), KeptTokenizer)
 
 
+def test_a_copy_of_which_a_part_is_gone_is_made_again(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    save_byte_level(folder)
+    keep_tokenizer(folder, cache_dir=tmp_path)
+    assert is_kept(folder, cache_dir=tmp_path)
+    (state,) = (tmp_path / "tokenizers").glob("*.tokenizer.json")
+    state.unlink()
+    assert not is_kept(folder, cache_dir=tmp_path)
+
+
 @pytest.mark.parametrize("family", ["qwen2", "gemma", "llama"])
 def test_a_model_without_a_tokenizer_is_refused_with_a_remedy(family: str, tmp_path: Path) -> None:
     """Of the first two, transformers would make a tokenizer that knows nearly nothing."""
