@@ -28,6 +28,19 @@ RENAMED_SETTINGS = {
     "target.shape": "target.config_file",
 }
 """Old keys and their new names, so that an old YAML file is refused with the new name."""
+REMOVED_SETTINGS = frozenset(
+    {
+        "engine.tree_tokens",
+        "learn.adapt_vocabulary",
+        "learn.domain_drafts",
+        "learn.entropy_weight",
+        "learn.start_share",
+        "schedule.entropy_weight",
+        "schedule.explore_temperature_factor",
+        "schedule.replay_factor",
+    }
+)
+"""Keys of earlier versions whose part brought nothing (docs/log.md): an old YAML file is told to leave them out."""
 
 
 def _within(default: float, low: float, high: float) -> Any:
@@ -113,10 +126,10 @@ class EngineSettings:
     this time. Smaller values make pauses of running answers shorter, and new requests wait longer for their first
     token."""
     prefix_cache: bool = True
-    """Copy the KV cache of a common prefix from any slot that still holds it, instead of computing it again. Answers
-    are the same, so on matrix tiles (but not in fp32) only the prompts of earlier requests are copied: their answers
-    are rounded differently. `cached_tokens` in the answer's usage, and the response time, reveal how much of a prompt
-    was sent before, by anyone with the same `cache_salt`."""
+    """Copy the KV cache of a common prefix from any slot that still holds it, instead of computing it again. Answers do
+    not change: with matrix tiles, but for fp32, only prompts of earlier requests are copied, not their answers, since
+    the two are rounded differently. `cached_tokens` in the answer's usage, and the response time, reveal how much of a
+    prompt was sent before, by anyone with the same `cache_salt`."""
     strategy: Literal["single", "fsdp", "tensor_parallel"] = "single"
     """How the target is split over engine.devices processes. tensor_parallel: each has some heads and columns of every
     layer (faster). fsdp: each has a part of every weight and gathers a layer to run it (works for any model)."""
@@ -166,7 +179,8 @@ class ServerSettings:
     data without api_key, if that is set."""
     max_queue: int = _within(64, 1, 1 << 20)
     """Maximum number of unfinished answers: a request has `n` for each prompt. Beyond it the server answers 429 with
-    Retry-After, and 400 to a request that alone asks for more."""
+    Retry-After, and 400 to a request that alone asks for more. Running answers count too: with fewer than
+    engine.max_batch_size, slots stay empty."""
     model_name: str | None = None
     """Name of the model in /v1/models and in answers. null: the last part of target.source."""
     drain_s: float = _within(10.0, 0.0, 3600.0)
@@ -206,8 +220,8 @@ class LearnSettings:
     """The learner: trains the draft on live traffic.
 
     From time to time a trial compares its newest draft (the challenger) with the served one (the champion) on requests
-    that it has not learned from. A challenger that is significantly better on the newest of them, and in no domain
-    significantly worse, is published and served.
+    that it has not learned from. A challenger that is better on the newest of them, with the less evidence the hotter
+    traffic is, and in no domain significantly worse, is published and served.
     """
 
     enabled: bool = True
@@ -294,8 +308,9 @@ class DomainSettings:
     """Find domains and shifts from prompts. false: only the labels that clients send are domains, and no shift is
     detected."""
     max_domains: int = _within(16, 2, MAX_DOMAINS)
-    """Maximum number of domains; beyond it the closest two are merged. At most half of them are labels that clients
-    send, the first that come, which are never merged; with domain.detect=false all may be labels."""
+    """Maximum number of domains; beyond it the closest two are merged. Lowered between two starts it deletes none. At
+    most half of them are labels that clients send, the first that come, which are never merged; with
+    domain.detect=false all may be labels."""
     novelty_threshold: float = _within(0.75, 0.05, 1.95)
     """Cosine distance (1 - cosine) from all known domains beyond which a request is an outlier; a few outliers that
     are alike found a new domain. Smaller values give finer domains."""
@@ -305,14 +320,15 @@ class DomainSettings:
 class ScheduleSettings:
     """The schedule: what the learner does while a domain is new.
 
-    A new domain has heat 1, which falls to 0 as its tokens are learned. Learning rate and exploration change in
-    proportion to heat, and a draft is published with less evidence the hotter traffic is.
+    A new domain has heat 1, which falls to 0 as its tokens are learned. Learning rate and exploration rise linearly
+    with heat, and a draft is published with less evidence the hotter traffic is.
     """
 
     warmup_steps: int = _within(8, 0, 1 << 20)
-    """Optimiser steps in which the learning rate rises to its value, after a start and after a rollback."""
+    """Optimiser steps in which the learning rate rises to its value: at first, after a rollback, and when learning goes
+    back to the served draft after several that were refused."""
     min_lr_factor: float = _within(0.2, 0.0, 1.0)
-    """Factor of learn.learning_rate at heat 0. 1: the rate is constant."""
+    """Factor of learn.learning_rate at heat 0. 1: heat does not change the rate."""
     decay_tokens: int = _within(20_000, 1, 1 << 40)
     """Tokens learned in a domain, replay included, after which its heat is 1/e."""
     explore_share: float = _within(0.0, 0.0, 1.0)

@@ -23,7 +23,7 @@ from aurora_lit.config import (
     to_yaml,
 )
 from aurora_lit.errors import ConfigError
-from aurora_lit.settings import RENAMED_SETTINGS
+from aurora_lit.settings import REMOVED_SETTINGS, RENAMED_SETTINGS
 
 CONFIGS = sorted(DEFAULT_CONFIG.parent.glob("*.yaml"))
 NO_SUCH_SETTING = (
@@ -171,6 +171,15 @@ def test_an_old_name_is_refused_with_the_new_one(old: str, new: str) -> None:
     assert old not in flat(AuroraConfig())
     assert new in flat(AuroraConfig())
     with pytest.raises(ConfigError, match=f"^{re.escape(old)}=1: there is no such setting; it is now called {new}$"):
+        load_config(None, [f"{old}=1"])
+
+
+@pytest.mark.parametrize("old", sorted(REMOVED_SETTINGS))
+def test_a_setting_that_is_gone_is_refused_without_the_name_of_another(old: str) -> None:
+    assert old not in flat(AuroraConfig())
+    with pytest.raises(
+        ConfigError, match=f"^{re.escape(old)}=1: there is no such setting; it is gone .*; leave it out$"
+    ):
         load_config(None, [f"{old}=1"])
 
 
