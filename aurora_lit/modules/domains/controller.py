@@ -4,7 +4,7 @@ It connects the detector (modules/domains/detector.py) with the schedules (modul
 the rules.
 
     controller = DomainController(
-        detector, explore_shares=(0.0, 0.1), warmup_steps=8, min_lr_factor=0.3, decay_tokens=100_000
+        detector, explore_shares=(0.0, 0.1), warmup_steps=8, min_lr_factor=0.2, decay_tokens=20_000
     )
     schedules = controller.schedules_for(optimizers)
     trace = controller.assign_domain(trace)     # its domain is now the detector's

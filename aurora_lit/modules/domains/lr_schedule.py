@@ -14,7 +14,7 @@ The heat also sets exploration (modules/domains/controller.py).
 
 Leaves out which domains there are and when traffic shifts (modules/domains/detector.py).
 
-    schedule = DomainAwareLR(optimizer, warmup_steps=8, min_lr_factor=0.3, decay_tokens=100_000)
+    schedule = DomainAwareLR(optimizer, warmup_steps=8, min_lr_factor=0.2, decay_tokens=20_000)
     schedule.shift_to("code")                   # changes state only; the next step() applies it
     schedule.raise_heat("code", 0.9)
     schedule.count_tokens({"code": 900, "chat": 100}, live={"code": 500})
