@@ -342,7 +342,8 @@ class CheckpointSettings:
     dir: str = "checkpoints"
     """Folder for new draft checkpoints, relative to the working directory."""
     run: str = "live"
-    """Subfolder with this deployment's versions: draft-000001/, draft-000002/, … and CURRENT."""
+    """Subfolder with this deployment's versions: draft-000001/, draft-000002/, … and CURRENT. Each target needs its
+    own: a learner does not start where there are drafts of another one."""
     keep: int = _within(5, 2, 1000)
     """Number of versions to keep; older ones are deleted, but never the served one nor the one to roll back to."""
 

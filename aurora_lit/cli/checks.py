@@ -16,8 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from aurora_lit.config import AuroraConfig, draft_folder
+from aurora_lit.config import AuroraConfig, draft_folder, versions_folder
 from aurora_lit.cores import available_cores
+from aurora_lit.drafts.versions import DraftStore
 from aurora_lit.errors import AuroraError, CheckpointError
 from aurora_lit.free_memory import available_bytes
 from aurora_lit.ipc.run_folder import default_parent
@@ -294,6 +295,11 @@ def check_draft(config: AuroraConfig) -> Check:
     folder = draft_folder(config)
     if not config.engine.speculate:
         return _ok("draft", "none: plain decoding")
+    if config.learn.enabled and (shape := model_shape(config, folder=_cached_target(config))) is not None:
+        try:
+            DraftStore(versions_folder(config), keep=config.checkpoint.keep).check_target(target_shape(shape))
+        except CheckpointError as error:
+            return _warn("draft", str(error), "until then the server's learner does not start")
     if folder is None:
         return _ok(
             "draft", "untrained, and learns from traffic" if config.learn.from_scratch else "none: plain decoding"

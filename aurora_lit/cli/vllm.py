@@ -27,7 +27,7 @@ from aurora_lit.config import AuroraConfig, draft_folder, load_config, to_yaml, 
 from aurora_lit.drafts.checkpoint import read_config
 from aurora_lit.drafts.export import loadable
 from aurora_lit.drafts.versions import DraftStore
-from aurora_lit.errors import ConfigError
+from aurora_lit.errors import CheckpointError, ConfigError
 from aurora_lit.ipc.engine_status import STATUS_NAME, EngineStatusPage, WorkerState
 from aurora_lit.ipc.learner_status import LEARNER_STATUS_NAME, LearnerStatusPage
 from aurora_lit.ipc.process_lifetime import die_with_parent, handle_ending, module_command
@@ -208,10 +208,20 @@ def _deployment(config: AuroraConfig, folder: Path) -> Deployment:
         segment_tokens=config.trace.segment_tokens,
         overlap_tokens=config.trace.overlap_tokens,
     )
-    current = DraftStore(deployment.versions, keep=deployment.keep).current()
-    if current is not None and (deployment.versions / current).is_dir():
-        deployment.check_shape(deployment.versions / current)
+    if (current := _readable_current(DraftStore(deployment.versions, keep=deployment.keep))) is not None:
+        deployment.check_shape(current)
     return deployment
+
+
+def _readable_current(store: DraftStore) -> Path | None:
+    """The folder of the current version; None if there is none, or it is damaged, which vLLM's log will say."""
+    try:
+        if (version := store.current()) is None:
+            return None
+        read_config(store.folder / version)
+    except CheckpointError:
+        return None
+    return store.folder / version
 
 
 def _serve_metrics(folder: Path, page: LearnerStatusPage, *, host: str, port: int, model: str) -> None:

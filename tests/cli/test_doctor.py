@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import socket
 import tempfile
 from pathlib import Path
@@ -17,7 +18,7 @@ from aurora_lit.cli.checks import Check, run_checks  # noqa: E402
 from aurora_lit.cli.doctor import doctor  # noqa: E402
 from aurora_lit.cli.footprint import host_total, needs, total  # noqa: E402
 from aurora_lit.cli.model_sizes import model_shape  # noqa: E402
-from aurora_lit.config import AuroraConfig, load_config  # noqa: E402
+from aurora_lit.config import PROJECT_FOLDER, AuroraConfig, load_config  # noqa: E402
 from aurora_lit.models import source as source_module  # noqa: E402
 
 LLAMA = {
@@ -143,6 +144,16 @@ def test_the_draft_of_another_target_fails(overrides: list[str]) -> None:
     assert check.state == "fail"
     assert "vocab_size is 49152, but the target needs 100" in check.found
     assert "draft.checkpoint=null" in check.found
+
+
+def test_versions_of_another_target_are_told_since_no_learner_would_start(overrides: list[str], tmp_path: Path) -> None:
+    shutil.copytree(PROJECT_FOLDER / "checkpoints" / "smollm2-base", tmp_path / "live" / "draft-000001")
+    learning = [*overrides, f"checkpoint.dir={tmp_path}", "learn.enabled=true", "learn.from_scratch=true"]
+    check = states(load_config(None, learning))["draft"]
+    assert check.state == "warn"
+    assert "has drafts of another target, such as draft-000001; set checkpoint.run=NAME" in check.found
+    assert states(load_config(None, [*learning, "checkpoint.run=other"]))["draft"].state == "ok"
+    assert states(load_config(None, [*learning, "learn.enabled=false"]))["draft"].state == "ok"
 
 
 def test_a_draft_whose_weights_are_not_used_warns(overrides: list[str], tmp_path: Path) -> None:

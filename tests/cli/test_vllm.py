@@ -367,6 +367,9 @@ def test_versions_of_another_shape_than_the_starting_draft_are_told_before_vllm_
     reason = r"draft-000002 is refused: draft_vocab_size .* --set checkpoint.run=NAME$"
     with pytest.raises(CheckpointError, match=reason):
         _deployment(config, tmp_path)
+    for damaged in (published / "draft-000002" / "config.json", published / "CURRENT"):
+        damaged.write_text("damaged")
+        assert _deployment(config, tmp_path).starting_draft == starting, "that is told by what reads it"
 
 
 def test_a_learner_is_started_for_each_life_of_the_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
