@@ -16,6 +16,7 @@ Shapes: W bytes of a mask: one bit for each token, the first in the lowest bit.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import threading
 import time
@@ -204,6 +205,12 @@ class GrammarCompiler:
         self._compiling_again = grammar_thread()
         """Waits for no other grammar, since a round waits for it."""
 
+    def prepare(self) -> None:
+        """Make now what the first grammars would make, in which time this process gives no sign of life."""
+        with contextlib.suppress(Exception):  # a tokenizer that llguidance cannot read: requests will be told
+            for named in (False, True):
+                self._tokenizer(named=named)
+
     def compile(self, asked: StructuredOutputsParams, *, end_tokens: frozenset[int]) -> Future[Grammar]:
         """The beginning of an output that `end_tokens` may end. The future raises RequestError.
 
@@ -264,7 +271,7 @@ class GrammarCompiler:
         return matcher, seconds
 
     def _tokenizer(self, *, named: bool) -> LLTokenizer:
-        """The target's tokenizer as llguidance has it; made on first use, and not at the start, which it would delay.
+        """The target's tokenizer as llguidance has it; made on first use, or by `prepare`.
 
         Making it holds the interpreter's lock, so that rounds wait: for 0.6 s with a vocabulary of 49,152, and for two
         to three with one of 151,000.

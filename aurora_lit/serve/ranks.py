@@ -21,13 +21,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from aurora_lit.errors import RankError
-from aurora_lit.ipc.engine_status import HEARTBEAT_STALE_S, EngineStatusPage, RankStatusPage, WorkerState, rank_path
+from aurora_lit.ipc.engine_status import EngineStatusPage, RankStatusPage, WorkerState, rank_path
 
 if TYPE_CHECKING:
     from aurora_lit.distributed import Order  # only for types: the main process does not import torch
 
 STALLED_AFTER_S = 2.0
-"""A rank but the first whose last heartbeat is older counts as stopped."""
+"""A rank whose last heartbeat is older counts as stopped."""
 HEARTBEAT_S = 0.25
 _log = logging.getLogger(__name__)
 
@@ -110,10 +110,8 @@ class RankWatch:
             is_new = heartbeat_ns != self._heartbeats_ns[rank]
             self._polls_without_heartbeat[rank] = 0 if is_new else self._polls_without_heartbeat[rank] + 1
             self._heartbeats_ns[rank] = heartbeat_ns
-            # Rank 0 compiles grammars, and making their tokenizer stops all its threads for seconds.
-            most_s = STALLED_AFTER_S if rank else HEARTBEAT_STALE_S
-            if self._polls_without_heartbeat[rank] * HEARTBEAT_S > most_s:
-                return f"{self._name(rank)} gave no sign of life for {most_s} s"
+            if self._polls_without_heartbeat[rank] * HEARTBEAT_S > STALLED_AFTER_S:
+                return f"{self._name(rank)} gave no sign of life for {STALLED_AFTER_S} s"
         return None
 
     def kill(self) -> None:

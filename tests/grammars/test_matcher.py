@@ -268,6 +268,25 @@ def test_a_round_waits_for_no_grammar_that_takes_long_to_compile(monkeypatch: py
     assert len(made) == 3, "once for each output"
 
 
+def test_a_prepared_compiler_makes_no_tokenizer_for_a_grammar(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Making one of 262,144 tokens holds the interpreter's lock for 3.4 s, as if the process had stopped."""
+    made, make = list[int](), matcher_module.LLTokenizer
+    monkeypatch.setattr(matcher_module, "LLTokenizer", lambda *args, **how: made.append(1) or make(*args, **how))
+    prepared = compiler()
+    prepared.prepare()
+    assert len(made) == 2
+    for asked in (StructuredOutputsParams(regex="a"), StructuredOutputsParams(grammar='start: "a"')):
+        prepared.compile(asked, end_tokens=frozenset([END])).result()
+    assert len(made) == 2
+
+
+def test_a_tokenizer_that_cannot_be_read_fails_its_grammar_and_not_the_start() -> None:
+    unreadable = GrammarCompiler(lambda: "{", vocab_size=VOCAB_SIZE, eos_token_ids=frozenset([END]))
+    unreadable.prepare()
+    with pytest.raises(ValueError):  # noqa: PT011
+        unreadable.compile(StructuredOutputsParams(regex="a"), end_tokens=frozenset([END])).result()
+
+
 def test_the_time_of_the_tokenizer_is_none_of_the_grammars() -> None:
     def slowly() -> str:
         until = time.thread_time() + 0.12

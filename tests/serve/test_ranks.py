@@ -43,30 +43,3 @@ def test_a_process_whose_end_another_thread_is_just_learning_of_is_named(
     worker: Any = SimpleNamespace(sentinel=5, is_alive=lambda: True, exitcode=None, join=lambda: None)
     monkeypatch.setattr(ranks, "wait", lambda sentinels, timeout: sentinels)
     assert RankWatch([worker], status, tmp_path).poll() == "the engine worker ended: exit code 0"
-
-
-def test_the_first_rank_may_be_silent_for_as_long_as_a_grammars_tokenizer_takes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Making it holds the interpreter's lock: 3.4 s with 262,144 tokens."""
-    status = EngineStatusPage.create(tmp_path / STATUS_NAME)
-    page = RankStatusPage.create(rank_path(tmp_path, 1))
-    status.write(state=WorkerState.READY)
-    monkeypatch.setattr(ranks, "wait", lambda sentinels, timeout: [])
-    processes: Any = [SimpleNamespace(sentinel=1), SimpleNamespace(sentinel=2)]
-
-    def polls_until_a_loss(*, beats: list[Any]) -> tuple[int, str]:
-        watch = RankWatch(processes, status, tmp_path)
-        for number in range(1, 100):
-            for each in beats:
-                each.beat()
-            if (loss := watch.poll()) is not None:
-                return number, loss
-        return 100, ""
-
-    assert polls_until_a_loss(beats=[status, page])[0] == 100
-    reason = "rank {} of the engine's 2 processes gave no sign of life for {} s"
-    assert polls_until_a_loss(beats=[status]) == (10, reason.format(1, 2.0))
-    number, loss = polls_until_a_loss(beats=[page])
-    assert number > 4.0 / ranks.HEARTBEAT_S
-    assert loss == reason.format(0, 10.0)

@@ -252,6 +252,8 @@ def _engine(
     if (backend := getattr(tokenizer, "backend_tokenizer", None)) is not None:
         state = partial(tokenizer_json, backend, vocab_size=target.vocab_size)
         grammars = GrammarCompiler(state, vocab_size=target.vocab_size, eos_token_ids=options.eos_token_ids)
+        if config.engine.devices > 1:  # a rank that is silent for two seconds ends the server; others start sooner
+            grammars.prepare()
     _check_memory(config, target, draft, capacity=options.slot_capacity, is_observed=observer is not None)
     try:
         return Engine(
