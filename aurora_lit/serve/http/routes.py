@@ -11,7 +11,7 @@ import secrets
 import time
 import uuid
 from collections import Counter
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 
 from fastapi import Request
 from fastapi.responses import JSONResponse, Response
@@ -89,28 +89,28 @@ class GenerationRoutes:
 
     async def chat(self, body: ChatRequest, request: Request) -> Response:
         """POST /v1/chat/completions."""
-        check_model(body.model, served=self._model)
-        latencies = _LatencyRecorder(self._metrics)
-        with self._worker_client.places(num_prompts=1, num_choices=body.num_choices):
-            prepared = await asyncio.to_thread(
-                prepare_chat,
-                body,
-                call_id=f"chatcmpl-{uuid.uuid4().hex}",
-                tokenizer=self._tokenizer,
-                limits=self._limits(),
-                client=self._pseudonym(body, request),
-            )
-        return await self._respond(body, prepared, request, latencies)
+        return await self._answer(body, request, prepare_chat, num_prompts=1, id_prefix="chatcmpl")
 
     async def complete(self, body: CompletionRequest, request: Request) -> Response:
         """POST /v1/completions."""
+        return await self._answer(body, request, prepare_completion, num_prompts=len(body.prompts), id_prefix="cmpl")
+
+    async def _answer(
+        self,
+        body: ChatRequest | CompletionRequest,
+        request: Request,
+        prepare: Callable[..., Prepared],
+        *,
+        num_prompts: int,
+        id_prefix: str,
+    ) -> Response:
         check_model(body.model, served=self._model)
         latencies = _LatencyRecorder(self._metrics)
-        with self._worker_client.places(num_prompts=len(body.prompts), num_choices=body.num_choices):
+        with self._worker_client.places(num_prompts=num_prompts, num_choices=body.num_choices):
             prepared = await asyncio.to_thread(
-                prepare_completion,
+                prepare,
                 body,
-                call_id=f"cmpl-{uuid.uuid4().hex}",
+                call_id=f"{id_prefix}-{uuid.uuid4().hex}",
                 tokenizer=self._tokenizer,
                 limits=self._limits(),
                 client=self._pseudonym(body, request),

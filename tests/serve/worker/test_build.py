@@ -187,6 +187,20 @@ def test_structured_outputs_are_served_though_the_tokenizer_has_a_token_more_tha
     assert tokenizer.decode(run(engine, [asked])["a"].token_ids) == "a<|end|>"
 
 
+@pytest.mark.parametrize("strategy", ["single", "tensor_parallel"])
+def test_a_sharded_target_makes_its_grammars_tokenizers_before_it_is_watched(
+    strategy: str, target: Target, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = list[bool]()
+    monkeypatch.setattr(build.GrammarCompiler, "prepare", lambda self: made.append(True))
+    monkeypatch.setattr(build, "Engine", lambda *_, **__: "an engine")
+    is_sharded = strategy != "single"
+    settings = ["target.precision=fp32", "draft.checkpoint=null", "learn.enabled=false", f"engine.strategy={strategy}"]
+    config = load_config(None, [*settings, f"engine.devices={2 if is_sharded else 1}"])
+    build._engine(config, target, tiny_tokenizer(), observer=None)
+    assert made == [True] * is_sharded
+
+
 def test_the_shape_of_another_targets_draft_is_refused_too(target: Target, tmp_path: Path) -> None:
     other = Target.load(save_model("llama", tmp_path / "other", hidden_size=96, num_hidden_layers=4), precision="fp32")
     save_draft(random_draft(other), tmp_path / "theirs")
