@@ -26,7 +26,6 @@ from omegaconf.errors import (
 )
 
 from aurora_lit.errors import ConfigError
-from aurora_lit.settings import REMOVED_SETTINGS, RENAMED_SETTINGS
 from aurora_lit.settings import AuroraConfig as AuroraConfig
 
 _PACKAGE = Path(__file__).resolve().parent
@@ -261,12 +260,7 @@ def _checked(tree: Mapping[str, Any], kind: type, *, prefix: str) -> dict[str, A
         full = f"{prefix}{key}"
         if key not in known:
             close = difflib.get_close_matches(str(key), known, n=1)
-            if full in RENAMED_SETTINGS:
-                hint = f"it is now called {RENAMED_SETTINGS[full]}"
-            elif full in REMOVED_SETTINGS:
-                hint = "it is gone since it brought nothing; leave it out"
-            else:
-                hint = f"did you mean {prefix}{close[0]}?" if close else f"use one of {', '.join(known)}"
+            hint = f"did you mean {prefix}{close[0]}?" if close else f"use one of {', '.join(known)}"
             shown = full if isinstance(value, Mapping) else _assignment(full, value)
             raise ConfigError(f"{shown}: there is no such setting; {hint}")
         if isinstance(value, bool) and (word := "on" if value else "off") in typing.get_args(known[key]):

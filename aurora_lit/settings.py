@@ -17,31 +17,6 @@ PLANS = ("plain", "lookup", "memory", "chain", "tree")
 or the draft's, as a chain or as a tree with siblings or copies beside it. Of a round whose sequences differ the last of
 these counts."""
 
-RENAMED_SETTINGS = {
-    "domain.novelty": "domain.novelty_threshold",
-    "learn.choice": "learn.trace_selection",
-    "learn.clip": "learn.ppo_clip",
-    "learn.min_steps": "learn.publish_every_steps",
-    "learn.minimum_duty": "learn.minimum_share",
-    "learn.num_steps": "learn.unroll_steps",
-    "schedule.floor": "schedule.min_lr_factor",
-    "target.shape": "target.config_file",
-}
-"""Old keys and their new names, so that an old YAML file is refused with the new name."""
-REMOVED_SETTINGS = frozenset(
-    {
-        "engine.tree_tokens",
-        "learn.adapt_vocabulary",
-        "learn.domain_drafts",
-        "learn.entropy_weight",
-        "learn.start_share",
-        "schedule.entropy_weight",
-        "schedule.explore_temperature_factor",
-        "schedule.replay_factor",
-    }
-)
-"""Keys of earlier versions whose part brought nothing (docs/log.md): an old YAML file is told to leave them out."""
-
 
 def _within(default: float, low: float, high: float) -> Any:
     """A number that must lie in [low, high]."""

@@ -47,7 +47,7 @@ def order() -> list[str]:
     files: list[str] = []
     for place in places():
         files += [place] if place.endswith(".py") else [place + name for name in files_of_folder(docstring_of(place))]
-    return files
+    return list(dict.fromkeys(files))  # a file that the map names itself stands where it is named first
 
 
 def imported(source: str, files: frozenset[str], *, package: tuple[str, ...] = ()) -> set[str]:

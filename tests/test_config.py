@@ -2,7 +2,6 @@
 
 import ast
 import dataclasses
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -23,7 +22,6 @@ from aurora_lit.config import (
     to_yaml,
 )
 from aurora_lit.errors import ConfigError
-from aurora_lit.settings import REMOVED_SETTINGS, RENAMED_SETTINGS
 
 CONFIGS = sorted(DEFAULT_CONFIG.parent.glob("*.yaml"))
 NO_SUCH_SETTING = (
@@ -164,23 +162,6 @@ def test_the_reference_page_is_the_generated_one() -> None:
         [sys.executable, script], env=support.child_environment(), capture_output=True, check=True, text=True
     ).stdout
     assert (PROJECT_FOLDER / "docs" / "settings.md").read_text() == generated, f"run {script} > docs/settings.md"
-
-
-@pytest.mark.parametrize(("old", "new"), RENAMED_SETTINGS.items())
-def test_an_old_name_is_refused_with_the_new_one(old: str, new: str) -> None:
-    assert old not in flat(AuroraConfig())
-    assert new in flat(AuroraConfig())
-    with pytest.raises(ConfigError, match=f"^{re.escape(old)}=1: there is no such setting; it is now called {new}$"):
-        load_config(None, [f"{old}=1"])
-
-
-@pytest.mark.parametrize("old", sorted(REMOVED_SETTINGS))
-def test_a_setting_that_is_gone_is_refused_without_the_name_of_another(old: str) -> None:
-    assert old not in flat(AuroraConfig())
-    with pytest.raises(
-        ConfigError, match=f"^{re.escape(old)}=1: there is no such setting; it is gone .*; leave it out$"
-    ):
-        load_config(None, [f"{old}=1"])
 
 
 def test_every_setting_is_documented_where_it_is_declared() -> None:

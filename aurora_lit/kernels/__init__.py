@@ -10,7 +10,7 @@ May import: request.py. Start with native.py. The files, each importing only tho
     huge_pages.py      tensors on huge pages: weights, keys and values
     build.py           compiles the kernels and caches the shared library
     native.py          loads the kernels, says what they can do here, and calls attention
-    products.py        packs weights, and multiplies by packed ones
+    matmul.py        packs weights, and multiplies by packed ones
     sampler.py         sampling: tokens from stored logits, Gumbel noise
     suffix_index.py    copies: what followed a sequence's last tokens before, in itself or in a memory of others
     copy_rates.py      how often copies were accepted, by what is known about them

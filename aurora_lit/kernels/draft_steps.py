@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import torch
 
-from aurora_lit.kernels import native, products
+from aurora_lit.kernels import matmul, native
 from aurora_lit.kernels.decoder import Decoder, DecoderCall, Matrix
 from aurora_lit.kernels.packed_linear import PackedEmbedding, PackedLinear, row_table
 from aurora_lit.kernels.weight_format import WeightFormat
@@ -33,7 +33,7 @@ class _Call(ctypes.Structure):
         ("features_slot", ctypes.c_int64),
         ("committed", ctypes.c_void_p),
         ("committed_slot", ctypes.c_int64),
-        ("embedding", products.RowTable),
+        ("embedding", matmul.RowTable),
         *((name, ctypes.c_void_p) for name in ("target_ids", "done", "ends")),
         *((name, ctypes.c_int64) for name in ("children", "max_levels", "max_nodes")),
         *((name, ctypes.c_void_p) for name in ("min_gains", "temperatures", "keys", "positions")),
@@ -195,7 +195,7 @@ class DraftSteps:
         num_siblings: int = 0,
         num_nodes: int = 0,
         weighing: Weighing | None = None,
-        draws: products.ColumnDraws | None = None,
+        draws: matmul.ColumnDraws | None = None,
     ) -> Drafted:
         """Run the draft over positions `done` to `ends` of each sequence, then draft from there.
 

@@ -3,7 +3,7 @@
 The library shares torch's OpenMP threads. Without a compiler, or on devices other than the CPU, callers use torch's own
 operations instead.
 
-Leaves out: compiling the library (build.py), products with packed weights (products.py), and whole decoder layers
+Leaves out: compiling the library (build.py), matrix products with packed weights (matmul.py), and whole decoder layers
 (decoder.py).
 
 Shapes: S slots, B sequences, T positions, N query heads (of a batch of inputs: rows), G key-value heads, D head size,

@@ -13,7 +13,7 @@ from typing import Self
 import torch
 from torch import nn
 
-from aurora_lit.kernels import native, products
+from aurora_lit.kernels import matmul, native
 from aurora_lit.kernels.weight_format import WeightFormat
 
 _SAMPLED_ROWS = 8
@@ -30,10 +30,10 @@ class PackedLinear(nn.Module):
         super().__init__()
         self.out_features, self.in_features = linear.weight.shape
         self.weight_format = weight_format
-        self.packed = products.pack_weight(linear.weight, weight_format)
+        self.packed = matmul.pack_weight(linear.weight, weight_format)
         self.bias: torch.Tensor | None = None if linear.bias is None else linear.bias.detach().float().contiguous()
         screened = screened and native.has_int8_tiles()
-        self.screen = products.Screen.of(linear.weight.detach(), weight_format) if screened else None
+        self.screen = matmul.Screen.of(linear.weight.detach(), weight_format) if screened else None
         """What `argmax` reads first; None: the weight alone."""
 
     @classmethod
@@ -49,7 +49,7 @@ class PackedLinear(nn.Module):
         layer.bias = tensors.get("bias")
         screen = [tensors[name] for name in _SCREEN if name in tensors]
         has_tiles = native.has_int8_tiles()  # the system may refuse them to this process
-        layer.screen = products.Screen.from_tensors(*screen) if screen and has_tiles else None
+        layer.screen = matmul.Screen.from_tensors(*screen) if screen and has_tiles else None
         return layer
 
     def tensors(self) -> dict[str, torch.Tensor]:
@@ -64,14 +64,14 @@ class PackedLinear(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Multiply inputs of any leading shape."""
         x_NI = x.reshape(-1, self.in_features)
-        y_NO = products.linear(x_NI, self.packed, self.weight_format, self.out_features, self.bias)
+        y_NO = matmul.linear(x_NI, self.packed, self.weight_format, self.out_features, self.bias)
         return y_NO.view(*x.shape[:-1], self.out_features)
 
     def argmax(self, x: torch.Tensor) -> torch.Tensor:
         """Index of the largest output, int64 of x's leading shape; for a layer without a bias."""
         assert self.bias is None
         x_NI = x.reshape(-1, self.in_features)
-        index_N = products.argmax_linear(x_NI, self.packed, self.weight_format, self.out_features, screen=self.screen)
+        index_N = matmul.argmax_linear(x_NI, self.packed, self.weight_format, self.out_features, screen=self.screen)
         return index_N.view(x.shape[:-1])
 
     def choose(
@@ -103,7 +103,7 @@ class PackedLinear(nn.Module):
         assert self.bias is None
         if dense_N is None and not bool(temperature_N.any()):
             return self.argmax(x_NI), torch.empty(0, self.out_features)  # this may be screened
-        return products.choose_linear(
+        return matmul.choose_linear(
             x_NI,
             self.packed,
             self.weight_format,
@@ -118,7 +118,7 @@ class PackedLinear(nn.Module):
     def rows(self, indices: torch.Tensor) -> torch.Tensor:
         """Rows of the weight [len(indices), inputs], fp32, with the values that the kernel multiplies by."""
         shape = {"outputs": self.out_features, "inputs": self.in_features}
-        return products.read_rows(self.packed, self.weight_format, indices, **shape)
+        return matmul.read_rows(self.packed, self.weight_format, indices, **shape)
 
 
 class PackedEmbedding(nn.Module):
@@ -136,13 +136,13 @@ class PackedEmbedding(nn.Module):
         return self.table.rows(ids)
 
 
-def row_table(embedding: torch.Tensor | PackedEmbedding) -> products.RowTable:
+def row_table(embedding: torch.Tensor | PackedEmbedding) -> matmul.RowTable:
     """An embedding as the kernels read it; a tensor is fp32 [V, H] and contiguous. The caller keeps it alive."""
     if isinstance(embedding, PackedEmbedding):
-        return products.RowTable.of(embedding.table.packed, embedding.table.weight_format)
+        return matmul.RowTable.of(embedding.table.packed, embedding.table.weight_format)
     assert embedding.dtype == torch.float32
     assert embedding.is_contiguous()
-    return products.RowTable.of(embedding, None)
+    return matmul.RowTable.of(embedding, None)
 
 
 def pack_model(model: nn.Module, *, precision: str, head: nn.Module) -> None:
@@ -171,7 +171,7 @@ def _is_lossless_for(model: nn.Module, weight_format: WeightFormat, head: nn.Mod
     """True if the format changes none of a few rows of every linear layer: a file stores all rows of a layer alike."""
     linears = [module for module in model.modules() if type(module) is nn.Linear]
     return all(
-        products.is_lossless(
+        matmul.is_lossless(
             linear.weight[:: max(1, linear.out_features // _SAMPLED_ROWS)],
             _head_format(weight_format) if linear is head else weight_format,
         )

@@ -7,7 +7,7 @@ ggml-quants.c (quantize_row_q4_1_ref, quantize_row_q8_0_ref).
 
 The per-output format (csrc/int8_tiles.hpp) has one fp32 scale for each output: w = scale · q with q in -127…127. It is
 less precise and faster to multiply. It is used where numbers need not be exact (a draft), or where an exact
-computation follows (`products.Screen`).
+computation follows (`matmul.Screen`).
 
 Shapes: O outputs, I inputs, both padded to whole blocks and groups; N blocks, G groups, F vectors of 16 outputs in a
 block.

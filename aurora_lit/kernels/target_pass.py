@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from aurora_lit.kernels import native, products
+from aurora_lit.kernels import matmul, native
 from aurora_lit.kernels.decoder import Decoder, Matrix
 from aurora_lit.kernels.packed_linear import PackedEmbedding, PackedLinear, row_table
 
@@ -44,12 +44,12 @@ class _Call(ctypes.Structure):
 
     _fields_ = (
         ("decode", ctypes.c_void_p),
-        ("embedding", products.RowTable),
+        ("embedding", matmul.RowTable),
         ("vocabulary", ctypes.c_int64),
         ("head", Matrix),
         *((name, ctypes.c_void_p) for name in ("argmax", "screened_argmax", "choose", "screen", "decoder", "ids")),
         *((name, ctypes.c_int64) for name in ("columns", "chosen")),
-        ("draws", products.Draws),
+        ("draws", matmul.Draws),
         ("aux", _StateTable),
         ("last", _StateTable),
         ("keeps_last", ctypes.c_void_p),
@@ -140,7 +140,7 @@ class TargetPass:
         num_chosen: int = 0,
         keeps_last: Sequence[bool] = (),
         skips_prompts_last: bool = False,
-        draws: products.ColumnDraws | None = None,
+        draws: matmul.ColumnDraws | None = None,
     ) -> PassResult:
         """Compute rows of any number of columns; the arguments of `Decoder` as lists. Not for two threads at a time.
 

@@ -28,7 +28,7 @@ from torch import nn
 
 from aurora_lit.durable import changed_at
 from aurora_lit.errors import AuroraError, CacheError
-from aurora_lit.kernels import native, products
+from aurora_lit.kernels import matmul, native
 from aurora_lit.kernels.decoder import LayerWeights
 from aurora_lit.kernels.packed_linear import TENSOR_NAMES, PackedEmbedding, PackedLinear
 from aurora_lit.kernels.weight_format import WeightFormat
@@ -186,7 +186,7 @@ def exact_table(target: Target) -> PackedLinear | None:
     if torch.equal(_packed_head(target).rows(torch.arange(len(rows_VH))), rows_VH):
         return None
     formats = [WeightFormat.INT4_GROUPED, WeightFormat.INT8_GROUPED, WeightFormat.BF16, WeightFormat.FP32]
-    fewest = next(each for each in formats if torch.equal(products.packed_values(rows_VH, each), rows_VH))
+    fewest = next(each for each in formats if torch.equal(matmul.packed_values(rows_VH, each), rows_VH))
     table = nn.Linear(rows_VH.shape[1], len(rows_VH), bias=False, device="meta")
     table.weight = nn.Parameter(rows_VH, requires_grad=False)
     return PackedLinear(table, fewest)

@@ -18,7 +18,7 @@ from support.tiny_models import VOCAB, random_draft, save_model
 from aurora_lit.kernels import native
 from aurora_lit.kernels.decoder import Matrix
 from aurora_lit.kernels.draft_steps import SHARE_CLASSES, Drafted, Prices, Weighing, doubles
-from aurora_lit.kernels.products import ColumnDraws
+from aurora_lit.kernels.matmul import ColumnDraws
 from aurora_lit.models.target import Target
 from aurora_lit.modules.sampling.noise import gumbel
 from aurora_lit.serve.speculation.drafter import Drafter, DraftInputs

@@ -10,7 +10,7 @@ from support.fork_host import run_program
 from support.kernel_formats import GROUPED, PER_OUTPUT, UNQUANTIZED, rounded_inputs, stored_weight
 from torch import nn
 
-from aurora_lit.kernels import native, products
+from aurora_lit.kernels import matmul, native
 from aurora_lit.kernels.packed_linear import PackedEmbedding, PackedLinear, pack_linears
 from aurora_lit.kernels.quantization import quantize_per_output
 from aurora_lit.kernels.weight_format import WeightFormat
@@ -376,12 +376,12 @@ def test_small_weights_share_huge_pages_without_overlapping() -> None:
     """Weights of any size keep their values; large ones have a mapping of their own."""
     gen = torch.Generator().manual_seed(0)
     weights = [torch.randn(33 + 7 * i, 20 + i, generator=gen) for i in range(40)]
-    packed = [products.pack_weight(weight, WeightFormat.FP32) for weight in weights]
+    packed = [matmul.pack_weight(weight, WeightFormat.FP32) for weight in weights]
     x = torch.randn(3, 60, generator=gen)
     for weight, each in zip(weights, packed, strict=True):
         outputs, inputs = weight.shape
         torch.testing.assert_close(
-            products.linear(x[:, :inputs], each, WeightFormat.FP32, outputs, None),
+            matmul.linear(x[:, :inputs], each, WeightFormat.FP32, outputs, None),
             x[:, :inputs] @ weight.T,
             rtol=1e-4,
             atol=1e-4,
@@ -389,6 +389,6 @@ def test_small_weights_share_huge_pages_without_overlapping() -> None:
     storages = {each.untyped_storage().data_ptr() for each in packed}
     assert len(storages) <= 2, "forty weights of a few kilobytes share a mapping"
     assert all(each.data_ptr() % 64 == 0 for each in packed)
-    large = products.pack_weight(torch.randn(3000, 800, generator=gen), WeightFormat.FP32)
+    large = matmul.pack_weight(torch.randn(3000, 800, generator=gen), WeightFormat.FP32)
     assert large.untyped_storage().data_ptr() not in storages
     assert large.data_ptr() % (1 << 21) == 0

@@ -9,7 +9,7 @@ import torch
 from support.tiny_models import VOCAB, save_model
 
 from aurora_lit.kernels import native
-from aurora_lit.kernels.products import ColumnDraws
+from aurora_lit.kernels.matmul import ColumnDraws
 from aurora_lit.models.kv_cache import keys_by_position, values_by_position
 from aurora_lit.models.packed_target import load_target
 from aurora_lit.models.target import Target

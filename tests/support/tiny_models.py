@@ -43,9 +43,9 @@ from aurora_lit.modules.losses.batch import TraceBatch
 from aurora_lit.modules.losses.draft_module import DraftModule
 from aurora_lit.request import Output, Request, SamplingParams, TokenLogprob
 from aurora_lit.serve.engine.engine import Engine
+from aurora_lit.serve.engine.observer import RoundObserver
 from aurora_lit.serve.engine.options import EngineOptions
 from aurora_lit.serve.engine.thread_budget import ThreadBudget
-from aurora_lit.serve.sequences.observer import RoundObserver
 from aurora_lit.serve.speculation.kept_costs import KeptCosts
 
 VOCAB = 61

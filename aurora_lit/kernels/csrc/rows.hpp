@@ -2,7 +2,7 @@
 // embedding as well, and needs no second copy.
 #pragma once
 
-#include "products.hpp"
+#include "matmul.hpp"
 
 namespace {
 

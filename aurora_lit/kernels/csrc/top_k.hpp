@@ -3,7 +3,7 @@
 
 #include <cmath>
 
-#include "products.hpp"
+#include "matmul.hpp"
 
 #if defined(_OPENMP)
 #include <omp.h>

@@ -13,7 +13,7 @@ and q, however coupled, are equal with a probability of at most α, and the lowe
 The LK loss trains α, the smooth upper bound, with which the lower bound grows; both are 1 only for q = p.
 
 These are the readable definitions. Leaves out the loss as training computes it (modules/losses/fused_lk.py),
-verification (serve/sequences/round_plan.py), and the weights of unrolled draft steps (the caller's).
+verification (serve/engine/round_plan.py), and the weights of unrolled draft steps (the caller's).
 
 Shapes: N rows (positions), K unrolled draft steps, D reduced draft vocabulary.
 """

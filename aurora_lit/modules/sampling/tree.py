@@ -5,7 +5,7 @@ node i. Every node comes after its parent, so that one sweep over the columns fo
 parent's column of columns 1, 2, …
 
 Leaves out where they come from (kernels/csrc/drafting.hpp, serve/speculation/candidate_tree.py) and what a round emits
-(serve/sequences/round_plan.py).
+(serve/engine/round_plan.py).
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The last step of a round: a sequence's new tokens become part of it, and everybody who keeps count is told.
 
-Left out: which tokens they are (serve/sequences/round_plan.py), and the slots' keys, values and hidden states
+Left out: which tokens they are (serve/engine/round_plan.py), and the slots' keys, values and hidden states
 (serve/engine/target_runner.py).
 
 Shapes: S slots, L capacity of a slot, T columns of a row, V vocabulary.
@@ -14,8 +14,8 @@ from aurora_lit.errors import RequestError
 from aurora_lit.modules.sampling.distribution import token_logprobs
 from aurora_lit.modules.sampling.tree import common_prefix_length
 from aurora_lit.request import Output
-from aurora_lit.serve.sequences.round_plan import DecodingRow, Verdict
-from aurora_lit.serve.sequences.sequence import EngineStats, RunningSequence
+from aurora_lit.serve.engine.round_plan import DecodingRow, RowOutcome
+from aurora_lit.serve.engine.sequence import EngineStats, RunningSequence
 from aurora_lit.serve.speculation.proposer import Proposer
 from aurora_lit.serve.speculation.traffic_memory import MemoryStats
 from aurora_lit.traces.record import SOURCE_DRAFT, SOURCE_MEMORY
@@ -45,7 +45,7 @@ class Commit:
         self._proposer, self._memory_stats, self._stats = proposer, memory_stats, stats
 
     def __call__(
-        self, row: DecodingRow, verdict: Verdict, logits_TV: torch.Tensor | None, *, draft_version: str
+        self, row: DecodingRow, verdict: RowOutcome, logits_TV: torch.Tensor | None, *, draft_version: str
     ) -> Output:
         """Append a sequence's new tokens, up to where the request ends.
 

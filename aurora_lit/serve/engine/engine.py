@@ -34,16 +34,16 @@ from aurora_lit.modules.domains.embedding import pool_prompt
 from aurora_lit.modules.draft.eagle3 import Eagle3Draft
 from aurora_lit.request import Output, Request
 from aurora_lit.serve.engine.commit import Commit
+from aurora_lit.serve.engine.observer import RoundObserver, notify_round
 from aurora_lit.serve.engine.options import EngineOptions
 from aurora_lit.serve.engine.prefill import Prefill
+from aurora_lit.serve.engine.round_plan import RoundPlan, RowOutcome, judge
+from aurora_lit.serve.engine.sequence import EngineStats, RunningSequence
+from aurora_lit.serve.engine.slot_allocator import SlotAllocator
 from aurora_lit.serve.engine.target_runner import Columns, TargetRunner
 from aurora_lit.serve.engine.thread_budget import ThreadBudget
 from aurora_lit.serve.engine.token_choice import choose_tokens
 from aurora_lit.serve.engine.waiting_queue import WaitingQueue
-from aurora_lit.serve.sequences.observer import RoundObserver, notify_round
-from aurora_lit.serve.sequences.round_plan import RoundPlan, Verdict, judge
-from aurora_lit.serve.sequences.sequence import EngineStats, RunningSequence
-from aurora_lit.serve.sequences.slot_allocator import SlotAllocator
 from aurora_lit.serve.speculation.calibration import Calibration, calibration_steps
 from aurora_lit.serve.speculation.costs import Costs
 from aurora_lit.serve.speculation.drafter import Drafter
@@ -346,7 +346,7 @@ class Engine:
             return Allowed(False, False)
         return self.floor.allows(RoundKind.of(sequences, threads=torch.get_num_threads()))
 
-    def _judge(self, plan: RoundPlan, columns: Columns) -> tuple[list[Verdict], dict[int, torch.Tensor]]:
+    def _judge(self, plan: RoundPlan, columns: Columns) -> tuple[list[RowOutcome], dict[int, torch.Tensor]]:
         """What each decoding row has come to; and the target's logits [T, V] of rows that ask for log-probabilities."""
         rows = plan.decoding
         if not rows:

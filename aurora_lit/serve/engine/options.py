@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from aurora_lit.serve.sequences.memory_scope import MemoryScope
+from aurora_lit.serve.engine.memory_scope import MemoryScope
 from aurora_lit.serve.speculation.planner import weighed_tokens
 
 

@@ -6,7 +6,7 @@ what it takes without them if that is longer: these sequences wait no longer tha
 that another slot holds is copied instead.
 
 The last token of a prompt is left to the first decoding pass, so that no second code path chooses a token. Left out:
-which slot holds what (serve/sequences/slot_allocator.py), and forward passes (serve/engine/target_runner.py).
+which slot holds what (serve/engine/slot_allocator.py), and forward passes (serve/engine/target_runner.py).
 
 Shapes: T positions of a chunk, H hidden, S slots, L capacity of a slot, V vocabulary.
 """
@@ -20,10 +20,10 @@ import torch
 from aurora_lit.models.target import Target
 from aurora_lit.modules.sampling.distribution import token_logprobs
 from aurora_lit.modules.sampling.tree import common_prefix_length
+from aurora_lit.serve.engine.round_plan import PromptRow
+from aurora_lit.serve.engine.sequence import EngineStats, RunningSequence
+from aurora_lit.serve.engine.slot_allocator import SlotAllocator
 from aurora_lit.serve.engine.target_runner import Columns, TargetRunner
-from aurora_lit.serve.sequences.round_plan import PromptRow
-from aurora_lit.serve.sequences.sequence import EngineStats, RunningSequence
-from aurora_lit.serve.sequences.slot_allocator import SlotAllocator
 
 _DECAY = 0.8
 """Weight of the old time per token when a chunk measures a new one."""

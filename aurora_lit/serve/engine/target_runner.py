@@ -21,9 +21,9 @@ import torch
 from aurora_lit.kernels.target_pass import PassResult, TargetPass
 from aurora_lit.models.kv_cache import KVCache
 from aurora_lit.models.target import Target
+from aurora_lit.serve.engine.observer import RoundObserver
+from aurora_lit.serve.engine.round_plan import DecodingRow, PromptRow, RoundPlan
 from aurora_lit.serve.engine.token_choice import draws_of
-from aurora_lit.serve.sequences.observer import RoundObserver
-from aurora_lit.serve.sequences.round_plan import DecodingRow, PromptRow, RoundPlan
 from aurora_lit.serve.speculation.drafter import Drafter
 
 

@@ -4,7 +4,7 @@ Rows with penalties, a bias, top-k, top-p, min-p, a grammar or log-probabilities
 the tokens of all others are chosen inside the head's product. Both come from one pass over the head.
 
 Left out: the choice itself (modules/sampling/choice.py), and which proposals it accepts
-(serve/sequences/round_plan.py).
+(serve/engine/round_plan.py).
 
 Shapes: N columns of the decoding rows, T of one row, D of all whose logits are needed, S slots, L capacity of a slot, V
 vocabulary.
@@ -19,11 +19,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from aurora_lit.kernels.products import ColumnDraws
+from aurora_lit.kernels.matmul import ColumnDraws
 from aurora_lit.models.target import Target
 from aurora_lit.modules.sampling.choice import choose_dense
 from aurora_lit.modules.sampling.tree import depths
-from aurora_lit.serve.sequences.round_plan import DecodingRow
+from aurora_lit.serve.engine.round_plan import DecodingRow
 
 
 class _Column(NamedTuple):

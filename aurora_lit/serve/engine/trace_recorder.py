@@ -23,7 +23,7 @@ import torch
 
 from aurora_lit.modules.sampling.distribution import is_greedy
 from aurora_lit.request import SamplingParams
-from aurora_lit.serve.sequences.sequence import RunningSequence
+from aurora_lit.serve.engine.sequence import RunningSequence
 from aurora_lit.traces.record import RoundNote, Trace, round_tensors
 
 

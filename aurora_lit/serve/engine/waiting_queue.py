@@ -5,7 +5,7 @@
     for ready in queue.take(num_free):       # before a round; grammars that cannot be used need no slot
         ready.request, ready.grammar, ready.end_tokens
 
-Left out: slots (serve/sequences/slot_allocator.py), and what grammars allow (grammars/matcher.py).
+Left out: slots (serve/engine/slot_allocator.py), and what grammars allow (grammars/matcher.py).
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Token ids to text, while the tokens are generated: whole characters only, cut before stop strings.
 
-Left out: stop *tokens* and end of text (serve/sequences/sequence.py), several choices and their ends
+Left out: stop *tokens* and end of text (serve/engine/sequence.py), several choices and their ends
 (serve/http/answer_stream.py), and the format of responses (serve/http/responses.py).
 
     stream = TextStream(tokenizer, stop=("\\n\\n",))

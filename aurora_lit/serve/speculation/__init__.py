@@ -2,10 +2,10 @@
 
 Copies come from earlier in the request and from the traffic memory. The proposer has them found, asks the planners,
 which compare measured costs with predicted acceptance, runs the draft where it promises more, and merges both.
-Verification is not here (serve/sequences/round_plan.py).
+Verification is not here (serve/engine/round_plan.py).
 
-May import: serve/sequences/ and above. Start with proposer.py, then planner.py. The files, each importing only those
-above it:
+May import: the records of serve/engine/ (sequence.py, round_plan.py) and what stands above them. Start with
+proposer.py, then planner.py. The files, each importing only those above it:
 
     costs.py              what forward passes cost here, by batch size and query length
     draft_reliability.py  how often the draft's first choices are accepted, by the share that it gives them

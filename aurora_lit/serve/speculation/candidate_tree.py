@@ -10,7 +10,7 @@ from dataclasses import replace
 
 from aurora_lit.kernels.copy_rates import CopyReliability
 from aurora_lit.kernels.suffix_index import Copies, is_remembered
-from aurora_lit.serve.sequences.round_plan import NO_PROPOSAL, CopiedNode, Proposal
+from aurora_lit.serve.engine.round_plan import NO_PROPOSAL, CopiedNode, Proposal
 from aurora_lit.traces.record import SOURCE_DRAFT, SOURCE_LOOKUP, SOURCE_MEMORY
 
 

@@ -15,7 +15,7 @@ import torch
 
 from aurora_lit.kernels.copy_rates import CopyReliability
 from aurora_lit.kernels.suffix_index import Copies, LookUp
-from aurora_lit.serve.sequences.sequence import RunningSequence
+from aurora_lit.serve.engine.sequence import RunningSequence
 from aurora_lit.serve.speculation.candidate_tree import chain_of
 from aurora_lit.serve.speculation.copy_planner import LEAST_SURVIVAL
 from aurora_lit.serve.speculation.planner import SpeculationPlanner

@@ -10,7 +10,7 @@ For sampled requests the target's own token is the argmax of its log-probabiliti
 same token even where many are about as probable.
 
 Left out: how many proposals, and what they cost (serve/speculation/planner.py); what of a weighed chain is worth
-proposing (kernels/csrc/drafting.hpp); verification (serve/sequences/round_plan.py).
+proposing (kernels/csrc/drafting.hpp); verification (serve/engine/round_plan.py).
 
 Shapes: B sequences, T positions, K proposals, H hidden, S slots, L capacity of a slot, F features of a position,
 D draft vocabulary.
@@ -26,7 +26,7 @@ import torch
 
 from aurora_lit.kernels import huge_pages
 from aurora_lit.kernels.draft_steps import Drafted, Weighing
-from aurora_lit.kernels.products import ColumnDraws
+from aurora_lit.kernels.matmul import ColumnDraws
 from aurora_lit.models.attention import KVCacheView
 from aurora_lit.models.kv_cache import KVCache
 from aurora_lit.models.target import Target

@@ -10,8 +10,8 @@ from collections import defaultdict
 import numpy as np
 
 from aurora_lit.grammars.matcher import Grammar, Mask
-from aurora_lit.serve.sequences.round_plan import NO_PROPOSAL, DecodingRow, Proposal, Uncut
-from aurora_lit.serve.sequences.sequence import RunningSequence
+from aurora_lit.serve.engine.round_plan import NO_PROPOSAL, DecodingRow, Proposal, Uncut
+from aurora_lit.serve.engine.sequence import RunningSequence
 from aurora_lit.traces.record import SOURCE_LOOKUP
 
 

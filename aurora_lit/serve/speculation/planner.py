@@ -23,8 +23,8 @@ from typing import NamedTuple
 
 from aurora_lit.kernels.draft_steps import Prices, Weighing, doubles
 from aurora_lit.modules.sampling.tree import common_prefix_length
-from aurora_lit.serve.sequences.round_plan import Proposal
-from aurora_lit.serve.sequences.sequence import RunningSequence, VerifiedDrafts
+from aurora_lit.serve.engine.round_plan import Proposal
+from aurora_lit.serve.engine.sequence import RunningSequence, VerifiedDrafts
 from aurora_lit.serve.speculation.costs import READ_IN_A_STEP, Costs
 from aurora_lit.serve.speculation.draft_reliability import DraftReliability
 

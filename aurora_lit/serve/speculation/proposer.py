@@ -2,7 +2,7 @@
 
 Copies cost no pass of the draft. Where they promise as much as the draft would, they are proposed alone; the draft runs
 for the other sequences, and copies that are worth their columns are merged into its proposals. Every sequence accepts
-what equals the target's own token (serve/sequences/round_plan.py), so that all sources serve greedy and sampled
+what equals the target's own token (serve/engine/round_plan.py), so that all sources serve greedy and sampled
 sequences alike. The draft does not run if no sequence needs it, nor for a sequence whose prompt it has not
 caught up with: it reads `max_catch_up_s` worth of positions a round until it has.
 
@@ -17,7 +17,7 @@ Where a sequence's grammar leaves no choice, what it forces is proposed, and not
 
 Left out: the draft's work (serve/speculation/drafter.py), what copies there are (serve/speculation/copy_finder.py),
 how much is proposed (serve/speculation/planner.py, serve/speculation/copy_planner.py), and which proposals are accepted
-(serve/sequences/round_plan.py).
+(serve/engine/round_plan.py).
 
 Shapes: B sequences that draft.
 """
@@ -32,11 +32,11 @@ import torch
 
 from aurora_lit.kernels.copy_rates import CopyReliability
 from aurora_lit.kernels.draft_steps import Drafted
-from aurora_lit.kernels.products import ColumnDraws
+from aurora_lit.kernels.matmul import ColumnDraws
 from aurora_lit.kernels.suffix_index import Copies
 from aurora_lit.modules.sampling.distribution import uses_temperature_only
-from aurora_lit.serve.sequences.round_plan import NO_PROPOSAL, Proposal, WeighedChain
-from aurora_lit.serve.sequences.sequence import RunningSequence
+from aurora_lit.serve.engine.round_plan import NO_PROPOSAL, Proposal, WeighedChain
+from aurora_lit.serve.engine.sequence import RunningSequence
 from aurora_lit.serve.speculation.candidate_tree import copied, with_copies
 from aurora_lit.serve.speculation.copy_finder import MAX_PADDED_COPIES, CopyFinder
 from aurora_lit.serve.speculation.copy_planner import CopyPlanner

@@ -2,7 +2,7 @@
 
 Learning by remembering: it needs no training and no pass of the draft, and works from the first repeated phrase. Held
 in memory only, bounded, the oldest forgotten first. What a request may read and write is decided by its key
-(serve/sequences/memory_scope.py): sequences of different keys never meet, since the index compares keys exactly.
+(serve/engine/memory_scope.py): sequences of different keys never meet, since the index compares keys exactly.
 
 Left out: the index (kernels/suffix_index.py), and how much of what it finds is proposed
 (serve/speculation/copy_planner.py).
@@ -20,8 +20,8 @@ import torch
 
 from aurora_lit.kernels import native, suffix_index
 from aurora_lit.kernels.suffix_index import CONTEXT_TOKENS, DOMAIN_BITS, Copies, LookUp, SuffixMemory, is_remembered
-from aurora_lit.serve.sequences.memory_scope import MemoryScope, memory_partition_key
-from aurora_lit.serve.sequences.sequence import RunningSequence
+from aurora_lit.serve.engine.memory_scope import MemoryScope, memory_partition_key
+from aurora_lit.serve.engine.sequence import RunningSequence
 from aurora_lit.serve.speculation import copies_in_python
 
 _MAX_KEYS = 16_384

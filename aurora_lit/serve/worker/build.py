@@ -38,10 +38,10 @@ from aurora_lit.modules.domains.centroids import DomainAssigner
 from aurora_lit.modules.draft.eagle3 import Eagle3Config, Eagle3Draft
 from aurora_lit.placement import describe, uses_gpus
 from aurora_lit.serve.engine.engine import Engine
+from aurora_lit.serve.engine.observer import RoundObserver
 from aurora_lit.serve.engine.options import EngineOptions
 from aurora_lit.serve.engine.thread_budget import ThreadBudget, thread_budget
 from aurora_lit.serve.engine.trace_recorder import TraceRecorder
-from aurora_lit.serve.sequences.observer import RoundObserver
 from aurora_lit.serve.speculation.kept_costs import KeptCosts
 from aurora_lit.serve.speculation.runtime_draft import RuntimeDraft, prepare_draft
 from aurora_lit.serve.worker.learner_signals import ExplorationFollower, LearnerCores

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class EngineCounters(Protocol):
-    """Counters since the engine was built; serve/sequences/sequence.py has the real ones."""
+    """Counters since the engine was built; serve/engine/sequence.py has the real ones."""
 
     rounds: int
     rounds_by_plan: list[int]

@@ -22,8 +22,8 @@ from aurora_lit.learn.offline.scoring import RoundTotals, RoundWalk, with_copied
 from aurora_lit.models.target import Target
 from aurora_lit.modules.sampling.tree import accepted_path
 from aurora_lit.request import Request
+from aurora_lit.serve.engine.round_plan import Proposal
 from aurora_lit.serve.engine.trace_recorder import TraceRecorder
-from aurora_lit.serve.sequences.round_plan import Proposal
 from aurora_lit.serve.speculation.candidate_tree import with_copies
 from aurora_lit.serve.speculation.copy_planner import LEAST_SURVIVAL
 from aurora_lit.traces.record import SOURCE_DRAFT, Trace

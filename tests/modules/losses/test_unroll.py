@@ -13,7 +13,7 @@ from support.toy_rounds import chain_logprobs, chain_states, rounds
 
 from aurora_lit.kernels import native
 from aurora_lit.kernels.draft_steps import Drafted
-from aurora_lit.kernels.products import ColumnDraws
+from aurora_lit.kernels.matmul import ColumnDraws
 from aurora_lit.models.target import Target
 from aurora_lit.modules.draft.eagle3 import Eagle3Draft
 from aurora_lit.modules.losses.lk import overlap

@@ -14,7 +14,7 @@ from aurora_lit.kernels import native
 from aurora_lit.kernels.suffix_index import NO_COPIES, Copies, LookUp
 from aurora_lit.models.target import Target
 from aurora_lit.request import Request
-from aurora_lit.serve.sequences.round_plan import Proposal
+from aurora_lit.serve.engine.round_plan import Proposal
 from aurora_lit.serve.speculation import copy_finder, proposer
 from aurora_lit.serve.speculation.candidate_tree import with_copies
 from aurora_lit.serve.speculation.copy_planner import CopyPlan, CopyPlanner

@@ -29,9 +29,9 @@ from aurora_lit.models.target import Target
 from aurora_lit.modules.draft.eagle3 import Eagle3Draft
 from aurora_lit.request import Output, Request
 from aurora_lit.serve.engine.engine import Engine
+from aurora_lit.serve.engine.round_plan import Proposal, RoundPlan
 from aurora_lit.serve.engine.target_runner import TargetRunner
 from aurora_lit.serve.engine.thread_budget import ThreadBudget
-from aurora_lit.serve.sequences.round_plan import Proposal, RoundPlan
 from aurora_lit.serve.speculation import planner as planner_module
 from aurora_lit.serve.speculation.costs import CostTable
 from aurora_lit.serve.speculation.drafter import Drafter, DraftInputs

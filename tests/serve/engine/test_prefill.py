@@ -20,10 +20,10 @@ from aurora_lit.request import Request
 from aurora_lit.serve.engine import prefill as prefill_module
 from aurora_lit.serve.engine.engine import Engine
 from aurora_lit.serve.engine.prefill import Prefill
+from aurora_lit.serve.engine.round_plan import RoundPlan
+from aurora_lit.serve.engine.sequence import EngineStats, RunningSequence
+from aurora_lit.serve.engine.slot_allocator import SlotAllocator
 from aurora_lit.serve.engine.target_runner import Columns, States, TargetRunner
-from aurora_lit.serve.sequences.round_plan import RoundPlan
-from aurora_lit.serve.sequences.sequence import EngineStats, RunningSequence
-from aurora_lit.serve.sequences.slot_allocator import SlotAllocator
 
 LONG = torch.randint(VOCAB, (150,), generator=torch.Generator().manual_seed(9)).tolist()
 CHUNK = 64

@@ -18,7 +18,7 @@ from scipy.stats import chi2
 from support.tiny_models import VOCAB, Answer, make_engine, random_draft, request, run, save_model, trained_draft
 
 from aurora_lit.kernels import native
-from aurora_lit.kernels.products import ColumnDraws
+from aurora_lit.kernels.matmul import ColumnDraws
 from aurora_lit.models.target import Target
 from aurora_lit.modules.draft.eagle3 import Eagle3Draft
 from aurora_lit.request import Request

@@ -6,7 +6,7 @@ import pytest
 
 from aurora_lit.kernels.copy_rates import CopyReliability
 from aurora_lit.kernels.suffix_index import NUM_CELLS, Copies
-from aurora_lit.serve.sequences.round_plan import NO_PROPOSAL, Proposal, WeighedChain
+from aurora_lit.serve.engine.round_plan import NO_PROPOSAL, Proposal, WeighedChain
 from aurora_lit.serve.speculation.candidate_tree import chain_of, copied, with_copies
 from aurora_lit.traces.record import SOURCE_DRAFT, SOURCE_LOOKUP, SOURCE_MEMORY
 

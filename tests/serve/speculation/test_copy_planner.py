@@ -10,8 +10,8 @@ import torch
 from support.tiny_models import request
 
 from aurora_lit.kernels.suffix_index import NO_COPIES, Copies, LookUp
-from aurora_lit.serve.sequences.round_plan import Proposal
-from aurora_lit.serve.sequences.sequence import RunningSequence
+from aurora_lit.serve.engine.round_plan import Proposal
+from aurora_lit.serve.engine.sequence import RunningSequence
 from aurora_lit.serve.speculation import copy_finder
 from aurora_lit.serve.speculation.copy_planner import LEAST_SURVIVAL, CopyPlan, CopyPlanner
 from aurora_lit.serve.speculation.costs import Costs

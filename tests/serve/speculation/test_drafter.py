@@ -14,9 +14,9 @@ from support.tiny_models import VOCAB, Answer, make_engine, random_draft, reques
 
 from aurora_lit.kernels import native
 from aurora_lit.kernels.draft_steps import Drafted
-from aurora_lit.kernels.products import ColumnDraws
+from aurora_lit.kernels.matmul import ColumnDraws
 from aurora_lit.models.target import Target
-from aurora_lit.serve.sequences.sequence import RunningSequence
+from aurora_lit.serve.engine.sequence import RunningSequence
 from aurora_lit.serve.speculation import proposer as proposer_module
 from aurora_lit.serve.speculation.costs import READ_IN_A_STEP, Costs
 from aurora_lit.serve.speculation.drafter import Drafter, DraftInputs

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import pytest
 
 from aurora_lit.request import Request, SamplingParams
-from aurora_lit.serve.sequences.sequence import RunningSequence
+from aurora_lit.serve.engine.sequence import RunningSequence
 from aurora_lit.serve.speculation.floor import (
     FIRST_PATIENCE,
     MOST_CREDIT,

@@ -9,8 +9,8 @@ from support.tiny_models import request
 
 from aurora_lit.kernels.suffix_index import is_remembered
 from aurora_lit.request import StructuredOutputsParams
-from aurora_lit.serve.sequences.round_plan import CopiedNode, Proposal
-from aurora_lit.serve.sequences.sequence import RunningSequence
+from aurora_lit.serve.engine.round_plan import CopiedNode, Proposal
+from aurora_lit.serve.engine.sequence import RunningSequence
 from aurora_lit.serve.speculation.grammar_rows import decoding_row, forced_proposal
 from aurora_lit.traces.record import SOURCE_DRAFT, SOURCE_LOOKUP, SOURCE_MEMORY
 

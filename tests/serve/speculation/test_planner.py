@@ -13,8 +13,8 @@ from collections.abc import Sequence
 import pytest
 
 from aurora_lit.request import Request, SamplingParams
-from aurora_lit.serve.sequences.round_plan import Proposal, WeighedChain
-from aurora_lit.serve.sequences.sequence import RunningSequence
+from aurora_lit.serve.engine.round_plan import Proposal, WeighedChain
+from aurora_lit.serve.engine.sequence import RunningSequence
 from aurora_lit.serve.speculation import planner as planner_module
 from aurora_lit.serve.speculation.costs import Costs
 from aurora_lit.serve.speculation.planner import (

@@ -12,8 +12,8 @@ from support.tiny_models import request
 
 from aurora_lit.kernels import native
 from aurora_lit.kernels.suffix_index import DOMAIN_BITS, NUM_CELLS, Copies, LookUp
-from aurora_lit.serve.sequences.memory_scope import MemoryScope
-from aurora_lit.serve.sequences.sequence import RunningSequence
+from aurora_lit.serve.engine.memory_scope import MemoryScope
+from aurora_lit.serve.engine.sequence import RunningSequence
 from aurora_lit.serve.speculation import traffic_memory
 from aurora_lit.serve.speculation.traffic_memory import TrafficMemory, look_up_copies
 

@@ -26,7 +26,7 @@ from aurora_lit.models.target import Target
 from aurora_lit.modules.draft.eagle3 import Eagle3Config, Eagle3Draft
 from aurora_lit.request import Output, Request
 from aurora_lit.serve.engine.engine import Engine
-from aurora_lit.serve.sequences.round_plan import Proposal
+from aurora_lit.serve.engine.round_plan import Proposal
 from aurora_lit.serve.speculation.drafter import Drafter, DraftInputs
 from aurora_lit.serve.speculation.runtime_draft import prepare_draft
 from aurora_lit.serve.worker.live_draft import LiveDraft

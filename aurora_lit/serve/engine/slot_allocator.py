@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 
 from aurora_lit.request import Request
-from aurora_lit.serve.sequences.sequence import RunningSequence
+from aurora_lit.serve.engine.sequence import RunningSequence
 
 _MIN_PREFIX = 16
 """Shorter shared prefixes are computed again: copying them saves too little."""

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from aurora_lit.kernels.suffix_index import is_remembered
 from aurora_lit.modules.sampling.tree import accepted_path, common_prefix_length, first_choices
-from aurora_lit.serve.sequences.sequence import RunningSequence
+from aurora_lit.serve.engine.sequence import RunningSequence
 from aurora_lit.settings import PLANS
 from aurora_lit.traces.record import SOURCE_DRAFT, SOURCE_LOOKUP, SOURCE_MEMORY, SOURCE_NONE
 
@@ -203,7 +203,7 @@ def _name_of(proposal: Proposal) -> str:
     return "memory" if proposal.source == SOURCE_MEMORY else "lookup"
 
 
-class Verdict(NamedTuple):
+class RowOutcome(NamedTuple):
     """What a decoding row has come to."""
 
     tokens: list[int]
@@ -212,7 +212,7 @@ class Verdict(NamedTuple):
     """For each of `tokens`, the column whose logits decided it: column 0, then the accepted columns."""
 
 
-def judge(proposal: Proposal, own_tokens: list[int]) -> Verdict:
+def judge(proposal: Proposal, own_tokens: list[int]) -> RowOutcome:
     """Accept the proposals that equal the target's own token at the column that they follow.
 
     `own_tokens`: the token that the target chooses at every column. Whatever is proposed, the sequence therefore goes
@@ -220,4 +220,4 @@ def judge(proposal: Proposal, own_tokens: list[int]) -> Verdict:
     """
     accepted = accepted_path(proposal.tokens, proposal.parents, own_tokens)
     columns = [0, *accepted]
-    return Verdict([*(proposal.tokens[column - 1] for column in accepted), own_tokens[columns[-1]]], columns)
+    return RowOutcome([*(proposal.tokens[column - 1] for column in accepted), own_tokens[columns[-1]]], columns)

@@ -13,8 +13,8 @@ from typing import Protocol
 import torch
 
 from aurora_lit.request import Output
-from aurora_lit.serve.sequences.round_plan import DecodingRow
-from aurora_lit.serve.sequences.sequence import RunningSequence
+from aurora_lit.serve.engine.round_plan import DecodingRow
+from aurora_lit.serve.engine.sequence import RunningSequence
 from aurora_lit.traces.record import SOURCE_DRAFT, SOURCE_LOOKUP, SOURCE_MEMORY, SOURCE_NONE, RoundNote
 
 

@@ -1,7 +1,7 @@
 """A running sequence as the engine keeps it, and the engine's counters.
 
-Left out: the slots themselves (models/kv_cache.py), who gets one (serve/sequences/slot_allocator.py), and what a round
-computes for it (serve/sequences/round_plan.py).
+Left out: the slots themselves (models/kv_cache.py), who gets one (serve/engine/slot_allocator.py), and what a round
+computes for it (serve/engine/round_plan.py).
 """
 
 from __future__ import annotations

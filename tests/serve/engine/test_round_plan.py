@@ -10,7 +10,7 @@ import pytest
 from aurora_lit.kernels.suffix_index import KINDS, NUM_CELLS
 from aurora_lit.modules.sampling.tree import depths
 from aurora_lit.request import TOKEN_SOURCES
-from aurora_lit.serve.sequences.round_plan import CopiedNode, Proposal, judge
+from aurora_lit.serve.engine.round_plan import CopiedNode, Proposal, judge
 from aurora_lit.traces.record import SOURCE_DRAFT, SOURCE_LOOKUP, SOURCE_MEMORY, SOURCE_NONE
 
 
