@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 
 from rich.table import Table
@@ -27,9 +26,10 @@ from aurora_lit.bench.prompts import (
     params_for,
     repeated_share,
 )
-from aurora_lit.bench.reporting import progress_bar, report_console, write_report
+from aurora_lit.bench.reporting import report_console, write_report
 from aurora_lit.config import AuroraConfig
 from aurora_lit.errors import ConfigError
+from aurora_lit.progress import Progress
 from aurora_lit.serve.engine.engine import Engine
 from aurora_lit.serve.worker.build import build_engine
 
@@ -76,16 +76,9 @@ def run(
     console = report_console()
     temperatures = sorted({0.0, temperature})
     results: list[Acceptance] = []
-    with progress_bar(console) as progress:
-        for each in temperatures:
-            task = progress.add_task(f"temperature {each:g}", total=len(loaded))
-            results += measure(
-                engine,
-                loaded,
-                temperature=each,
-                max_tokens=max_tokens,
-                on_answer=partial(progress.advance, task),
-            )
+    for each in temperatures:
+        with Progress(f"temperature {each:g}", len(loaded), "prompts") as progress:
+            results += measure(engine, loaded, temperature=each, max_tokens=max_tokens, on_answer=progress.advance)
     console.print(table(results))
     path = out / "acceptance.json"
     write_report(

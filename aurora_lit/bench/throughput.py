@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +30,10 @@ from aurora_lit.bench.prompts import (
     repeated_share,
 )
 from aurora_lit.bench.reference import load_reference
-from aurora_lit.bench.reporting import Spread, progress_bar, report_console, write_report
+from aurora_lit.bench.reporting import Spread, report_console, write_report
 from aurora_lit.config import AuroraConfig
 from aurora_lit.errors import ConfigError
+from aurora_lit.progress import Progress
 from aurora_lit.serve.engine.engine import Engine
 from aurora_lit.serve.worker.build import build_engine
 
@@ -131,14 +131,11 @@ def run(
         arms = {TRANSFORMERS: load_reference(config, eos, max_tokens=max_tokens, temperature=temperature), **arms}
     console = report_console()
     results = []
-    with progress_bar(console) as progress:
-        for batch_size in batch_sizes:
-            total = repeats * len(arms) * len(group(loaded, batch_size))
-            task = progress.add_task(f"batch {batch_size}", total=total)
-            totals = interleave(
-                arms, group(loaded, batch_size), repeats=repeats, on_group=partial(progress.advance, task)
-            )
-            results.append(summarise(totals, batch_size=batch_size))
+    for batch_size in batch_sizes:
+        total = repeats * len(arms) * len(group(loaded, batch_size))
+        with Progress(f"batch {batch_size}", total, "groups") as progress:
+            totals = interleave(arms, group(loaded, batch_size), repeats=repeats, on_group=progress.advance)
+        results.append(summarise(totals, batch_size=batch_size))
     console.print(table(results))
     write_report(
         out / "throughput.json",

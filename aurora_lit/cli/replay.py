@@ -22,7 +22,6 @@ from typing import Any
 from lightning.fabric import Fabric
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from aurora_lit import __version__
@@ -48,6 +47,7 @@ from aurora_lit.learn.online.data_parallel import broadcast_plain
 from aurora_lit.learn.online.gate import MIN_REQUESTS
 from aurora_lit.learn.training_precision import NAMES_OF_PRECISIONS, one_process_fabric, training_precision
 from aurora_lit.modules.draft.eagle3 import Eagle3Draft
+from aurora_lit.progress import Progress
 
 DRAFT_NAME, VERSIONS_NAME, REPORT_NAME = "draft", "versions", "replay.json"
 
@@ -97,7 +97,7 @@ def run(
     draft then.
     """
     total, first = count_traces(traces), fabric.is_global_zero
-    with tempfile.TemporaryDirectory() as scratch, _progress(shown=first) as bar:
+    with tempfile.TemporaryDirectory() as scratch, Progress("replaying", total, "traces", shown=first) as progress:
         replayed = Replay(
             config,
             target_head=target_head,
@@ -107,14 +107,13 @@ def run(
             steps_per_trace=steps_per_trace,
             fabric=fabric,
         )
-        task = bar.add_task("replaying", total=total)
         # A server may record there meanwhile, and all processes must read the same.
         names = broadcast_plain(fabric, shard_names(traces))
         ended_by: BaseException | None = None
         try:
             for block in blocks(read_traces(traces, names, on_damaged=replayed.skip), trial_every):
                 replayed.process_block(block)
-                bar.advance(task, len(block))
+                progress.advance(len(block))
             replayed.check_same_traces([])
         except BaseException as error:  # Ctrl-C and SIGTERM too
             if not replayed.scored:
@@ -269,8 +268,3 @@ def _fabric(config: AuroraConfig) -> Fabric:
                 f"replay alone into its own --out, unset {name}"
             )
     return one_process_fabric()
-
-
-def _progress(*, shown: bool) -> Progress:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    return Progress(*columns, console=Console(stderr=True), disable=not shown)

@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import Progress
 from transformers import PreTrainedTokenizerBase
 
 from aurora_lit.config import AuroraConfig
@@ -40,6 +39,7 @@ from aurora_lit.models.source import find_target
 from aurora_lit.models.target import Target
 from aurora_lit.modules.losses.draft_module import DraftModule
 from aurora_lit.modules.losses.objective import OnlineWeights
+from aurora_lit.progress import Progress
 from aurora_lit.serve.worker.build import check_one_process, eos_token_ids, load_target, load_tokenizer
 from aurora_lit.traces.log import ShardInfo, TraceLogWriter, read_index, read_shard
 
@@ -184,15 +184,15 @@ def _record_text(target: Target, tokenizer: PreTrainedTokenizerBase, options: Pr
     writer = TraceLogWriter(traces, kind="text")
     recorded = {tuple(trace.token_ids_T.tolist()) for shard in stored for trace in read_shard(traces / shard.name)}
     pieces = (piece for piece in _text_in_turn(tokenizer, options.text) if tuple(piece) not in recorded)
-    with Progress() as bar, sigterm_as_exit(), closing(writer):
-        task = bar.add_task("recording text", total=options.text_positions, completed=writer.num_positions)
+    progress = Progress("recording text", options.text_positions, "positions", done=writer.num_positions)
+    with progress, sigterm_as_exit(), closing(writer):
         while writer.num_positions < options.text_positions:
             batch = list(itertools.islice(pieces, _PIECES_AT_ONCE))
             if not batch:
                 break
             for trace in record_pieces(target, batch, domain="text"):
                 writer.append(trace)
-            bar.update(task, completed=writer.num_positions)
+            progress.advance(writer.num_positions - progress.done)
 
 
 def _text_in_turn(tokenizer: PreTrainedTokenizerBase, paths: tuple[Path, ...]) -> Iterator[list[int]]:
@@ -221,8 +221,8 @@ def _answer_prompts(
     if not remaining:
         return
     writer = TraceLogWriter(traces, kind="answer")
-    with Progress() as bar, sigterm_as_exit(), closing(writer):
-        task = bar.add_task("answering", total=len(prompts), completed=len(prompts) - len(remaining))
+    progress = Progress("answering", len(prompts), "prompts", done=len(prompts) - len(remaining))
+    with progress, sigterm_as_exit(), closing(writer):
         for trace in generate_answers(
             target,
             remaining,
@@ -232,7 +232,7 @@ def _answer_prompts(
             max_seq_len=min(_MAX_SEQUENCE_TOKENS, target.max_positions),
         ):
             writer.append(trace)
-            bar.advance(task)
+            progress.advance()
 
 
 def _prompts_to_answer(

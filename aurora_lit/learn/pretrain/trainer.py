@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics import MeanMetric
@@ -29,6 +28,7 @@ from aurora_lit.modules.losses.chain_losses import accepted_proposals
 from aurora_lit.modules.losses.draft_module import DraftModule
 from aurora_lit.modules.losses.gradients import clip_gradients
 from aurora_lit.modules.losses.objective import StepReport
+from aurora_lit.progress import Progress
 from aurora_lit.traces.log import ShardInfo
 
 STATE_NAME = "training.safetensors"
@@ -95,14 +95,13 @@ class DraftTrainer:
         Raises AuroraError when the shards hold no sequence to train on, or the loss is not finite any more.
         """
         last_save = time.monotonic()
-        with _progress() as bar:
-            task = bar.add_task("learning", total=until_positions, completed=self.positions_seen, note="")
+        with Progress("learning", until_positions, "positions", done=self.positions_seen) as progress:
             while self.positions_seen < until_positions:
                 before, skipped = self.positions_seen, self._begin_epoch(shards)
                 for batch in itertools.islice(self._batches(traces, shards), skipped, None):
                     report = self._step(batch)
                     self.batches_taken += 1
-                    bar.update(task, completed=self.positions_seen, note=_note(report))
+                    progress.advance(self.positions_seen - progress.done, note=_note(report))
                     if time.monotonic() - last_save > SAVE_EVERY_S and not self._dropped_in_row:
                         self.save()
                         last_save = time.monotonic()
@@ -281,13 +280,4 @@ def _saved_state(path: Path) -> dict[str, Any]:
 def _note(report: StepReport) -> str:
     weight_N = report.mask_KBT[0].flatten()
     alpha = float((report.stats.alpha_N[0] * weight_N).sum() / weight_N.sum().clamp_min(1))
-    return f"loss {float(report.loss.detach()):.3f}  first-proposal acceptance {alpha:.3f}"
-
-
-def _progress() -> Progress:
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.completed:,.0f}/{task.total:,.0f} positions  {task.fields[note]}"),
-        TimeRemainingColumn(),
-    )
+    return f"loss {float(report.loss.detach()):.3f}, first-proposal acceptance {alpha:.3f}"
