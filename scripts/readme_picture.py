@@ -15,7 +15,7 @@ from pathlib import Path
 _ROOT = Path(__file__).resolve().parents[1]
 TABLE = _ROOT / "docs" / "results" / "user-experience.md"
 PICTURE = _ROOT / "docs" / "images" / "speculation.svg"
-_HEADER = "| precision | temperature | clients | ratio | from | to |"
+_HEADER = "| target | temperature | clients | ratio | from | to |"
 _GAIN_COLOUR, _LOSS_COLOUR = "#2a7f62", "#b5543c"
 
 
@@ -37,9 +37,9 @@ def read_table(text: str) -> list[Measurement]:
     for line in lines[start:]:
         if not line.startswith("|"):
             break
-        precision, temperature, clients, *numbers = (cell.strip() for cell in line.strip("|").split("|"))
+        target, temperature, clients, *numbers = (cell.strip() for cell in line.strip("|").split("|"))
         ratio, lowest, highest = map(float, numbers)
-        label = f"{precision}, temperature {temperature}, {clients} client" + ("s" if clients != "1" else "")
+        label = f"{target}, temperature {temperature}, {clients} client" + ("s" if clients != "1" else "")
         measurements.append(Measurement(label=label, ratio=ratio, lowest=lowest, highest=highest))
     return measurements
 
