@@ -64,7 +64,7 @@ def draw(measurements: list[Measurement], out: Path) -> None:
     axes.set_yticks(positions, [row.label for row in measurements])
     axes.invert_yaxis()
     axes.set_xlim(min(row.lowest for row in measurements) - 0.05, max(row.highest for row in measurements) + 0.15)
-    axes.set_xlabel("tokens a second, with / without speculation (line: 95 % interval)")
+    axes.set_xlabel("tokens a second, with / without speculation\n(line: range in the table)")
     for side in ("top", "right", "left"):
         axes.spines[side].set_visible(False)
     axes.tick_params(axis="y", length=0)
