@@ -42,6 +42,6 @@ def __getattr__(name: str) -> Any:
     for module, names in _MODULES.items():
         if name in names:
             if name == "LLM":  # it imports torch
-                importlib.import_module("aurora_lit.cores").spin_briefly()
+                importlib.import_module("aurora_lit.machine").spin_briefly()
             return getattr(importlib.import_module(module), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -8,8 +8,8 @@ import sys
 def run() -> None:
     """Run the command line; SIGTERM ends it as Ctrl-C would, until a command handles that itself."""
     # Imported here: a process that multiprocessing spawns imports this file again, and has no use for commands.
-    from aurora_lit.cores import spin_briefly
     from aurora_lit.ipc.process_lifetime import raise_exit
+    from aurora_lit.machine import spin_briefly
 
     # Process 1 of a container would ignore it otherwise: for that one the system has no default.
     signal.signal(signal.SIGTERM, raise_exit)

@@ -21,9 +21,9 @@ from rich.console import Console
 from rich.table import Table
 
 from aurora_lit.config import load_config
-from aurora_lit.cores import use_threads
 from aurora_lit.kernels import huge_pages
 from aurora_lit.kernels.packed_linear import PackedLinear
+from aurora_lit.machine import use_threads
 from aurora_lit.models.source import find_target
 from aurora_lit.models.target import Target
 

@@ -34,7 +34,7 @@ import httpx
 import numpy as np
 
 from aurora_lit.drafts.checkpoint import load_draft, read_config
-from aurora_lit.drafts.versions import DraftStore
+from aurora_lit.drafts.store import DraftStore
 from aurora_lit.errors import AuroraError
 from aurora_lit.learn.pretrain.prompts import read_prompts
 from benchmarks.paired import interval

@@ -27,9 +27,15 @@ from torch import Tensor
 from aurora_lit.bench.prompts import load_prompts
 from aurora_lit.config import load_config
 from aurora_lit.learn.online.centroid_publisher import DRIFTED_REQUESTS
-from aurora_lit.modules.domains.centroids import UNKNOWN, Centroids, DomainAssigner
+from aurora_lit.modules.domains.centroids import (
+    MAX_POOLED_POSITIONS,
+    RECENCY,
+    UNKNOWN,
+    Centroids,
+    DomainAssigner,
+    pool_prompt,
+)
 from aurora_lit.modules.domains.clusters import OnlineClusters
-from aurora_lit.modules.domains.embedding import MAX_POOLED_POSITIONS, RECENCY, pool_prompt
 from aurora_lit.serve.worker.build import load_target, load_tokenizer
 
 SERVED, WHOLE, WITH_LAST = f"the last {MAX_POOLED_POSITIONS}", "all but the first and the last", "all but the first"

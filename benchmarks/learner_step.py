@@ -38,7 +38,7 @@ from rich.table import Table
 
 from aurora_lit.bench.prompts import BenchPrompt, answer_prompts, load_prompts, params_for
 from aurora_lit.config import AuroraConfig, load_config
-from aurora_lit.drafts.versions import DraftStore
+from aurora_lit.drafts.store import DraftStore
 from aurora_lit.durable import is_as_begun
 from aurora_lit.errors import AuroraError, ConfigError
 from aurora_lit.ipc.learner_status import LearnerStatusPage

@@ -36,7 +36,7 @@ import psutil
 from aurora_lit.bench.server_process import LOOPBACK, free_port, running_server
 from aurora_lit.bench.stream_plan import read_arrivals
 from aurora_lit.config import load_config
-from aurora_lit.drafts.versions import DraftStore
+from aurora_lit.drafts.store import DraftStore
 from aurora_lit.errors import ConfigError
 from aurora_lit.learn.pretrain.prompts import encode_prompt, read_prompts
 from aurora_lit.serve.worker.build import load_tokenizer

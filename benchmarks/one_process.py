@@ -31,8 +31,8 @@ from rich.table import Table
 from aurora_lit.bench.prompts import BenchPrompt, answer_prompts, load_prompts, params_for
 from aurora_lit.bench.reporting import progress_bar, report_console
 from aurora_lit.config import load_config
-from aurora_lit.cores import use_threads
 from aurora_lit.errors import ConfigError
+from aurora_lit.machine import use_threads
 from aurora_lit.request import SamplingParams
 from aurora_lit.serve.engine.engine import Engine
 from aurora_lit.serve.worker.build import build_engine, load_serving_target

@@ -27,8 +27,8 @@ from rich.table import Table
 from aurora_lit.bench.prompts import load_prompts, params_for
 from aurora_lit.config import load_config
 from aurora_lit.drafts.hot_reload import HotReloader
-from aurora_lit.drafts.rollback import TrafficKind
-from aurora_lit.drafts.versions import DraftStore
+from aurora_lit.drafts.live_watch import TrafficKind
+from aurora_lit.drafts.store import DraftStore
 from aurora_lit.ipc.engine_status import EngineStatusPage
 from aurora_lit.ipc.learner_status import LEARNER_STATUS_NAME, LearnerStatusPage
 from aurora_lit.ipc.ring import RingReader

@@ -21,7 +21,7 @@ from rich.table import Table
 
 from aurora_lit.bench.prompts import load_prompts
 from aurora_lit.config import load_config
-from aurora_lit.cores import use_threads
+from aurora_lit.machine import use_threads
 from aurora_lit.models.source import find_target
 from aurora_lit.models.target import Target
 from aurora_lit.serve.worker.build import load_tokenizer

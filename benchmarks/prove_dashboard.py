@@ -42,7 +42,7 @@ from rich.table import Table
 from aurora_lit.bench.server_process import free_port, running_server
 from aurora_lit.config import draft_folder, load_config, versions_folder
 from aurora_lit.drafts.checkpoint import load_draft, read_config
-from aurora_lit.drafts.versions import DraftStore
+from aurora_lit.drafts.store import DraftStore
 from aurora_lit.modules.draft.eagle3 import Eagle3Draft
 
 ROOT = Path(__file__).resolve().parents[1]

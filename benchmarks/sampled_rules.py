@@ -40,7 +40,7 @@ from torch import Tensor
 
 from aurora_lit.bench.prompts import BenchPrompt, load_prompts
 from aurora_lit.config import load_config
-from aurora_lit.cores import use_threads
+from aurora_lit.machine import use_threads
 from aurora_lit.models.target import Target
 from aurora_lit.modules.draft.eagle3 import Eagle3Draft
 from aurora_lit.modules.losses.unroll import UnrolledChains, unroll, unroll_rounds

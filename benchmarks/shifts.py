@@ -39,9 +39,8 @@ from aurora_lit.bench.prompts import load_prompts
 from aurora_lit.bench.shifts import delays
 from aurora_lit.config import load_config
 from aurora_lit.errors import AuroraError
-from aurora_lit.modules.domains.centroids import UNKNOWN
+from aurora_lit.modules.domains.centroids import RECENCY, UNKNOWN, pool_prompt
 from aurora_lit.modules.domains.detector import DomainDetector, Shift
-from aurora_lit.modules.domains.embedding import RECENCY, pool_prompt
 from aurora_lit.serve.worker.build import load_target, load_tokenizer
 from aurora_lit.traces.record import SOURCE_DRAFT, Trace
 

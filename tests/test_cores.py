@@ -12,8 +12,8 @@ import torch
 from support import child_environment
 from support.fork_host import run_program
 
-from aurora_lit import cores
-from aurora_lit.cores import available_cores
+from aurora_lit import machine as machine_module
+from aurora_lit.machine import available_cores
 
 CORES = sorted(os.sched_getaffinity(0))
 V2 = "31 23 0:28 {root} {folder} rw,relatime - cgroup2 cgroup2 rw"
@@ -48,22 +48,24 @@ def cores_of(machine: FakeMachine, monkeypatch: pytest.MonkeyPatch, *, affinity:
 
 
 def test_affinity_limits_the_cores_of_a_real_process() -> None:
-    code = "from aurora_lit.cores import available_cores\nprint(available_cores())"
+    code = "from aurora_lit.machine import available_cores\nprint(available_cores())"
     for count in range(1, len(CORES) + 1):
         assert int(run(code, CORES[:count])) <= count
     assert run(code, CORES[:1]) == "1\n"
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("pinning", [{"OMP_PROC_BIND": "true"}, {"GOMP_CPU_AFFINITY": f"{CORES[0]}-{CORES[-1]}"}])
 def test_the_cores_are_those_of_before_openmp_has_bound_this_thread_to_one(pinning: dict[str, str]) -> None:
-    for module in ("aurora_lit.__main__, aurora_lit.cores", "aurora_lit.serve.engine_process"):
-        code = f"import {module}, torch; from aurora_lit.cores import available_cores as cores; print(cores())"
+    for module in ("aurora_lit.__main__, aurora_lit.machine", "aurora_lit.serve.engine_process"):
+        code = f"import {module}, torch; from aurora_lit.machine import available_cores as cores; print(cores())"
         found = subprocess.run(
             [sys.executable, "-c", code], env=child_environment(**pinning), capture_output=True, text=True, check=True
         )
         assert int(found.stdout) == len(CORES)
 
 
+@pytest.mark.process
 def test_a_learner_is_not_bound_to_a_core() -> None:
     code = (
         "import os; from aurora_lit.learn.online.process import _lower_priority as begin; begin(1, 1)\n"
@@ -75,13 +77,14 @@ def test_a_learner_is_not_bound_to_a_core() -> None:
     assert int(found.stdout) == len(CORES)
 
 
+@pytest.mark.process
 def test_threads_budgets_and_niceness_follow_affinity_in_a_real_process() -> None:
     code = f"""
 import os
 import torch
 torch.set_num_threads(4)
 os.sched_setaffinity(0, {CORES[:1]})
-from aurora_lit.cores import use_threads
+from aurora_lit.machine import use_threads
 use_threads(0)
 from aurora_lit.learn.online.budget import Budget
 from aurora_lit.serve.engine.thread_budget import ThreadBudget
@@ -98,12 +101,12 @@ print(torch.get_num_threads(), budget._cpus, ThreadBudget(threads=1)._cores)
 def test_threads_are_divided_among_processes_and_never_more_than_torch_would_use(
     default: int, used: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cores, "available_cores", lambda: 6)
+    monkeypatch.setattr(machine_module, "available_cores", lambda: 6)
     before, found = torch.get_num_threads(), list[int]()
     try:
         for threads, processes in ((0, 1), (0, 2), (0, 16), (5, 2)):
             torch.set_num_threads(default)
-            cores.use_threads(threads, processes=processes)
+            machine_module.use_threads(threads, processes=processes)
             found.append(torch.get_num_threads())
     finally:
         torch.set_num_threads(before)

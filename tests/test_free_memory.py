@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from aurora_lit.free_memory import available_bytes
+from aurora_lit.machine import available_bytes
 
 
 @pytest.mark.parametrize("version", [1, 2])

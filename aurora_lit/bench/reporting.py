@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from aurora_lit.config import AuroraConfig
-from aurora_lit.cores import available_cores
+from aurora_lit.machine import available_cores
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,11 +17,10 @@ from pathlib import Path
 from typing import Literal
 
 from aurora_lit.config import AuroraConfig, draft_folder, versions_folder
-from aurora_lit.cores import available_cores
-from aurora_lit.drafts.versions import DraftStore
+from aurora_lit.drafts.versions import PublishedVersions
 from aurora_lit.errors import AuroraError, CheckpointError
-from aurora_lit.free_memory import available_bytes
 from aurora_lit.ipc.run_folder import default_parent
+from aurora_lit.machine import available_bytes, available_cores
 from aurora_lit.models.source import UNQUANTISED, cache_root, cached, unreadable_weights
 from aurora_lit.placement import describe, uses_gpus
 
@@ -297,7 +296,7 @@ def check_draft(config: AuroraConfig) -> Check:
         return _ok("draft", "none: plain decoding")
     if config.learn.enabled and (shape := model_shape(config, folder=_cached_target(config))) is not None:
         try:
-            DraftStore(versions_folder(config), keep=config.checkpoint.keep).check_target(target_shape(shape))
+            PublishedVersions(versions_folder(config)).check_target(target_shape(shape))
         except CheckpointError as error:
             return _warn("draft", str(error), "until then the server's learner does not start")
     if folder is None:

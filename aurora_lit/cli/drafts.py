@@ -14,7 +14,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from aurora_lit.config import AuroraConfig, versions_folder
-from aurora_lit.drafts.versions import DraftStore, version_name
+from aurora_lit.drafts.store import DraftStore
+from aurora_lit.drafts.versions import version_name
 from aurora_lit.errors import CheckpointError
 
 _NOT_SCORES = {"time", "before"}

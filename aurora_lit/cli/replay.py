@@ -26,9 +26,9 @@ from rich.table import Table
 
 from aurora_lit import __version__
 from aurora_lit.config import AuroraConfig
-from aurora_lit.cores import use_threads
 from aurora_lit.drafts.checkpoint import check_replaceable, save_draft
-from aurora_lit.drafts.versions import DraftStore, settings_to_serve
+from aurora_lit.drafts.store import DraftStore
+from aurora_lit.drafts.versions import settings_to_serve
 from aurora_lit.durable import replace_file
 from aurora_lit.errors import AuroraError, CheckpointError, ConfigError
 from aurora_lit.ipc.process_lifetime import sigterm_as_exit
@@ -46,6 +46,7 @@ from aurora_lit.learn.online.build import load_head_and_draft
 from aurora_lit.learn.online.data_parallel import broadcast_plain
 from aurora_lit.learn.online.gate import MIN_REQUESTS
 from aurora_lit.learn.training_precision import NAMES_OF_PRECISIONS, one_process_fabric, training_precision
+from aurora_lit.machine import use_threads
 from aurora_lit.modules.draft.eagle3 import Eagle3Draft
 from aurora_lit.progress import Progress
 

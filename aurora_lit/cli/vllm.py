@@ -26,7 +26,7 @@ from prometheus_client import CollectorRegistry, start_http_server
 from aurora_lit.config import AuroraConfig, draft_folder, load_config, to_yaml, versions_folder
 from aurora_lit.drafts.checkpoint import read_config
 from aurora_lit.drafts.export import loadable
-from aurora_lit.drafts.versions import DraftStore
+from aurora_lit.drafts.versions import PublishedVersions
 from aurora_lit.errors import CheckpointError, ConfigError
 from aurora_lit.ipc.engine_status import STATUS_NAME, EngineStatusPage, WorkerState
 from aurora_lit.ipc.learner_status import LEARNER_STATUS_NAME, LearnerStatusPage
@@ -208,20 +208,20 @@ def _deployment(config: AuroraConfig, folder: Path) -> Deployment:
         segment_tokens=config.trace.segment_tokens,
         overlap_tokens=config.trace.overlap_tokens,
     )
-    if (current := _readable_current(DraftStore(deployment.versions, keep=deployment.keep))) is not None:
+    if (current := _readable_current(PublishedVersions(deployment.versions))) is not None:
         deployment.check_shape(current)
     return deployment
 
 
-def _readable_current(store: DraftStore) -> Path | None:
+def _readable_current(published: PublishedVersions) -> Path | None:
     """The folder of the current version; None if there is none, or it is damaged, which vLLM's log will say."""
     try:
-        if (version := store.current()) is None:
+        if (version := published.current()) is None:
             return None
-        read_config(store.folder / version)
+        read_config(published.folder / version)
     except CheckpointError:
         return None
-    return store.folder / version
+    return published.folder / version
 
 
 def _serve_metrics(folder: Path, page: LearnerStatusPage, *, host: str, port: int, model: str) -> None:

@@ -11,9 +11,10 @@ Start with checkpoint.py. The files, each importing only files above it:
     public_forms.py   EAGLE-3 checkpoints as SGLang, SpecForge and speculators write them
     checkpoint.py     one checkpoint in EAGLE-3's layout: written atomically, validated when read
     centroid_file.py  the learner's domains, by which the engine assigns requests
-    versions.py       published versions (DraftStore): publish, current, roll back, promote, prune
+    versions.py       the published versions, read: current, all, the one before another
+    store.py          the published versions, changed (DraftStore): publish, prune, roll back, promote
     hot_reload.py     loads and checks the version that CURRENT names, or refuses it
-    rollback.py       the trial of a new draft on live traffic
+    live_watch.py     the trial of a new draft on live traffic
     initial.py        an untrained draft: vocabulary from token counts, weights from the target's last layer
     export.py         a draft in the form that vLLM and SGLang load
 """

@@ -35,7 +35,7 @@ CENTROIDS_NAME = "domains.safetensors"
 """The file's name in the folder of a deployment's versions."""
 FORMAT = 3
 """Number of the format, which changes whenever a reader would misunderstand another version's file. So it does with the
-mean that embeddings are (modules/domains/embedding.py)."""
+mean that embeddings are (modules/domains/centroids.py)."""
 _TENSORS = {"centroids": "centroid_DE", "mean": "mean_E", "variance": "variance_E"}
 """Names in the file and in `Centroids`."""
 _MAX_HEADER_BYTES = 1 << 16

@@ -30,7 +30,7 @@ from aurora_lit.drafts.checkpoint import (
     without_identity,
 )
 from aurora_lit.drafts.public_forms import LAYER_IDS, eagle_config
-from aurora_lit.drafts.versions import DraftStore, version_name
+from aurora_lit.drafts.versions import PublishedVersions, version_name
 from aurora_lit.durable import sync
 from aurora_lit.errors import CheckpointError
 
@@ -105,7 +105,7 @@ def loadable(draft: Path, folder: Path) -> Path:
 
 
 def _source(config: AuroraConfig, version: int | None) -> Path:
-    store = DraftStore(versions_folder(config), keep=config.checkpoint.keep)
+    store = PublishedVersions(versions_folder(config))
     if version is not None:
         folder = store.folder / version_name(version)
         if not folder.is_dir():

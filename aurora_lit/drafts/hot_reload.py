@@ -3,8 +3,8 @@
 The engine's thread only polls between rounds whether a draft is ready, which costs it reading an attribute. A version
 that cannot be served is refused with a reason, and the present draft continues to serve; while CURRENT names it, it is
 tried again, less and less often. The thread also looks for new domains (serve/worker/domain_watch.py). Leaves out where
-versions are stored (drafts/versions.py), how a draft is checked (drafts/checkpoint.py,
-serve/speculation/runtime_draft.py), what a swap does (serve/engine/engine.py), when to roll back (drafts/rollback.py).
+versions are stored (drafts/store.py), how a draft is checked (drafts/checkpoint.py and, for serving,
+serve/speculation/runtime_draft.py), what a swap does (serve/engine/engine.py), when to roll back (live_watch.py).
 
 Lifecycle: `first` before serving, then `start`; `poll` every round; `close` at the end.
 
@@ -27,7 +27,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from aurora_lit.drafts.versions import CURRENT_NAME, DraftStore
+from aurora_lit.drafts.store import DraftStore
+from aurora_lit.drafts.versions import CURRENT_NAME
 from aurora_lit.errors import AuroraError
 from aurora_lit.kernels import native
 

@@ -17,7 +17,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import aurora_lit.cores  # noqa: F401  # counts them before torch is loaded
+import aurora_lit.machine  # noqa: F401  # counts them before torch is loaded
 from aurora_lit.config import AuroraConfig, draft_folder, load_config, max_proposal_length, versions_folder
 from aurora_lit.errors import AuroraError
 from aurora_lit.ipc.engine_status import STATUS_NAME, EngineStatusPage, WorkerState
@@ -98,7 +98,7 @@ def _live_draft(config: AuroraConfig, parts: WorkerParts) -> LiveDraft | None:
         return None
     from aurora_lit.drafts.centroid_file import CENTROIDS_NAME
     from aurora_lit.drafts.hot_reload import HotReloader
-    from aurora_lit.drafts.versions import DraftStore
+    from aurora_lit.drafts.store import DraftStore
     from aurora_lit.serve.worker.domain_watch import DomainWatch
     from aurora_lit.serve.worker.live_draft import LiveDraft
 

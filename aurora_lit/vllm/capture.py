@@ -5,7 +5,7 @@ proposals. Of a request with n rows, k of them proposals, a of these accepted, t
 follow each other; after a prefix hit they begin at a position above 0; a preempted request begins anew, and what is
 held already is skipped. A request's last tokens may have been computed although it ended before: they are cut off.
 
-Knows nothing of vLLM's objects (runners.py reads them), and copies nothing from a GPU (copies.py).
+Knows nothing of vLLM's objects (runners.py reads them), and copies nothing from a GPU (device_transfer.py).
 
 Shapes: T positions, Q rows of a step, H hidden, R rounds, K proposals, N rejected positions.
 """
@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from aurora_lit.drafts.rollback import TrafficKind
+from aurora_lit.drafts.live_watch import TrafficKind
 from aurora_lit.request import MAX_DOMAIN_CHARACTERS
 from aurora_lit.traces.record import SOURCE_DRAFT, SOURCE_NONE, RoundNote, Trace, round_tensors
 

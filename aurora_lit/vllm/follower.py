@@ -24,7 +24,7 @@ from typing import Any, Protocol
 
 from aurora_lit.drafts.checkpoint import load_draft, read_config
 from aurora_lit.drafts.hot_reload import HotReloader, ReadyDraft
-from aurora_lit.drafts.versions import DraftStore
+from aurora_lit.drafts.store import DraftStore
 from aurora_lit.errors import AuroraError
 from aurora_lit.ipc.engine_status import STATUS_NAME, EngineStatusPage
 from aurora_lit.vllm.deployment import Deployment

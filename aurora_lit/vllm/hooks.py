@@ -19,8 +19,8 @@ from typing import Any
 import torch
 
 from aurora_lit.vllm.capture import Capture, RoundOutcome, Step
-from aurora_lit.vllm.copies import PendingStep, copy_step, own_rows
-from aurora_lit.vllm.runners import Batch, RunnerReader, new_requests, resumed_requests
+from aurora_lit.vllm.device_transfer import PendingStep, copy_step, own_rows
+from aurora_lit.vllm.runners import Batch, KnownRunner, new_requests, resumed_requests
 
 MAX_ERRORS = 3
 """After this many exceptions capture is turned off."""
@@ -35,7 +35,7 @@ class RunnerHooks:
     def __init__(
         self,
         runner: Any,
-        reader: RunnerReader,
+        reader: KnownRunner,
         capture: Capture,
         observe: Callable[[Step, Sequence[RoundOutcome]], None],
         requests_ended: Callable[[], None],

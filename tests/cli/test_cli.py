@@ -220,7 +220,7 @@ def test_learn_and_status_without_a_server_say_so(monkeypatch: pytest.MonkeyPatc
 
 
 def test_drafts_are_listed_returned_to_and_promoted(tmp_path: Path) -> None:
-    from aurora_lit.drafts.versions import DraftStore
+    from aurora_lit.drafts.store import DraftStore
     from aurora_lit.modules.draft.eagle3 import Eagle3Config, Eagle3Draft
 
     where = f"checkpoint.dir={tmp_path}"

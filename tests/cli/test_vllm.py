@@ -38,7 +38,7 @@ from aurora_lit.cli.vllm import (
 from aurora_lit.cli.vllm_recipe import recipe
 from aurora_lit.config import PROJECT_FOLDER, AuroraConfig, draft_folder, load_config
 from aurora_lit.drafts.checkpoint import save_draft
-from aurora_lit.drafts.versions import DraftStore
+from aurora_lit.drafts.store import DraftStore
 from aurora_lit.errors import CheckpointError, ConfigError
 from aurora_lit.ipc.engine_status import STATUS_NAME, EngineStatusPage, WorkerState
 from aurora_lit.ipc.learner_status import LEARNER_STATUS_NAME, LearnerStatusPage

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from aurora_lit.cli.main import main
 from aurora_lit.drafts.checkpoint import load_draft, read_config, save_draft
-from aurora_lit.drafts.versions import DraftStore
+from aurora_lit.drafts.store import DraftStore
 from aurora_lit.modules.draft.eagle3 import Eagle3Draft
 
 H, V, N, G, D, M, L = 64, 61, 2, 1, 32, 80, 7

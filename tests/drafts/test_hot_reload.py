@@ -18,7 +18,7 @@ from support.fake_drafts import SMALL_SHAPE
 
 from aurora_lit.drafts import hot_reload
 from aurora_lit.drafts.hot_reload import MOST_RETRY_S, RECORD_EVERY_S, RETRY_S, HotReloader, ReadyDraft
-from aurora_lit.drafts.versions import DraftStore
+from aurora_lit.drafts.store import DraftStore
 from aurora_lit.errors import CheckpointError
 from aurora_lit.kernels import native
 from aurora_lit.modules.draft.eagle3 import Eagle3Config, Eagle3Draft

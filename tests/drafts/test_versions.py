@@ -16,9 +16,10 @@ from support.fork_host import run_program
 from support.tiny_models import random_draft, save_model
 
 from aurora_lit.drafts import checkpoint as checkpoint_module
-from aurora_lit.drafts import versions as versions_module
+from aurora_lit.drafts import store as store_module
 from aurora_lit.drafts.checkpoint import load_draft
-from aurora_lit.drafts.versions import DraftStore, version_number
+from aurora_lit.drafts.store import DraftStore
+from aurora_lit.drafts.versions import version_number
 from aurora_lit.errors import CheckpointError
 from aurora_lit.models.target import Target
 from aurora_lit.modules.draft.eagle3 import Eagle3Draft
@@ -89,9 +90,9 @@ def test_everything_is_on_disk_before_current_names_it(
 
         return wrapped
 
-    monkeypatch.setattr(versions_module, "sync", recording(versions_module.sync, "sync"))
+    monkeypatch.setattr(store_module, "sync", recording(store_module.sync, "sync"))
     monkeypatch.setattr(checkpoint_module, "sync", recording(checkpoint_module.sync, "sync"))
-    monkeypatch.setattr(versions_module.os, "replace", recording(versions_module.os.replace, "name"))
+    monkeypatch.setattr(store_module.os, "replace", recording(store_module.os.replace, "name"))
     store.publish(draft, record={})
     new = "live/.new.draft-000001"
     files = ("config.json", "model.safetensors", "value_head.safetensors", "manifest.json")
@@ -148,7 +149,7 @@ def test_a_draft_that_cannot_be_written_leaves_nothing(
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(store, "_write", full)
+    monkeypatch.setattr(store_module._Files, "write", full)
     with pytest.raises(OSError, match="No space"):
         store.publish(draft, record={})
     assert sorted(path.name for path in store.folder.iterdir()) == before
@@ -284,7 +285,7 @@ import torch
 from support.crash_points import kill_at_every_step
 from aurora_lit.drafts.checkpoint import load_draft
 from aurora_lit.modules.draft.eagle3 import Eagle3Draft, Eagle3Config
-from aurora_lit.drafts.versions import DraftStore
+from aurora_lit.drafts.store import DraftStore
 
 torch.set_num_threads(1)
 os.fsync = lambda _: None  # a killed process loses nothing that it has written; the disk is slow

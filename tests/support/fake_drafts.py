@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from aurora_lit.drafts.versions import DraftStore
+from aurora_lit.drafts.store import DraftStore
 from aurora_lit.modules.draft.eagle3 import Eagle3Config, Eagle3Draft
 
 SMALL_SHAPE: dict[str, Any] = {

@@ -21,7 +21,7 @@ import pytest
 import torch
 
 from aurora_lit.drafts.checkpoint import load_draft, save_draft
-from aurora_lit.drafts.versions import DraftStore
+from aurora_lit.drafts.store import DraftStore
 from aurora_lit.ipc.engine_status import STATUS_NAME, EngineStatusPage
 from aurora_lit.ipc.learner_status import LEARNER_STATUS_NAME, LearnerStatusPage
 from aurora_lit.ipc.ring import RingWriter

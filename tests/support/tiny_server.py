@@ -37,7 +37,7 @@ from transformers import PreTrainedTokenizerFast
 
 from aurora_lit.bench.server_process import free_port
 from aurora_lit.drafts.checkpoint import save_draft
-from aurora_lit.drafts.versions import DraftStore
+from aurora_lit.drafts.store import DraftStore
 from aurora_lit.ipc.engine_status import STATUS_NAME, EngineStatus, EngineStatusPage
 from aurora_lit.ipc.learner_status import LEARNER_STATUS_NAME, LearnerStatus, LearnerStatusPage
 from aurora_lit.models.target import Target

@@ -23,7 +23,7 @@ import httpx
 from aurora_lit.bench.server_process import free_port
 from aurora_lit.config import PROJECT_FOLDER, load_config
 from aurora_lit.drafts.checkpoint import CONFIG_NAME, WEIGHTS_NAME
-from aurora_lit.drafts.versions import DraftStore
+from aurora_lit.drafts.store import DraftStore
 from aurora_lit.errors import ConfigError
 from aurora_lit.ipc.engine_status import STATUS_NAME, EngineStatus, EngineStatusPage
 from aurora_lit.ipc.ring import RingReader

@@ -20,7 +20,7 @@ from support.made_vllm import (
     token,
 )
 
-from aurora_lit.drafts.rollback import TrafficKind
+from aurora_lit.drafts.live_watch import TrafficKind
 from aurora_lit.traces.record import Trace, check
 from aurora_lit.vllm.capture import PROMPT_TOKENS, Capture, RoundOutcome, Step
 from aurora_lit.vllm.hooks import RunnerHooks

@@ -15,8 +15,8 @@ from support.fake_drafts import SMALL_SHAPE
 from support.spoiled_drafts import SPOILED, Spoiled
 
 from aurora_lit.drafts.checkpoint import save_draft
-from aurora_lit.drafts.rollback import TrafficKind
-from aurora_lit.drafts.versions import DraftStore
+from aurora_lit.drafts.live_watch import TrafficKind
+from aurora_lit.drafts.store import DraftStore
 from aurora_lit.ipc.engine_status import STATUS_NAME, EngineStatusPage
 from aurora_lit.modules.draft.eagle3 import Eagle3Config, Eagle3Draft
 from aurora_lit.vllm import follower

@@ -22,7 +22,7 @@ from aurora_lit.learn.online.load_watch import LoadWatch
 from aurora_lit.traces.record import LAYOUT_DIGEST, from_bytes
 from aurora_lit.vllm.capture import Capture
 from aurora_lit.vllm.deployment import Deployment
-from aurora_lit.vllm.known_versions import RUNNERS
+from aurora_lit.vllm.runners import V1
 from aurora_lit.vllm.worker import WorkerExtension, _is_behind
 
 MakeWorker = Callable[[], Any]
@@ -59,8 +59,8 @@ def run_folder(tmp_path: Path) -> Path:
 @pytest.fixture
 def make_worker(monkeypatch: pytest.MonkeyPatch) -> MakeWorker:
     """Makes workers of rank 0 on a V1 runner, where vLLM's modules are made too."""
-    package, state, distributed = ModuleType("vllm"), ModuleType(RUNNERS[0].module), ModuleType("parallel_state")
-    fields = [(name, Any) for name in RUNNERS[0].state_fields]
+    package, state, distributed = ModuleType("vllm"), ModuleType(V1.module), ModuleType("parallel_state")
+    fields = [(name, Any) for name in V1.state_fields]
     made: dict[str, Any] = {
         "version": "0.32.0",
         "ExecuteModelState": NamedTuple("ExecuteModelState", fields),  # type: ignore[misc]
@@ -74,10 +74,10 @@ def make_worker(monkeypatch: pytest.MonkeyPatch) -> MakeWorker:
         "vllm": package,
         "vllm.distributed": ModuleType("vllm.distributed"),
         "vllm.distributed.parallel_state": distributed,
-        RUNNERS[0].module: state,
+        V1.module: state,
     }.items():
         monkeypatch.setitem(sys.modules, name, module)
-    runner_class = type("GPUModelRunner", (MadeV1Runner,), {"__module__": RUNNERS[0].module})
+    runner_class = type("GPUModelRunner", (MadeV1Runner,), {"__module__": V1.module})
     return lambda: MadeWorker(runner_class())
 
 

@@ -47,7 +47,6 @@ from aurora_lit.bench.reporting import progress_bar
 from aurora_lit.bench.stream import MEASURED, TRAFFIC, check_target, read_stream_info
 from aurora_lit.bench.stream_plan import phase_of
 from aurora_lit.config import AuroraConfig, copied_tokens, draft_folder, max_proposal_length, resolved_memory_scope
-from aurora_lit.cores import use_threads
 from aurora_lit.drafts.checkpoint import read_config
 from aurora_lit.durable import is_as_begun
 from aurora_lit.errors import ConfigError
@@ -57,6 +56,7 @@ from aurora_lit.learn.offline.on_policy import RECORDED_VERSION, RoundSimulator
 from aurora_lit.learn.offline.replay import Replay, blocks, read_traces
 from aurora_lit.learn.online.build import load_head_and_draft
 from aurora_lit.learn.training_precision import one_process_fabric
+from aurora_lit.machine import use_threads
 from aurora_lit.models.packed_target import safetensors_digest
 from aurora_lit.modules.draft.eagle3 import Eagle3Draft
 from aurora_lit.serve.speculation.calibration import calibration_steps

@@ -34,7 +34,8 @@ import torch
 from lightning.fabric import Fabric
 
 from aurora_lit.config import AuroraConfig
-from aurora_lit.drafts.versions import DraftStore, version_name, version_number
+from aurora_lit.drafts.store import DraftStore
+from aurora_lit.drafts.versions import version_name, version_number
 from aurora_lit.errors import AuroraError, TraceError
 from aurora_lit.learn.data.labelled_trace import is_compatible
 from aurora_lit.learn.data.target_head import TargetHead

@@ -22,7 +22,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from enum import Enum
 
-from aurora_lit.cores import available_cores
+from aurora_lit.machine import available_cores
 
 _SAVED_S = 10.0
 """Largest balance, in seconds of the share: after waiting for traces a learner may take a few steps at once."""

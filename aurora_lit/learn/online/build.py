@@ -19,7 +19,8 @@ from lightning.fabric.loggers.tensorboard import TensorBoardLogger
 from aurora_lit.config import AuroraConfig, draft_folder, versions_folder
 from aurora_lit.drafts.checkpoint import load_draft, read_config
 from aurora_lit.drafts.initial import DRAFT_VOCABULARY_SIZE, initial_draft
-from aurora_lit.drafts.versions import DraftStore, version_number
+from aurora_lit.drafts.store import DraftStore
+from aurora_lit.drafts.versions import version_number
 from aurora_lit.errors import CheckpointError, ConfigError
 from aurora_lit.ipc.engine_status import EngineStatusPage
 from aurora_lit.ipc.learner_status import LearnerStatusPage

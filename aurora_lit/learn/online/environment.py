@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
-from aurora_lit.drafts.versions import DraftStore
+from aurora_lit.drafts.store import DraftStore
 from aurora_lit.ipc.learner_status import LearnerStatusPage
 from aurora_lit.learn.online.budget import ServerLoad
 from aurora_lit.modules.draft.eagle3 import Eagle3Draft

@@ -33,8 +33,7 @@ from aurora_lit.learn.training_precision import one_process_fabric
 from aurora_lit.modules.domains.controller import DomainController
 from aurora_lit.modules.draft.eagle3 import Eagle3Draft
 from aurora_lit.modules.losses.batch import OnlineBatch
-from aurora_lit.modules.losses.draft_module import DraftModule
-from aurora_lit.modules.losses.gradients import clip_gradients
+from aurora_lit.modules.losses.draft_module import DraftModule, clip_gradients
 from aurora_lit.modules.losses.objective import OnlineReport
 
 STARTING_VERSION = "start"

@@ -14,7 +14,8 @@ import logging
 from collections.abc import Callable
 
 from aurora_lit.drafts.centroid_file import CENTROIDS_NAME, published_names
-from aurora_lit.drafts.versions import DraftStore, version_number
+from aurora_lit.drafts.store import DraftStore
+from aurora_lit.drafts.versions import version_number
 from aurora_lit.errors import AuroraError, CheckpointError, TraceError
 from aurora_lit.learn.data.labelled_trace import is_compatible
 from aurora_lit.learn.data.online_batcher import OnlineBatcher

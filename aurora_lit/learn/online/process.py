@@ -22,12 +22,12 @@ from typing import TYPE_CHECKING
 import psutil
 
 from aurora_lit.config import AuroraConfig, versions_folder
-from aurora_lit.cores import PINNING, available_cores
-from aurora_lit.drafts.versions import lock
+from aurora_lit.drafts.store import lock
 from aurora_lit.errors import AuroraError
 from aurora_lit.ipc.engine_status import STATUS_NAME, EngineStatus, EngineStatusPage
 from aurora_lit.ipc.learner_status import LEARNER_STATUS_NAME, LearnerStatusPage
 from aurora_lit.ipc.run_folder import FOLDER_VARIABLE, RING_NAME
+from aurora_lit.machine import PINNING, available_cores
 
 if TYPE_CHECKING:
     from aurora_lit.learn.online.loop import OnlineLoop

@@ -22,7 +22,6 @@ from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
 from aurora_lit.config import AuroraConfig
-from aurora_lit.cores import use_threads
 from aurora_lit.drafts.checkpoint import check_replaceable, load_draft, save_draft
 from aurora_lit.drafts.initial import DRAFT_VOCABULARY_SIZE, choose_vocabulary, initial_draft
 from aurora_lit.drafts.versions import settings_to_serve
@@ -34,6 +33,7 @@ from aurora_lit.learn.pretrain.prompts import encode_prompt, read_prompts
 from aurora_lit.learn.pretrain.record_text import record_pieces, text_pieces
 from aurora_lit.learn.pretrain.trainer import DraftTrainer, TrainerOptions, positions_trained
 from aurora_lit.learn.training_precision import training_dtype
+from aurora_lit.machine import use_threads
 from aurora_lit.models.packed_target import safetensors_digest
 from aurora_lit.models.source import find_target
 from aurora_lit.models.target import Target

@@ -25,8 +25,7 @@ from aurora_lit.learn.data.training_state import read_state, write_state
 from aurora_lit.learn.training_precision import one_process_fabric
 from aurora_lit.modules.losses.batch import OnlineBatch
 from aurora_lit.modules.losses.chain_losses import accepted_proposals
-from aurora_lit.modules.losses.draft_module import DraftModule
-from aurora_lit.modules.losses.gradients import clip_gradients
+from aurora_lit.modules.losses.draft_module import DraftModule, clip_gradients
 from aurora_lit.modules.losses.objective import StepReport
 from aurora_lit.progress import Progress
 from aurora_lit.traces.log import ShardInfo

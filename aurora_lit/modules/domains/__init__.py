@@ -4,8 +4,7 @@ A domain is described by its label, which a client gave, or by a number ("auto-3
 
 May import: traces/, modules/losses/batch.py. Start with detector.py. The files, each importing only those above it:
 
-    embedding.py    the mean of hidden states by which a prompt's domain is decided
-    centroids.py    clusters at one moment, and DomainAssigner, which assigns requests to them while serving
+    centroids.py    a prompt's embedding, clusters at one moment, and DomainAssigner, which assigns while serving
     clusters.py     online k-means over embeddings, with a maximum number of clusters
     shifts.py       tests on the mix of domains and on the acceptance rate of each
     detector.py     which domain a request belongs to, and when traffic shifts

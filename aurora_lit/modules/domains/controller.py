@@ -21,9 +21,8 @@ from typing import Any
 
 from torch.optim import Optimizer
 
-from aurora_lit.modules.domains.centroids import UNKNOWN
+from aurora_lit.modules.domains.centroids import RECENCY, UNKNOWN
 from aurora_lit.modules.domains.detector import DomainAssignment, DomainDetector, Shift
-from aurora_lit.modules.domains.embedding import RECENCY
 from aurora_lit.modules.domains.lr_schedule import DomainAwareLR
 from aurora_lit.modules.losses.batch import OnlineBatch
 from aurora_lit.traces.record import Trace

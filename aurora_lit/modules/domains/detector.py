@@ -1,7 +1,7 @@
 """Assigns each request to a domain, learned online from the target's hidden states, and detects shifts of the traffic.
 
 A request's embedding is a mean of the target's auxiliary hidden states over its prompt
-(modules/domains/embedding.py). A cluster of embeddings is a domain. Requests outside all clusters have the domain
+(modules/domains/centroids.py). A cluster of embeddings is a domain. Requests outside all clusters have the domain
 UNKNOWN. A label that the client gave takes precedence.
 
 Leaves out the clustering (modules/domains/clusters.py), the statistical tests (modules/domains/shifts.py), and how
@@ -23,9 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from aurora_lit.modules.domains.centroids import AUTO_PREFIX, UNKNOWN, Centroids, client_label
+from aurora_lit.modules.domains.centroids import AUTO_PREFIX, RECENCY, UNKNOWN, Centroids, client_label, pool_prompt
 from aurora_lit.modules.domains.clusters import ClusterAssignment, OnlineClusters
-from aurora_lit.modules.domains.embedding import RECENCY, pool_prompt
 from aurora_lit.modules.domains.shifts import AcceptanceDropDetector, MixShiftDetector
 from aurora_lit.traces.record import SOURCE_DRAFT, Trace
 

@@ -17,7 +17,6 @@ those above it:
     chain_losses.py  the LK and value losses of chains, ending those that are hardly reached
     policy.py        the policy terms: which rounds can be used, and their losses
     muon.py          Muon by blocks of rows, the optimizer of the draft's matrices
-    gradients.py     clipping gradients, some of which are sparse
     objective.py     weights of the loss's terms, and what a step reports of them
-    draft_module.py  the draft as a LightningModule: LK and value loss; online, the policy terms too
+    draft_module.py  the draft as a LightningModule: its losses, optimizers and clipping
 """

@@ -11,7 +11,7 @@ V target vocabulary, Vd draft vocabulary, N = B·T rows, R rows that have a weig
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import overload
 
 import torch
@@ -297,6 +297,23 @@ class DraftModule(LightningModule):
             torch.optim.AdamW(others, lr=rate, betas=(0.9, 0.95), weight_decay=0.0, fused=True),
             torch.optim.SparseAdam([head], lr=rate, betas=(0.9, 0.95)),
         ]
+
+
+def clip_gradients(parameters: Iterable[nn.Parameter], *, max_norm: float = 1.0) -> torch.Tensor:
+    """Clip the gradients of all parameters together, in place, to a norm; returns their norm before.
+
+    Sparse gradients may have rows more than once; they have each row once afterwards.
+    """
+    values = []
+    for parameter in parameters:
+        if parameter.grad is not None and parameter.grad.is_sparse:
+            parameter.grad = parameter.grad.coalesce()
+            values.append(parameter.grad.values())
+        elif parameter.grad is not None:
+            values.append(parameter.grad)
+    norm = torch.nn.utils.get_total_norm(values)
+    torch._foreach_mul_(values, (max_norm / (norm + 1e-6)).clamp(max=1.0))
+    return norm
 
 
 def _scatter_rows(values_KR: torch.Tensor, row_R: torch.Tensor, num_rows: int) -> torch.Tensor:

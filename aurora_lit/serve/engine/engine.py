@@ -29,8 +29,7 @@ from aurora_lit.drafts.versions import version_number
 from aurora_lit.errors import RequestError
 from aurora_lit.grammars.matcher import GrammarCompiler
 from aurora_lit.models.target import Target
-from aurora_lit.modules.domains.centroids import DomainAssigner, client_label
-from aurora_lit.modules.domains.embedding import pool_prompt
+from aurora_lit.modules.domains.centroids import DomainAssigner, client_label, pool_prompt
 from aurora_lit.modules.draft.eagle3 import Eagle3Draft
 from aurora_lit.request import Output, Request
 from aurora_lit.serve.engine.commit import Commit

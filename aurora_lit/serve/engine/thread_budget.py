@@ -20,7 +20,7 @@ from collections.abc import Callable
 
 import torch
 
-from aurora_lit.cores import available_cores
+from aurora_lit.machine import available_cores
 
 _LEAST_SHARE = 0.75
 """Passes that get less than this share of the processor time of their threads compete with another process. Undisturbed

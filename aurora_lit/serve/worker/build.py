@@ -17,17 +17,16 @@ from typing import TYPE_CHECKING
 import torch
 
 from aurora_lit.config import AuroraConfig, copied_tokens, draft_folder, resolved_memory_scope
-from aurora_lit.cores import available_cores, use_threads
 from aurora_lit.drafts.centroid_file import read_centroids
 from aurora_lit.drafts.checkpoint import check_fits, load_draft, read_config
 from aurora_lit.errors import ConfigError, RingError
-from aurora_lit.free_memory import available_bytes
 from aurora_lit.grammars.matcher import GrammarCompiler
 from aurora_lit.ipc.learner_status import LEARNER_STATUS_NAME, LearnerStatusPage
 from aurora_lit.ipc.ring import RingWriter
 from aurora_lit.ipc.run_folder import RING_NAME
 from aurora_lit.kernels import native
 from aurora_lit.kernels.build import processor_name
+from aurora_lit.machine import available_bytes, available_cores, use_threads
 from aurora_lit.models import packed_target
 from aurora_lit.models.kv_cache import cache_bytes, kv_heads_of
 from aurora_lit.models.source import cache_root, find_target, read_model_config

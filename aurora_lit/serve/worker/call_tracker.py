@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from aurora_lit.drafts.rollback import TrafficKind
+from aurora_lit.drafts.live_watch import TrafficKind
 from aurora_lit.ipc.messages import Call, Delta
 from aurora_lit.modules.sampling.distribution import has_options
 from aurora_lit.request import Output, Request

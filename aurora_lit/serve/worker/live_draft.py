@@ -1,7 +1,7 @@
 """The draft that serves: swaps a new one in between rounds, tries it on live traffic, and rolls a bad one back.
 
 Domains that the learner has published are swapped in here too. Connects loading (drafts/hot_reload.py,
-serve/worker/domain_watch.py), the trial (drafts/rollback.py) and the engine, and leaves out all of these. Used by
+serve/worker/domain_watch.py), the trial (drafts/live_watch.py) and the engine, and leaves out all of these. Used by
 the thread that runs rounds.
 
     live_draft = LiveDraft(engine, reloader)       # swaps in the version that CURRENT names
@@ -16,7 +16,7 @@ import logging
 from collections.abc import Callable, Sequence
 
 from aurora_lit.drafts.hot_reload import HotReloader, ReadyDraft, Refusal
-from aurora_lit.drafts.rollback import RollbackWatch, TrafficKind
+from aurora_lit.drafts.live_watch import LiveWatch, TrafficKind
 from aurora_lit.request import Output
 from aurora_lit.serve.worker.domain_watch import DomainWatch
 from aurora_lit.serve.worker.parts import EngineInterface
@@ -34,7 +34,7 @@ class LiveDraft:
         """
         self._engine, self._reloader, self.domain_watch = engine, reloader, domain_watch
         self._starting_version = engine.draft_version
-        self._watch = RollbackWatch()
+        self._watch = LiveWatch()
         self.num_swaps = 0
         """Swaps since serving began; the first version does not count."""
         self.num_rollbacks = 0

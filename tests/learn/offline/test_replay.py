@@ -32,7 +32,7 @@ from aurora_lit.cli.main import main
 from aurora_lit.cli.replay import report
 from aurora_lit.config import load_config, to_yaml
 from aurora_lit.drafts.checkpoint import load_draft, save_draft
-from aurora_lit.drafts.versions import DraftStore
+from aurora_lit.drafts.store import DraftStore
 from aurora_lit.errors import AuroraError
 from aurora_lit.kernels import native
 from aurora_lit.learn import training_precision as training_precision_module

@@ -22,7 +22,7 @@ from aurora_lit.learn.online.learner import PATIENCE_TRIALS, STARTING_VERSION, L
 from aurora_lit.models.target import Target
 from aurora_lit.modules.domains.detector import DomainDetector
 from aurora_lit.modules.draft.eagle3 import Eagle3Draft
-from aurora_lit.modules.losses.gradients import clip_gradients
+from aurora_lit.modules.losses.draft_module import clip_gradients
 from aurora_lit.traces.record import Trace
 
 

@@ -18,7 +18,7 @@ from support.learner_harness import LearnerHarness
 from support.live_traces import asked_again, make_controller, serve, some_requests
 
 from aurora_lit.drafts.centroid_file import CENTROIDS_NAME, read_centroids, write_centroids
-from aurora_lit.drafts.versions import DraftStore
+from aurora_lit.drafts.store import DraftStore
 from aurora_lit.errors import AuroraError, CheckpointError
 from aurora_lit.learn.online import gate, loop
 from aurora_lit.learn.online.budget import Budget, ServerLoad, ShareLimit

@@ -20,7 +20,7 @@ from support.trace_examples import numbered_trace
 from aurora_lit.config import AuroraConfig, load_config, versions_folder
 from aurora_lit.drafts.checkpoint import load_draft, read_config, save_draft
 from aurora_lit.drafts.initial import choose_vocabulary
-from aurora_lit.drafts.versions import DraftStore
+from aurora_lit.drafts.store import DraftStore
 from aurora_lit.errors import CheckpointError, ConfigError
 from aurora_lit.learn.data import log_batches
 from aurora_lit.learn.pretrain import stages

@@ -15,7 +15,7 @@ from support.domain_prompts import KINDS, PromptMaker
 from torch import Tensor
 
 from aurora_lit.learn.offline.on_policy import RECORDED_VERSION
-from aurora_lit.modules.domains.centroids import UNKNOWN
+from aurora_lit.modules.domains.centroids import UNKNOWN, pool_prompt
 from aurora_lit.modules.domains.detector import (
     DomainAssignment,
     DomainDetector,
@@ -23,7 +23,6 @@ from aurora_lit.modules.domains.detector import (
     acceptance_rate,
     prompt_embedding,
 )
-from aurora_lit.modules.domains.embedding import pool_prompt
 from aurora_lit.traces.record import SOURCE_DRAFT, Trace
 
 

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from aurora_lit.modules.domains.embedding import MAX_POOLED_POSITIONS, pool_prompt
+from aurora_lit.modules.domains.centroids import MAX_POOLED_POSITIONS, pool_prompt
 
 
 def weights_of(prompt_length: int) -> torch.Tensor:

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 from support.fake_engine import FakeEngine, FakeOptions, tiny_tokenizer
 
-from aurora_lit.drafts.rollback import TrafficKind
+from aurora_lit.drafts.live_watch import TrafficKind
 from aurora_lit.ipc.messages import Call
 from aurora_lit.request import Request, SamplingParams, StructuredOutputsParams
 from aurora_lit.serve.worker.call_tracker import CallTracker

@@ -13,7 +13,7 @@ from support.fake_engine import FAKE_SHAPE, FakeEngine, load_fake_domains
 
 from aurora_lit.drafts.centroid_file import CENTROIDS_NAME, write_centroids
 from aurora_lit.drafts.hot_reload import HotReloader
-from aurora_lit.drafts.versions import DraftStore
+from aurora_lit.drafts.store import DraftStore
 from aurora_lit.modules.domains.centroids import Centroids
 from aurora_lit.serve.worker.domain_watch import DomainWatch
 from aurora_lit.serve.worker.live_draft import LiveDraft

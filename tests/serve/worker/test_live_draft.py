@@ -19,8 +19,9 @@ from support.tiny_models import VOCAB, make_engine, random_draft, request, run, 
 
 from aurora_lit.drafts.checkpoint import load_draft, write_draft
 from aurora_lit.drafts.hot_reload import HotReloader
-from aurora_lit.drafts.rollback import TrafficKind
-from aurora_lit.drafts.versions import DraftStore, version_name
+from aurora_lit.drafts.live_watch import TrafficKind
+from aurora_lit.drafts.store import DraftStore
+from aurora_lit.drafts.versions import version_name
 from aurora_lit.errors import CheckpointError
 from aurora_lit.models.target import Target
 from aurora_lit.modules.draft.eagle3 import Eagle3Config, Eagle3Draft

@@ -11,7 +11,7 @@ requests, of both versions. A version is on trial once, in its first rounds, and
 no worse: a bad draft is bad from its first round on, later changes are due to traffic. Leaves out the rollback itself
 (drafts/hot_reload.py) and the gate before publishing (learn/online/gate.py).
 
-    watch = RollbackWatch()
+    watch = LiveWatch()
     watch.swapped(trusted=False)                                            # the trial of a new version begins
     verdict = watch.observe(request="a1", traffic=TrafficKind("code"), proposed=4, accepted=0)  # None, or the reason
 """
@@ -76,7 +76,7 @@ class _Round:
     """Of the draft's first choices that the answer tells about: right ones, then at most one that was wrong."""
 
 
-class RollbackWatch:
+class LiveWatch:
     """The trials of one version after another; see the file's example."""
 
     def __init__(self) -> None:

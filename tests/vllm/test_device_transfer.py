@@ -12,7 +12,7 @@ from support.made_vllm import MadeStep, MadeV1Runner, Rows, Traffic, params
 from aurora_lit.traces.record import Trace
 from aurora_lit.vllm import hooks as hooks_file
 from aurora_lit.vllm.capture import Capture
-from aurora_lit.vllm.copies import PendingStep, copy_step, own_rows, wanted_spans
+from aurora_lit.vllm.device_transfer import PendingStep, copy_step, own_rows, wanted_spans
 from aurora_lit.vllm.hooks import RunnerHooks
 from aurora_lit.vllm.runners import V1, Batch
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from aurora_lit.drafts.rollback import TRIAL_ROUNDS, RollbackWatch, TrafficKind
+from aurora_lit.drafts.live_watch import TRIAL_ROUNDS, LiveWatch, TrafficKind
 
 Draw = Callable[[], tuple[TrafficKind, int, int]]
 
@@ -33,14 +33,14 @@ def num_accepted(rng: random.Random, rate: float, proposed: int) -> int:
     return next((i for i in range(proposed) if rng.random() >= rate), proposed)
 
 
-def watched(before: Draw, *, num_before: int = 300) -> RollbackWatch:
-    watch = RollbackWatch()
+def watched(before: Draw, *, num_before: int = 300) -> LiveWatch:
+    watch = LiveWatch()
     observe(watch, before, num_before)
     watch.swapped(trusted=False)
     return watch
 
 
-def observe(watch: RollbackWatch, draw: Draw, number: int) -> tuple[int, str] | None:
+def observe(watch: LiveWatch, draw: Draw, number: int) -> tuple[int, str] | None:
     """(rounds it took, verdict); None when nothing was called. Requests of a few rounds follow one another."""
     for count in range(1, number + 1):
         if count % ROUNDS_OF_REQUEST == 1:
@@ -250,6 +250,6 @@ def test_a_version_that_replaces_a_bad_one_before_its_rollback_is_not_measured_a
 
 def test_without_observations_to_compare_with_nothing_is_rolled_back() -> None:
     rng = random.Random(8)
-    watch = RollbackWatch()
+    watch = LiveWatch()
     assert observe(watch, rounds(rng, 0.0), 500) is None
     assert observe(watched(rounds(rng, 0.7), num_before=20), rounds(rng, 0.0), 500) is None
