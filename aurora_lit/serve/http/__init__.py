@@ -15,7 +15,8 @@ May import: models/tokenizer.py, tool_calls/, ipc/. Start with routes.py. The fi
     tool_use.py       what tools mean for a request's prompt, grammar and answer
     tokenize.py       checked body → Call: chat template, tokens, limits
     stream_events.py  chunks → server-sent events, filled up to a fixed size; the clock that sends them
-    responses.py      deltas with text → OpenAI's responses, log-probabilities included
+    choices.py        what deltas with text make of a choice: log-probabilities, tool calls, counts
+    responses.py      OpenAI's responses: of a chat and of a text completion, whole and in chunks
     errors.py         every error as OpenAI's error body
     channel.py        the sockets to the engine worker, as LitServe's transport and request queue
     worker_client.py  a call in the HTTP process: sent, awaited, cancelled

@@ -1,99 +1,43 @@
-"""Turns deltas into OpenAI's responses: stream chunks, full responses, log-probabilities, usage, speculation metrics.
+"""OpenAI's responses: stream chunks, full responses, log-probabilities, usage, speculation metrics.
 
-No I/O and no clock. Leaves out how a chunk becomes a server-sent event (serve/http/stream_events.py).
-Log-probabilities are the model's own, before temperature and penalties; the engine computes them with `token_logprobs`
-(modules/sampling/distribution.py).
+No I/O and no clock. Leaves out what deltas make of a choice (serve/http/choices.py), and how a chunk becomes a
+server-sent event (serve/http/stream_events.py).
 
-    response = ResponseBuilder(prepared, kind="chat", created=1764000000, model="m", token_decoder=decoder,
-                               max_draft_tokens=4)
+    response = ChatResponse(prepared, created=1764000000, model="m", token_decoder=decoder, max_draft_tokens=4)
     for deltas in rounds:
         chunks = response.chunks(deltas)    # for a stream; a request without stream calls response.add(deltas)
-    response.full()                         # the response to a request without stream; full_json() writes it
+    response.full_json()                    # the response to a request without stream
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, Literal, NamedTuple
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from typing import Any, ClassVar
 
 from aurora_lit.request import TOKEN_SOURCES, TokenLogprob
 from aurora_lit.serve.http.answer_stream import TextDelta
-from aurora_lit.serve.http.detokenizer import TextOffsets, TokenDecoder
+from aurora_lit.serve.http.choices import Choice, Entry, Source
+from aurora_lit.serve.http.detokenizer import TokenDecoder
 from aurora_lit.serve.http.tokenize import Prepared
-from aurora_lit.tool_calls.parser import CallBegin, Content, Piece, ToolCallReader
 
 Json = dict[str, Any]
-Source = tuple[str, int]
-"""A token's text, and the index of its source in TOKEN_SOURCES."""
-Entry = tuple[int, TokenLogprob | None]
-"""A token and its log-probability; None for the first token of a prompt, which has no condition."""
-_MEMORY = TOKEN_SOURCES.index("memory")
 _ENTRY_DEPTH = 5
 """Levels around a token's log-probabilities: response, choices, choice, logprobs, content."""
 _encoder = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-_OBJECTS = {"chat": ("chat.completion", "chat.completion.chunk"), "text": ("text_completion", "text_completion")}
 
 
-@dataclass(kw_only=True)
-class _Choice:
-    """The state of one choice."""
-
-    text: str = ""
-    num_tokens: int = 0
-    logprobs: list[Entry] = field(default_factory=list)
-    """Of the answer."""
-    echoed: list[Entry] = field(default_factory=list)
-    """The same of the echoed prompt, if its log-probabilities came with this choice."""
-    sources: list[Source] = field(default_factory=list)
-    offsets: TextOffsets
-    """Where the tokens with log-probabilities begin."""
-    finish_reason: str | None = None
-    begun: bool = False
-    """True after its first delta."""
-    histogram: list[int]
-    """[j]: rounds in which j draft tokens were accepted."""
-    num_proposed: int = 0
-    num_from_memory: int = 0
-    """Accepted tokens that the traffic memory alone proposed."""
-    draft_versions: tuple[str, ...] = ()
-    domain: str = ""
-    num_cached: int = 0
-    """Prompt tokens that the prefix cache had."""
-    tool_reader: ToolCallReader | None = None
-    tool_calls: list[Json] = field(default_factory=list)
-    prompt_logprobs: tuple[TokenLogprob | None, ...] = ()
-    """Filled only if the response has them."""
-
-    @property
-    def stated_reason(self) -> str | None:
-        """The finish reason as OpenAI's API states it."""
-        is_cut_off = self.tool_reader is not None and self.tool_reader.is_in_call  # by a stop string in the arguments
-        has_called = bool(self.tool_calls) and not is_cut_off
-        return "tool_calls" if has_called and self.finish_reason == "stop" else self.finish_reason
-
-
-class _Added(NamedTuple):
-    """What deltas add to a choice."""
-
-    text: str
-    logprobs: list[Entry]
-    """An echoed prompt's included, as in the text."""
-    sources: list[Source]
-    """If asked for."""
-    calls: list[Json]
-    """Parts of tool calls, as the chunks of a stream have them."""
-
-
-class ResponseBuilder:
+class ResponseBuilder(ABC):
     """Builds one response; id, created and model are the same in all its chunks."""
+
+    _OBJECT: ClassVar[str]
+    _CHUNK_OBJECT: ClassVar[str]
 
     def __init__(
         self,
         prepared: Prepared,
         *,
-        kind: Literal["chat", "text"],
         created: int,
         model: str,
         token_decoder: TokenDecoder,
@@ -101,34 +45,22 @@ class ResponseBuilder:
         usage_in_every_chunk: bool = False,
     ) -> None:
         """created: seconds since 1970. max_draft_tokens: most tokens that a round can accept."""
-        requests = prepared.call.requests
-        self._prepared, self._kind, self._token_decoder = prepared, kind, token_decoder
+        self._prepared, self._token_decoder = prepared, token_decoder
         self._max_draft_tokens, self._usage_in_every_chunk = max_draft_tokens, usage_in_every_chunk
+        requests = prepared.call.requests
         self._wants_logprobs = requests[0].params.logprobs is not None
-        self._wants_sources = prepared.options.by_token
         self.has_logprobs = self._wants_logprobs or prepared.prompt_logprobs is not None
         """True if the response may be so large that writing it takes seconds."""
-        tools = prepared.tools
         self._choices = [
-            _Choice(
-                histogram=[0] * (max_draft_tokens + 1),
-                tool_reader=None if tools is None else tools.reader(),
-                offsets=TextOffsets(
-                    token_decoder,
-                    echoed=self._echoed(index),
-                    skips_special_tokens=request.params.skip_special_tokens,
-                ),
-            )
-            for index, request in enumerate(requests)
+            Choice(prepared, index, token_decoder=token_decoder, max_draft_tokens=max_draft_tokens)
+            for index in range(len(requests))
         ]
-        full, chunk = _OBJECTS[kind]
-        identity = {"id": prepared.call.call_id, "created": created, "model": model}
-        self._full_head, self._chunk_head = {**identity, "object": full}, {**identity, "object": chunk}
+        self._identity = {"id": prepared.call.call_id, "created": created, "model": model}
 
     @property
     def finished(self) -> bool:
         """True if every choice has a finish reason."""
-        return all(choice.finish_reason is not None for choice in self._choices)
+        return None not in self.finish_reasons
 
     @property
     def finish_reasons(self) -> list[str | None]:
@@ -138,70 +70,30 @@ class ResponseBuilder:
     def add(self, deltas: Sequence[TextDelta]) -> None:
         """Add one round's deltas."""
         for delta in deltas:
-            self._add(delta)
+            self._choices[delta.index].add([delta])
 
     def chunks(self, deltas: Sequence[TextDelta]) -> list[Json]:
-        """Add the deltas of a round, or of several, and return the stream chunks for them.
+        """Add the deltas of a round, or of several, and return the stream chunks for them, in order of their choices.
 
-        One for each choice; one more before its first, and where it ends with a part of a call.
+        A choice has none while its tokens do not make up a whole character.
         """
-        chunks = []
-        for index in dict.fromkeys(delta.index for delta in deltas):  # each once, in order
-            choice = self._choices[index]
-            if self._kind == "chat" and not choice.begun:
-                chunks.append(self._chunk(index, {"role": "assistant", "content": ""}))
-            added = _Added("", [], [], [])
-            for delta in deltas:
-                if delta.index == index:
-                    added = _joined(added, self._add(delta))
-            if not (any(added) or choice.finish_reason):
-                continue  # the tokens so far do not make up a whole character
-            logprobs = self._logprobs(choice, added.logprobs) if added.logprobs else None
-            content: Any = added.text
-            if self._kind == "chat":
-                content = {"content": added.text} if added.text or (added.logprobs and not added.calls) else {}
-                content |= {"tool_calls": added.calls} if added.calls else {}
-            # openai's client misses the end of a call that begins in the chunk with the finish reason.
-            reason = None if added.calls else choice.stated_reason
-            chunks.append(self._chunk(index, content, logprobs, reason, added.sources))
-            if added.calls and choice.finish_reason:
-                chunks.append(self._chunk(index, {}, finish_reason=choice.stated_reason))
-        return chunks
-
-    def full(self) -> Json:
-        """The response to a request without stream."""
-        return self._full(list(self._full_choices()))
+        indices = dict.fromkeys(delta.index for delta in deltas)  # each once, in order
+        by_choice = ((self._choices[index], [delta for delta in deltas if delta.index == index]) for index in indices)
+        return [chunk for choice, own in by_choice for chunk in self._chunks_of(choice, own)]
 
     def full_json(self) -> str:
-        """The same as JSON, of which the objects of one choice at a time are in memory.
+        """The response to a request without stream. The objects of one choice at a time are in memory.
 
-        For a thread: it is written in small parts, since Python runs no other thread while it writes one.
+        For a thread too: it is written in small parts, since Python runs no other thread while it writes one.
         """
-        return "".join(_written(self._full(self._full_choices()), depth=_ENTRY_DEPTH))
-
-    def _full_choices(self) -> Iterator[Json]:
-        for index, choice in enumerate(self._choices):
-            first = self._choices[index - index % self._prepared.num_choices]  # has the prompt's log-probabilities
-            entries = first.echoed + choice.logprobs
-            message: Json = {"role": "assistant", "content": choice.text, "refusal": None}
-            if choice.tool_calls:
-                message |= {"content": choice.text or None, "tool_calls": choice.tool_calls}
-            yield {
-                "index": index,
-                **({"message": message} if self._kind == "chat" else {"text": choice.text}),
-                "logprobs": self._logprobs(choice, entries) if self._wants_logprobs else None,
-                "finish_reason": choice.stated_reason,
-                **self._sources(choice.sources),
-                **(self._prompt_logprobs(first) if self._kind == "text" else {}),
-            }
-
-    def _full(self, choices: Iterable[Json]) -> Json:
-        more = self._prompt_logprobs(self._choices[0]) if self._kind == "chat" else {}
-        return {**self._full_head, "choices": choices, "usage": self.usage(), "metrics": self.metrics(), **more}
+        head = {**self._identity, "object": self._OBJECT}
+        choices = (self._full_choice(choice, self._first_of_prompt(choice)) for choice in self._choices)
+        rest = {"usage": self.usage(), "metrics": self.metrics(), **self._more()}
+        return "".join(_written({**head, "choices": choices, **rest}, depth=_ENTRY_DEPTH))
 
     def usage_chunk(self) -> Json:
         """The chunk with usage and without choices that ends a stream with include_usage."""
-        return {**self._chunk_head, "choices": [], "usage": self.usage(), "metrics": self.metrics()}
+        return {**self._chunk_head(), "choices": [], "usage": self.usage(), "metrics": self.metrics()}
 
     def usage(self) -> Json:
         """Token counts so far. Cached tokens are those of each prompt's first choice: others share its prompt."""
@@ -236,100 +128,138 @@ class ResponseBuilder:
             }
         }
 
-    def _echoed(self, index: int) -> str:
-        """The prompt that the text of a choice begins with; "" if it is not asked for."""
-        texts = self._prepared.prompt_texts
-        return texts[index // self._prepared.num_choices] if texts else ""
+    @abstractmethod
+    def _chunks_of(self, choice: Choice, deltas: Sequence[TextDelta]) -> Iterator[Json]:
+        """Add deltas to their choice; its chunks."""
 
-    def _add(self, delta: TextDelta) -> _Added:
-        """Add a delta to its choice."""
-        choice, drop_output = self._choices[delta.index], self._prepared.drop_output
-        text, echoed, entries, sources = "", list[Entry](), list[Entry](), list[Source]()
-        if not choice.begun:
-            text = self._echoed(delta.index)
-        if delta.prompt_logprobs is not None:
-            request = self._prepared.call.requests[delta.index]
-            if self._prepared.prompt_logprobs is not None:
-                choice.prompt_logprobs = _with_top(delta.prompt_logprobs, self._prepared.prompt_logprobs)
-            if self._prepared.prompt_texts and request.params.logprobs is not None:
-                known = _with_top(delta.prompt_logprobs, request.params.logprobs)
-                echoed += zip(request.prompt_ids, known, strict=True)
-        if not drop_output:
-            text += delta.text
-            entries += [(known.token_id, known) for known in delta.logprobs or ()]
-            choice.num_tokens += len(delta.token_ids)
-            if delta.token_texts is not None:
-                owns = (0,) * len(delta.token_texts)
-                sources = list(zip(delta.token_texts, delta.accepted_from + owns, strict=False))
-        if delta.num_proposed and not drop_output:
-            choice.histogram[min(delta.num_accepted, self._max_draft_tokens)] += 1
-            choice.num_proposed += delta.num_proposed
-            choice.num_from_memory += delta.accepted_from.count(_MEMORY)
-        choice.draft_versions, choice.domain = delta.draft_versions, delta.domain
-        choice.num_cached = delta.num_cached_tokens
-        if delta.finish_reason is not None:
-            choice.finish_reason = "length" if drop_output else delta.finish_reason
-        choice.begun = True
-        calls = list[Json]()
-        if choice.tool_reader is not None:
-            pieces = choice.tool_reader.push(text)
-            pieces += choice.tool_reader.finish() if delta.finish_reason is not None else []
-            text = "".join(piece.text for piece in pieces if isinstance(piece, Content))
-            calls = self._add_calls(choice, pieces)
-        choice.text += text
-        if self._wants_logprobs:
-            choice.echoed += echoed
-            choice.logprobs += entries
-        choice.sources += sources
-        return _Added(text, echoed + entries, sources, calls)
+    @abstractmethod
+    def _full_choice(self, choice: Choice, first: Choice) -> Json:
+        """A choice of a full response. first: of the same prompt, and has the prompt's log-probabilities."""
 
-    def _add_calls(self, choice: _Choice, pieces: Sequence[Piece]) -> list[Json]:
-        """Add parts of tool calls to their choice. Returns them as the chunks of a stream have them."""
-        parts = list[Json]()
-        for piece in pieces:
-            if isinstance(piece, CallBegin):
-                assert self._prepared.tools is not None
-                call_id = self._prepared.tools.format.new_id()
-                call: Json = {"id": call_id, "type": "function", "function": {"name": piece.name, "arguments": ""}}
-                choice.tool_calls.append(call)
-                parts.append({"index": piece.number, **call, "function": dict(call["function"])})
-            elif not isinstance(piece, Content):
-                choice.tool_calls[piece.number]["function"]["arguments"] += piece.text
-                parts.append({"index": piece.number, "function": {"arguments": piece.text}})
-        return parts
+    @abstractmethod
+    def _logprobs(self, choice: Choice, entries: Sequence[Entry]) -> Json:
+        """`choices[].logprobs`."""
+
+    def _more(self) -> Json:
+        """What a full response has beside its choices."""
+        return {}
+
+    def _first_of_prompt(self, choice: Choice) -> Choice:
+        return self._choices[choice.index - choice.index % self._prepared.num_choices]
+
+    def _full_logprobs(self, choice: Choice, first: Choice) -> Json | None:
+        return self._logprobs(choice, first.echoed + choice.logprobs) if self._wants_logprobs else None
+
+    def _chunk_head(self) -> Json:
+        return {**self._identity, "object": self._CHUNK_OBJECT}
 
     def _chunk(
         self,
-        index: int,
-        content: Any,
-        logprobs: Json | None = None,
+        choice: Choice,
+        content: Json,
+        logprobs: Sequence[Entry] = (),
         finish_reason: str | None = None,
         sources: Sequence[Source] = (),
     ) -> Json:
-        body = {"text": content} if self._kind == "text" else {"delta": content}
-        more = self._sources(sources)
-        choice = {"index": index, **body, "logprobs": logprobs, "finish_reason": finish_reason, **more}
+        known = self._logprobs(choice, logprobs) if logprobs else None
+        rest = {"logprobs": known, "finish_reason": finish_reason, **self._sources(sources)}
         extra = {"usage": self.usage()} if self._usage_in_every_chunk else {}
-        return {**self._chunk_head, "choices": [choice], **extra}
+        return {**self._chunk_head(), "choices": [{"index": choice.index, **content, **rest}], **extra}
 
     def _sources(self, sources: Sequence[Source]) -> Json:
         """`token_sources`, if the request asks for it."""
-        if not self._wants_sources:
+        if not self._prepared.options.by_token:
             return {}
         return {"token_sources": [{"text": text, "source": TOKEN_SOURCES[source]} for text, source in sources]}
 
-    def _prompt_logprobs(self, choice: _Choice) -> Json:
+    def _prompt_logprobs(self, choice: Choice) -> Json:
         """`prompt_logprobs` as in vLLM, if the request asks for it."""
         if self._prepared.prompt_logprobs is None:
             return {}
         decoder = self._token_decoder
         return {"prompt_logprobs": [_by_token(known, decoder) for known in choice.prompt_logprobs]}
 
-    def _logprobs(self, choice: _Choice, entries: Sequence[Entry]) -> Json:
-        if self._kind == "chat":
-            return _chat_logprobs(entries, self._token_decoder)
-        # In a stream the offsets continue from chunk to chunk; a full response is written once, from the start.
-        return _text_logprobs(entries, self._token_decoder, choice.offsets)
+
+class ChatResponse(ResponseBuilder):
+    """The response of POST /v1/chat/completions."""
+
+    _OBJECT, _CHUNK_OBJECT = "chat.completion", "chat.completion.chunk"
+
+    def _chunks_of(self, choice: Choice, deltas: Sequence[TextDelta]) -> Iterator[Json]:
+        """One; one more before its first, and where it ends with a part of a call."""
+        if not choice.begun:
+            yield self._chunk(choice, {"delta": {"role": "assistant", "content": ""}})
+        added = choice.add(deltas)
+        if not (any(added) or choice.finish_reason):
+            return
+        content: Json = {"content": added.text} if added.text or (added.logprobs and not added.calls) else {}
+        content |= {"tool_calls": added.calls} if added.calls else {}
+        # openai's client misses the end of a call that begins in the chunk with the finish reason.
+        reason = None if added.calls else choice.stated_reason
+        yield self._chunk(choice, {"delta": content}, added.logprobs, reason, added.sources)
+        if added.calls and choice.finish_reason:
+            yield self._chunk(choice, {"delta": {}}, finish_reason=choice.stated_reason)
+
+    def _full_choice(self, choice: Choice, first: Choice) -> Json:
+        message: Json = {"role": "assistant", "content": choice.text, "refusal": None}
+        if choice.tool_calls:
+            message |= {"content": choice.text or None, "tool_calls": choice.tool_calls}
+        return {
+            "index": choice.index,
+            "message": message,
+            "logprobs": self._full_logprobs(choice, first),
+            "finish_reason": choice.stated_reason,
+            **self._sources(choice.sources),
+        }
+
+    def _more(self) -> Json:
+        return self._prompt_logprobs(self._choices[0])
+
+    def _logprobs(self, choice: Choice, entries: Sequence[Entry]) -> Json:
+        """A list of objects."""
+        decoder = self._token_decoder
+
+        def token_json(token_id: int, logprob: float) -> Json:
+            raw = list(decoder.to_bytes(token_id))
+            return {"token": decoder.to_text(token_id), "logprob": logprob, "bytes": raw}
+
+        content = [
+            {**token_json(token_id, known.logprob), "top_logprobs": [token_json(*top) for top in known.top]}
+            for token_id, known in entries
+            if known is not None
+        ]
+        return {"content": content, "refusal": None}
+
+
+class TextResponse(ResponseBuilder):
+    """The response of POST /v1/completions."""
+
+    _OBJECT = _CHUNK_OBJECT = "text_completion"
+
+    def _chunks_of(self, choice: Choice, deltas: Sequence[TextDelta]) -> Iterator[Json]:
+        added = choice.add(deltas)
+        if any(added) or choice.finish_reason:
+            yield self._chunk(choice, {"text": added.text}, added.logprobs, choice.stated_reason, added.sources)
+
+    def _full_choice(self, choice: Choice, first: Choice) -> Json:
+        return {
+            "index": choice.index,
+            "text": choice.text,
+            "logprobs": self._full_logprobs(choice, first),
+            "finish_reason": choice.stated_reason,
+            **self._sources(choice.sources),
+            **self._prompt_logprobs(first),
+        }
+
+    def _logprobs(self, choice: Choice, entries: Sequence[Entry]) -> Json:
+        """Parallel lists. In a stream the offsets continue from chunk to chunk."""
+        decoder = self._token_decoder
+        return {
+            "tokens": [decoder.to_text(token_id) for token_id, _ in entries],
+            "token_logprobs": [None if known is None else known.logprob for _, known in entries],
+            "top_logprobs": [None if known is None else _top_by_text(known, decoder) for _, known in entries],
+            "text_offset": [choice.offsets.next(token_id) for token_id, _ in entries],
+        }
 
 
 def _written(value: Any, *, depth: int) -> Iterator[str]:
@@ -349,25 +279,6 @@ def _written(value: Any, *, depth: int) -> Iterator[str]:
         yield _encoder.encode(value)
 
 
-def _joined(first: _Added, second: _Added) -> _Added:
-    """Both together; parts of one tool call become one part."""
-    calls = list(first.calls)
-    for part in second.calls:
-        if calls and calls[-1]["index"] == part["index"]:
-            arguments = calls[-1]["function"]["arguments"] + part["function"]["arguments"]
-            calls[-1] = {**calls[-1], "function": {**calls[-1]["function"], "arguments": arguments}}
-        else:
-            calls.append(part)
-    return _Added(first.text + second.text, first.logprobs + second.logprobs, first.sources + second.sources, calls)
-
-
-def _with_top(known: Sequence[TokenLogprob | None], num_top: int) -> tuple[TokenLogprob | None, ...]:
-    """With no more than so many alternatives."""
-    return tuple(
-        each if each is None or len(each.top) <= num_top else replace(each, top=each.top[:num_top]) for each in known
-    )
-
-
 def _by_token(known: TokenLogprob | None, token_decoder: TokenDecoder) -> Json | None:
     """The token and its alternatives by their ids, with their ranks; null for a token outside the alternatives."""
     if known is None:
@@ -378,36 +289,6 @@ def _by_token(known: TokenLogprob | None, token_decoder: TokenDecoder) -> Json |
     return {
         str(token_id): {"logprob": logprob, "rank": rank, "decoded_token": token_decoder.to_text(token_id)}
         for token_id, (logprob, rank) in ranked.items()
-    }
-
-
-def _chat_logprobs(entries: Sequence[Entry], token_decoder: TokenDecoder) -> Json:
-    """`choices[].logprobs` of a chat completion: a list of objects."""
-
-    def token_json(token_id: int, logprob: float) -> Json:
-        return {
-            "token": token_decoder.to_text(token_id),
-            "logprob": logprob,
-            "bytes": list(token_decoder.to_bytes(token_id)),
-        }
-
-    return {
-        "content": [
-            {**token_json(token_id, known.logprob), "top_logprobs": [token_json(*top) for top in known.top]}
-            for token_id, known in entries
-            if known is not None
-        ],
-        "refusal": None,
-    }
-
-
-def _text_logprobs(entries: Sequence[Entry], token_decoder: TokenDecoder, offsets: TextOffsets) -> Json:
-    """`choices[].logprobs` of a text completion: parallel lists."""
-    return {
-        "tokens": [token_decoder.to_text(token_id) for token_id, _ in entries],
-        "token_logprobs": [None if known is None else known.logprob for _, known in entries],
-        "top_logprobs": [None if known is None else _top_by_text(known, token_decoder) for _, known in entries],
-        "text_offset": [offsets.next(token_id) for token_id, _ in entries],
     }
 
 

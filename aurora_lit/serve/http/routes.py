@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import AsyncGenerator, Callable
 
 from fastapi import Request
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import Response
 
 from aurora_lit.errors import RequestError
 from aurora_lit.ipc.engine_status import EngineStatusPage
@@ -23,7 +23,7 @@ from aurora_lit.serve.http.answer_stream import TextDelta
 from aurora_lit.serve.http.detokenizer import TokenDecoder
 from aurora_lit.serve.http.errors import error_event
 from aurora_lit.serve.http.metrics import ServerMetrics
-from aurora_lit.serve.http.responses import ResponseBuilder
+from aurora_lit.serve.http.responses import ChatResponse, ResponseBuilder, TextResponse
 from aurora_lit.serve.http.schema import ChatRequest, CompletionRequest, StreamOptions
 from aurora_lit.serve.http.stream_events import DONE, EventStream, SendClock, StreamShape, event
 from aurora_lit.serve.http.tokenize import (
@@ -133,9 +133,9 @@ class GenerationRoutes:
     ) -> Response:
         check_logprobs(body, prepared)
         options = body.stream_options or StreamOptions()
-        response = ResponseBuilder(
+        builder = ChatResponse if isinstance(body, ChatRequest) else TextResponse
+        response = builder(
             prepared,
-            kind="chat" if isinstance(body, ChatRequest) else "text",
             created=int(time.time()),
             model=self._model,
             token_decoder=self._token_decoder,
@@ -167,9 +167,8 @@ class GenerationRoutes:
         finally:
             if not is_streaming:
                 pending.close()
-        if response.has_logprobs:
-            return Response(await asyncio.to_thread(response.full_json), media_type="application/json")
-        return JSONResponse(response.full())
+        text = await asyncio.to_thread(response.full_json) if response.has_logprobs else response.full_json()
+        return Response(text, media_type="application/json")
 
     async def _events(
         self,

@@ -15,7 +15,7 @@ from support.fake_engine import tiny_tokenizer
 from aurora_lit.request import TokenLogprob
 from aurora_lit.serve.http.answer_stream import TextDelta
 from aurora_lit.serve.http.detokenizer import TokenDecoder
-from aurora_lit.serve.http.responses import ResponseBuilder
+from aurora_lit.serve.http.responses import ChatResponse, ResponseBuilder, TextResponse
 from aurora_lit.serve.http.schema import ChatRequest, CompletionRequest
 from aurora_lit.serve.http.tokenize import Limits, longest_token, prepare_chat, prepare_completion
 
@@ -32,8 +32,8 @@ def builder(kind: Literal["chat", "text"], **fields: Any) -> ResponseBuilder:
     else:
         text = CompletionRequest(**{"prompt": "hello", "n": 2, "logprobs": 0, "echo": True, **fields})
         prepared = prepare_completion(text, call_id="c", tokenizer=TOKENIZER, limits=limits)
-    decoder = TokenDecoder(TOKENIZER)
-    return ResponseBuilder(prepared, kind=kind, created=0, model="m", token_decoder=decoder, max_draft_tokens=2)
+    made = ChatResponse if kind == "chat" else TextResponse
+    return made(prepared, created=0, model="m", token_decoder=TokenDecoder(TOKENIZER), max_draft_tokens=2)
 
 
 def delta(index: int, text: str, *, accepted: int, finish_reason: str | None = None) -> TextDelta:
@@ -102,17 +102,15 @@ def test_cached_tokens_are_those_of_each_prompts_first_choice() -> None:
     assert made.usage()["prompt_tokens_details"] == {"cached_tokens": 3}
 
 
-def test_the_response_as_json_is_that_of_its_objects() -> None:
+def test_the_response_is_compact_json() -> None:
     for kind, fields in (("chat", {}), ("text", {"logprobs": 2, "prompt_logprobs": 1})):
-        texts = []
-        for _ in range(2):
-            made = builder(kind, **fields)  # type: ignore[arg-type]
-            for deltas in ROUNDS:
-                made.add(deltas)
-            texts.append(made)
+        made = builder(kind, **fields)  # type: ignore[arg-type]
+        for deltas in ROUNDS:
+            made.add(deltas)
         assert made.has_logprobs
-        wanted = json.dumps(texts[0].full(), ensure_ascii=False, separators=(",", ":"))
-        assert texts[1].full_json() == wanted
+        written = made.full_json()
+        assert written == json.dumps(json.loads(written), ensure_ascii=False, separators=(",", ":"))
+        assert [choice["finish_reason"] for choice in json.loads(written)["choices"]] == ["length", "stop"]
 
 
 def test_every_choice_shows_the_prompts_logprobs_that_came_with_the_first() -> None:
@@ -124,7 +122,7 @@ def test_every_choice_shows_the_prompts_logprobs_that_came_with_the_first() -> N
             after = TOKENIZER.encode("hi" if index == 0 else "to")[1]
             known = (None, TokenLogprob(token_id=after, logprob=-1.0 - index, top=()))
         made.add([replace(delta(index, "ab", accepted=0, finish_reason="length"), prompt_logprobs=known)])
-    choices = made.full()["choices"]
+    choices = full(made)["choices"]
     for choice, prompt, logprob in zip(choices, ("hi", "hi", "to", "to"), (-1, -1, -3, -3), strict=True):
         assert choice["text"] == f"{prompt}ab"
         assert choice["logprobs"]["tokens"] == [*prompt, "a", "b"]
@@ -142,8 +140,12 @@ def calling() -> ResponseBuilder:
         "tools": [{"type": "function", "function": {"name": "f"}}],
     }
     prepared = prepare_chat(ChatRequest(**asked), call_id="c", tokenizer=TOKENIZER, limits=limits)
-    decoder = TokenDecoder(TOKENIZER)
-    return ResponseBuilder(prepared, kind="chat", created=0, model="m", token_decoder=decoder, max_draft_tokens=2)
+    return ChatResponse(prepared, created=0, model="m", token_decoder=TokenDecoder(TOKENIZER), max_draft_tokens=2)
+
+
+def full(made: ResponseBuilder) -> dict[str, Any]:
+    """The response to a request without stream."""
+    return dict(json.loads(made.full_json()))
 
 
 CALLS = '{"name": "f", "arguments": {"a": 1}}\n{"name": "f", "arguments": {"a": 2}}'
@@ -156,10 +158,10 @@ def test_a_stream_has_the_calls_of_the_whole_response(step: int, together: int) 
     rounds = [delta(0, part, accepted=0) for part in parts] + [delta(0, "", accepted=0, finish_reason="stop")]
     whole, streamed = calling(), calling()
     whole.add(rounds)
-    message = whole.full()["choices"][0]["message"]
+    message = full(whole)["choices"][0]["message"]
     assert message["content"] is None
     assert [call["function"]["arguments"] for call in message["tool_calls"]] == ['{"a": 1}', '{"a": 2}']
-    assert whole.full()["choices"][0]["finish_reason"] == "tool_calls"
+    assert full(whole)["choices"][0]["finish_reason"] == "tool_calls"
 
     calls = list[dict[str, Any]]()
     for at in range(0, len(rounds), together):
@@ -201,7 +203,7 @@ def test_a_call_that_was_cut_off_says_so(reason: str) -> None:
     """By the number of tokens, or by a stop string in its arguments."""
     made = calling()
     made.add([delta(0, CALLS[:33], accepted=0, finish_reason=reason)])
-    (choice,) = made.full()["choices"]
+    (choice,) = full(made)["choices"]
     assert choice["finish_reason"] == reason
     assert choice["message"]["tool_calls"][0]["function"] == {"name": "f", "arguments": '{"a": '}
 
@@ -210,5 +212,5 @@ def test_what_might_have_become_a_call_is_content_in_the_end() -> None:
     made = calling()
     chunks = made.chunks([delta(0, CALLS[:20], accepted=0, finish_reason="length")])
     assert "".join(chunk["choices"][0]["delta"].get("content", "") for chunk in chunks) == CALLS[:20]
-    (choice,) = made.full()["choices"]
+    (choice,) = full(made)["choices"]
     assert choice["message"] == {"role": "assistant", "content": CALLS[:20], "refusal": None}

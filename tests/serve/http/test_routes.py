@@ -17,7 +17,7 @@ from aurora_lit.ipc.messages import Delta
 from aurora_lit.request import TokenLogprob
 from aurora_lit.serve.http.channel import RESPONSES_UID
 from aurora_lit.serve.http.metrics import ServerMetrics
-from aurora_lit.serve.http.responses import ResponseBuilder
+from aurora_lit.serve.http.responses import TextResponse
 from aurora_lit.serve.http.routes import GenerationRoutes
 from aurora_lit.serve.http.schema import CompletionRequest
 from aurora_lit.serve.http.stream_events import StreamShape
@@ -49,13 +49,13 @@ def test_log_probabilities_are_written_in_another_thread(
     stream: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     threads = list[int]()
-    make_logprobs: Any = ResponseBuilder._logprobs
+    make_logprobs: Any = TextResponse._logprobs
 
     def noting(*arguments: Any) -> Any:
         threads.append(threading.get_ident())
         return make_logprobs(*arguments)
 
-    monkeypatch.setattr(ResponseBuilder, "_logprobs", noting)
+    monkeypatch.setattr(TextResponse, "_logprobs", noting)
     status = EngineStatusPage.create(tmp_path / "status")
     status.write(state=WorkerState.READY, max_seq_len=64, vocab_size=len(TOKENIZER))
     status.beat()

@@ -1,0 +1,152 @@
+"""One choice of a response, as its deltas make it: text, tokens, log-probabilities, tool calls, counts of speculation.
+
+Leaves out how a choice looks in OpenAI's responses (serve/http/responses.py). Log-probabilities are the model's own,
+before temperature and penalties; the engine computes them with `token_logprobs` (modules/sampling/distribution.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+from aurora_lit.request import TOKEN_SOURCES, TokenLogprob
+from aurora_lit.serve.http.answer_stream import TextDelta
+from aurora_lit.serve.http.detokenizer import TextOffsets, TokenDecoder
+from aurora_lit.serve.http.tokenize import Prepared
+from aurora_lit.tool_calls.parser import CallBegin, Content, Piece
+
+Json = dict[str, Any]
+Source = tuple[str, int]
+"""A token's text, and the index of its source in TOKEN_SOURCES."""
+Entry = tuple[int, TokenLogprob | None]
+"""A token and its log-probability; None for the first token of a prompt, which has no condition."""
+_MEMORY = TOKEN_SOURCES.index("memory")
+
+
+class Added(NamedTuple):
+    """What deltas add to a choice."""
+
+    text: str = ""
+    logprobs: Sequence[Entry] = ()
+    """An echoed prompt's included, as in the text."""
+    sources: Sequence[Source] = ()
+    """If asked for."""
+    calls: Sequence[Json] = ()
+    """Parts of tool calls, as the chunks of a stream have them."""
+
+
+class Choice:
+    """The state of one choice."""
+
+    def __init__(self, prepared: Prepared, index: int, *, token_decoder: TokenDecoder, max_draft_tokens: int) -> None:
+        """index: among the requests of the call. max_draft_tokens: most tokens that a round can accept."""
+        self.index = index
+        self._prepared, self._request = prepared, prepared.call.requests[index]
+        self._echoed_text = prepared.prompt_texts[index // prepared.num_choices] if prepared.prompt_texts else ""
+        """The prompt, with which the text begins; "" if it is not asked for."""
+        self.text, self.num_tokens = "", 0
+        self.logprobs, self.echoed = list[Entry](), list[Entry]()
+        """Of the answer; and of the echoed prompt, if its log-probabilities came with this choice."""
+        self.prompt_logprobs: Sequence[TokenLogprob | None] = ()
+        """Filled only if the response has them."""
+        self.offsets = TextOffsets(
+            token_decoder,
+            echoed=self._echoed_text,
+            skips_special_tokens=self._request.params.skip_special_tokens,
+        )
+        """Where the tokens with log-probabilities begin."""
+        self.sources = list[Source]()
+        self.tool_calls = list[Json]()
+        self._tool_reader = None if prepared.tools is None else prepared.tools.reader()
+        self.begun = False
+        """True after its first delta."""
+        self.finish_reason: str | None = None
+        self.histogram = [0] * (max_draft_tokens + 1)
+        """[j]: rounds in which j draft tokens were accepted."""
+        self.num_proposed = self.num_from_memory = 0
+        """Proposed tokens, and accepted ones that the traffic memory alone proposed."""
+        self.draft_versions: tuple[str, ...] = ()
+        self.domain = ""
+        self.num_cached = 0
+        """Prompt tokens that the prefix cache had."""
+
+    @property
+    def stated_reason(self) -> str | None:
+        """The finish reason as OpenAI's API states it."""
+        is_cut_off = self._tool_reader is not None and self._tool_reader.is_in_call  # by a stop string in the arguments
+        has_called = bool(self.tool_calls) and not is_cut_off
+        return "tool_calls" if has_called and self.finish_reason == "stop" else self.finish_reason
+
+    def add(self, deltas: Sequence[TextDelta]) -> Added:
+        """Add its deltas of a round, or of several."""
+        text, logprobs, sources, calls = "", list[Entry](), list[Source](), list[Json]()
+        for delta in deltas:
+            if not self.begun:
+                text += self._echoed_text
+            if delta.prompt_logprobs is not None:
+                logprobs += self._add_prompt_logprobs(delta.prompt_logprobs)
+            if not self._prepared.drop_output:
+                text += delta.text
+                logprobs += self._add_tokens(delta)
+                if delta.token_texts is not None:
+                    owns = (0,) * len(delta.token_texts)
+                    sources += zip(delta.token_texts, delta.accepted_from + owns, strict=False)
+            self.draft_versions, self.domain = delta.draft_versions, delta.domain
+            self.num_cached = delta.num_cached_tokens
+            if delta.finish_reason is not None:
+                self.finish_reason = "length" if self._prepared.drop_output else delta.finish_reason
+            self.begun = True
+        if self._tool_reader is not None:
+            pieces = self._tool_reader.push(text)
+            pieces += self._tool_reader.finish() if self.finish_reason is not None else []
+            text = "".join(piece.text for piece in pieces if isinstance(piece, Content))
+            calls = self._add_calls(pieces)
+        self.text += text
+        self.sources += sources
+        return Added(text, logprobs, sources, calls)
+
+    def _add_prompt_logprobs(self, found: Sequence[TokenLogprob | None]) -> list[Entry]:
+        """Those of the echoed prompt, if they are asked for."""
+        params = self._request.params
+        if self._prepared.prompt_logprobs is not None:
+            self.prompt_logprobs = _with_top(found, self._prepared.prompt_logprobs)
+        if not self._prepared.prompt_texts or params.logprobs is None:
+            return []
+        self.echoed = list(zip(self._request.prompt_ids, _with_top(found, params.logprobs), strict=True))
+        return self.echoed
+
+    def _add_tokens(self, delta: TextDelta) -> list[Entry]:
+        """Their log-probabilities, if they are asked for."""
+        self.num_tokens += len(delta.token_ids)
+        if delta.num_proposed:
+            self.histogram[min(delta.num_accepted, len(self.histogram) - 1)] += 1
+            self.num_proposed += delta.num_proposed
+            self.num_from_memory += delta.accepted_from.count(_MEMORY)
+        entries: list[Entry] = [(known.token_id, known) for known in delta.logprobs or ()]
+        self.logprobs += entries
+        return entries
+
+    def _add_calls(self, pieces: Sequence[Piece]) -> list[Json]:
+        """Parts of tool calls, one for each call."""
+        parts = list[Json]()
+        for piece in pieces:
+            if isinstance(piece, CallBegin):
+                assert self._prepared.tools is not None
+                call_id = self._prepared.tools.format.new_id()
+                call: Json = {"id": call_id, "type": "function", "function": {"name": piece.name, "arguments": ""}}
+                self.tool_calls.append(call)
+                parts.append({"index": piece.number, **call, "function": dict(call["function"])})
+            elif not isinstance(piece, Content):
+                self.tool_calls[piece.number]["function"]["arguments"] += piece.text
+                if not (parts and parts[-1]["index"] == piece.number):
+                    parts.append({"index": piece.number, "function": {"arguments": ""}})
+                parts[-1]["function"]["arguments"] += piece.text
+        return parts
+
+
+def _with_top(known: Sequence[TokenLogprob | None], num_top: int) -> tuple[TokenLogprob | None, ...]:
+    """With no more than so many alternatives."""
+    return tuple(
+        each if each is None or len(each.top) <= num_top else replace(each, top=each.top[:num_top]) for each in known
+    )
