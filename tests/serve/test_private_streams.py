@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import http.client
 import json
-import socket
 import time
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -12,7 +11,7 @@ from typing import Any, NamedTuple
 import httpx
 import openai
 import pytest
-from support.fake_server import MODEL, FakeServer
+from support.fake_server import MODEL, FakeServer, post_and_do_not_read
 
 INTERVAL_S = 0.2
 PADDING = 512
@@ -140,6 +139,7 @@ def test_an_error_before_the_first_token_keeps_its_status(server: FakeServer) ->
     assert "as asked" in response.json()["error"]["message"]
 
 
+@pytest.mark.process
 def test_a_worker_that_dies_ends_the_stream_with_what_was_ready_and_an_error() -> None:
     with FakeServer(server={"stream_interval_ms": 300.0}, options={"round_s": 0.01}) as server:
         found = messages(server, COMPLETION, body(COMPLETION, "abc<|crash|>", max_tokens=100))
@@ -154,12 +154,7 @@ def test_a_client_that_leaves_frees_its_slot_within_a_second(interval_ms: float)
     """In the middle of its stream, and while its first message waits for the clock."""
     settings, options = {"stream_interval_ms": interval_ms}, {"round_s": 0.03, "max_seq_len": 4096}
     with FakeServer(server=settings, options=options) as server:  # nor does it delay the server's end
-        content = json.dumps(body(COMPLETION, "abc", max_tokens=3000)).encode()
-        connection = socket.create_connection(("127.0.0.1", server.port))
-        connection.sendall(
-            b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
-            b"Content-Length: %d\r\n\r\n%s" % (len(content), content)
-        )
+        connection = post_and_do_not_read(server.port, body(COMPLETION, "abc", max_tokens=3000))
         server.wait_until(lambda now: now["tokens"]["generated"] > 20, 5)
         connection.close()
         assert server.wait_until(lambda now: not (now["queue"]["running"] or now["queue"]["calls"]), 5) < 1

@@ -5,7 +5,6 @@ import os
 import signal
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import httpx
 import openai
@@ -315,9 +314,7 @@ def test_clients_are_told_apart_by_user_and_address_on_both_routes(server):
 
 def test_the_engines_page_says_how_many_requests_run_together(server):
     """By which a learner knows how busy it is."""
-    mapped = {mapping.path for mapping in psutil.Process(server.process.pid).memory_maps()}
-    (folder,) = {os.path.dirname(path) for path in mapped if "aurora-lit-run-" in path}
-    page = EngineStatusPage.open(Path(folder) / STATUS_NAME)
+    page = EngineStatusPage.open(server.run_folder / STATUS_NAME)
     assert page.read().num_slots == EngineSettings().max_batch_size
 
 
@@ -388,6 +385,7 @@ def rss_bytes(server):
     return {process.pid: process.memory_info().rss for process in map(psutil.Process, server.family)}
 
 
+@pytest.mark.process
 def test_memory_is_flat_over_500_mixed_requests(server):
     with ThreadPoolExecutor(max_workers=8) as pool:
         assert all(pool.map(lambda number: one_of_many(server, number), range(200)))  # caches fill, allocators settle
@@ -398,6 +396,7 @@ def test_memory_is_flat_over_500_mixed_requests(server):
     assert max(growth.values()) < 16, f"MiB by process: {growth}"
 
 
+@pytest.mark.process
 def test_idle_it_does_not_spin(server):
     server.wait_until(lambda now: now["queue"]["in_flight"] == 0, 5)
     processes = [psutil.Process(pid) for pid in server.family]

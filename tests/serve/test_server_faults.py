@@ -7,12 +7,11 @@ import signal
 import socket
 import threading
 import time
-from pathlib import Path
 
 import httpx
 import psutil
 import pytest
-from support.fake_server import MODEL, FakeServer
+from support.fake_server import MODEL, FakeServer, post_and_do_not_read
 
 from aurora_lit.errors import ConfigError
 from aurora_lit.ipc.engine_status import STATUS_NAME, EngineStatusPage
@@ -80,12 +79,7 @@ def test_a_full_queue_answers_429(slow_server):
 
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_client_that_leaves_frees_its_slot_within_a_second(slow_server, stream):
-    connection = socket.create_connection(("127.0.0.1", slow_server.port))
-    content = json.dumps(body(stream=stream, n=2)).encode()
-    connection.sendall(
-        b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
-        b"Content-Length: %d\r\n\r\n%s" % (len(content), content)
-    )
+    connection = post_and_do_not_read(slow_server.port, body(stream=stream, n=2))
     slow_server.wait_until(lambda now: now["queue"]["running"] == 2, 5)
     connection.close()
     took_s = slow_server.wait_until(idle, 3)
@@ -94,12 +88,7 @@ def test_a_client_that_leaves_frees_its_slot_within_a_second(slow_server, stream
 
 def test_a_client_that_leaves_while_waiting_gives_up_its_place(slow_server):
     streams = [Stream(slow_server, max_tokens=100).begun() for _ in range(2)]
-    connection = socket.create_connection(("127.0.0.1", slow_server.port))
-    content = json.dumps(body()).encode()
-    connection.sendall(
-        b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
-        b"Content-Length: %d\r\n\r\n%s" % (len(content), content)
-    )
+    connection = post_and_do_not_read(slow_server.port, body())
     slow_server.wait_until(lambda now: now["queue"]["waiting"] == 1, 5)
     connection.close()
     assert slow_server.wait_until(lambda now: now["queue"]["waiting"] == 0, 3) < 1
@@ -123,7 +112,7 @@ def error_of(text):
 
 def test_a_killed_worker_turns_health_red_and_clients_get_an_error():
     # Longer than by default, so that all of it is asked in time on a busy machine too.
-    with FakeServer(options={"round_s": 0.03, "worker_grace_s": 4.0}, spawn=True) as server:
+    with FakeServer(options={"round_s": 0.03, "worker_grace_s": 4.0}) as server:
         stream = Stream(server).begun()
         whole = {}
         plain = threading.Thread(
@@ -161,14 +150,13 @@ def test_an_engine_that_fails_ends_every_call_with_an_error():
 
 def test_sigterm_lets_running_requests_finish():
     with FakeServer(options={"round_s": 0.03}) as server:
-        mapped = {mapping.path for mapping in psutil.Process(server.process.pid).memory_maps()}
-        (folder,) = {os.path.dirname(path) for path in mapped if "aurora-lit-run-" in path}
+        folder = server.run_folder
         stream = Stream(server, max_tokens=90).begun()
         code, _ = server.end(signal.SIGTERM)
         assert code == 0
         assert stream.whole().endswith("data: [DONE]\n\n")
         assert server.left_behind() == []
-        assert not os.path.exists(folder)
+        assert not folder.exists()
 
 
 def test_sigterm_ends_what_takes_longer_than_drain_s():
@@ -181,6 +169,7 @@ def test_sigterm_ends_what_takes_longer_than_drain_s():
         assert error_of(stream.whole())["code"] == "shutting_down"
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_to_the_whole_group_still_drains(number):
     """As Ctrl-C in a terminal, a service manager and a terminal that is closed send it."""
@@ -193,13 +182,13 @@ def test_a_signal_to_the_whole_group_still_drains(number):
         assert server.left_behind() == []
 
 
+@pytest.mark.process
 def test_an_http_process_that_stalls_does_not_stop_the_rounds_and_then_delivers_all_of_them():
     """Stalls it while the worker sends more than the socket's buffer holds."""
     options = {"round_s": 0.0005, "tokens_per_round": 1, "max_seq_len": 8192}
     with FakeServer(options=options) as server:
-        mapped = {mapping.path for mapping in psutil.Process(server.process.pid).memory_maps()}
-        (folder,) = {os.path.dirname(path) for path in mapped if "aurora-lit-run-" in path}
-        page = EngineStatusPage.open(Path(folder) / STATUS_NAME)
+        folder = server.run_folder
+        page = EngineStatusPage.open(folder / STATUS_NAME)
         (http,) = {pid for pid in server.family[1:] if pid != page.read().worker_pid}
         stream = Stream(server, max_tokens=3000).begun()
         os.kill(http, signal.SIGSTOP)
@@ -219,6 +208,7 @@ def test_an_http_process_that_stalls_does_not_stop_the_rounds_and_then_delivers_
         assert again.json()["choices"][0]["text"] == "abc"
 
 
+@pytest.mark.process
 def test_kill_9_of_the_main_process_leaves_nothing():
     with FakeServer(spawn=True) as server:
         os.kill(server.process.pid, signal.SIGKILL)
@@ -246,6 +236,7 @@ def log_lines(server, level, process, name, message):
     return re.findall(f"^{begin}{re.escape(f'{name}: {message}')}$", server.stderr, re.MULTILINE)
 
 
+@pytest.mark.process
 def test_log_lines_tell_the_time_the_level_and_the_process_once():
     with FakeServer(learner="dies") as server:
         server.wait_until(lambda now: now["learner"]["restarts"] >= 1, 20)
@@ -278,12 +269,14 @@ def test_a_used_port_is_named():
             check_address("127.0.0.1", other.getsockname()[1])
 
 
+@pytest.mark.process
 def test_a_server_without_worker_ends_by_itself():
     with FakeServer(options={"worker_grace_s": 0.2}) as server:
         os.kill(server.status()["worker"]["pid"], signal.SIGKILL)
         assert server.wait(10) == 2
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_while_the_model_loads(number):
     server = FakeServer(options={"build_s": 30})
@@ -295,6 +288,7 @@ def test_a_signal_while_the_model_loads(number):
     assert psutil.wait_procs(children, timeout=5)[1] == [], "nothing is left behind"
 
 
+@pytest.mark.process
 def test_a_worker_that_is_killed_while_the_model_loads_ends_the_start():
     server = FakeServer(options={"build_s": 30})
     while not (children := psutil.Process(server.process.pid).children()):
@@ -304,6 +298,7 @@ def test_a_worker_that_is_killed_while_the_model_loads_ends_the_start():
     assert "the engine worker was killed (signal 9)" in server.stderr
 
 
+@pytest.mark.process
 def test_a_round_that_hangs_stops_the_heartbeat_until_it_ends():
     with FakeServer(options={"round_s": 2.0, "hang_timeout_s": 0.3}) as server:
         time.sleep(1)

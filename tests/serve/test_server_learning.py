@@ -82,6 +82,7 @@ def test_a_killed_learner_is_restarted_while_serving_continues_and_commands_see_
     assert folder not in live_folders()
 
 
+@pytest.mark.process
 def test_a_stalled_learner_is_reported_and_ends_with_a_server_that_is_killed():
     with FakeServer(learner="stalls") as server:
         server.wait_until(learner_is("stalled"), 20)
@@ -91,6 +92,7 @@ def test_a_stalled_learner_is_reported_and_ends_with_a_server_that_is_killed():
         assert server.left_behind() == []
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     ("behaviour", "state", "cause"), [("dies", "dead", "exit code 3"), ("absent", "absent", "exit code 1")]
 )

@@ -108,6 +108,7 @@ def check_answers(servers: TinyServers, prompts: list[list[int]]) -> None:
     assert found == dict(enumerate(map(text_of, expected)))
 
 
+@pytest.mark.process
 def test_answers_are_those_of_a_whole_target_swaps_reach_both_ranks_and_a_stopped_rank_ends_the_server(servers):
     server = start(servers, "tensor_parallel", "learn.enabled=false")
     (rank,) = servers.status()["ranks"]

@@ -14,6 +14,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -101,6 +102,13 @@ class FakeServer:
         assert self.left_behind() == []
 
     @property
+    def run_folder(self) -> Path:
+        """The folder in shared memory of a running server."""
+        mapped = {mapping.path for mapping in psutil.Process(self.process.pid).memory_maps()}
+        (folder,) = {Path(path).parent for path in mapped if "aurora-lit-run-" in path}
+        return folder
+
+    @property
     def ready_line(self) -> str:
         """What the server has printed: one line, once it is ready."""
         return self._stdout.read_text()
@@ -137,6 +145,14 @@ class FakeServer:
             assert time.monotonic() - began < timeout_s, f"not within {timeout_s} s: {self.status()}"
             time.sleep(0.01)
         return time.monotonic() - began
+
+
+def post_and_do_not_read(port: int, body: dict[str, Any]) -> socket.socket:
+    """Ask for a text completion; the connection, for a client that leaves."""
+    connection, content = socket.create_connection(("127.0.0.1", port)), json.dumps(body).encode()
+    head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    connection.sendall(f"{head}Content-Length: {len(content)}\r\n\r\n".encode() + content)
+    return connection
 
 
 def _running(pids: list[int]) -> list[psutil.Process]:

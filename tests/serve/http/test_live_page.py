@@ -294,6 +294,7 @@ def test_endless_events_are_not_in_the_schema_that_programs_try_out(server) -> N
     assert not {*FILES, EVENTS} & httpx.get(server.url + "/openapi.json").json()["paths"].keys()
 
 
+@pytest.mark.process
 def test_a_page_that_watches_does_not_hold_up_the_end() -> None:
     with FakeServer(server={"drain_s": 30.0}) as server:
         begun, ended = threading.Event(), threading.Event()

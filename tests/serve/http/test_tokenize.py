@@ -1,4 +1,4 @@
-"""Requests to calls: what is refused and how it is told, and whether anybody looks at an answer before it ends."""
+"""Requests to calls: what is refused and how; `store: false`, domain, client and salt reach every request."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerFast
 from aurora_lit.errors import RequestError
 from aurora_lit.ipc.messages import Delta
 from aurora_lit.models.tokenizer import tokenizer_json
+from aurora_lit.request import Request
 from aurora_lit.serve.http import tokenize
 from aurora_lit.serve.http.answer_stream import AnswerStream
 from aurora_lit.serve.http.schema import (
@@ -329,3 +330,56 @@ def test_tools_reach_a_template_that_knows_no_system_role() -> None:
     for given in (tools, ()):
         with pytest.raises(RequestError, match="messages: the chat template refuses them: no system role"):
             render(own.messages, own, tools=given, tokenizer=tokenizer)
+
+
+TURN = [{"role": "user", "content": "hello"}]
+
+
+def requests(**fields: Any) -> list[Request]:
+    """Requests of a chat call and of a completion call with these fields."""
+    how: Any = {"tokenizer": TOKENIZER, "limits": LIMITS, "client": "c1"}
+    chat = ChatRequest(model="m", messages=TURN, max_tokens=4, **fields)
+    text = CompletionRequest(model="m", prompt=["hello", "a"], max_tokens=4, **fields)
+    return [
+        *prepare_chat(chat, call_id="c", **how).call.requests,
+        *prepare_completion(text, call_id="t", **how).call.requests,
+    ]
+
+
+@pytest.mark.parametrize(
+    ("fields", "store", "domain"),
+    [
+        ({}, True, ""),
+        ({"store": None, "metadata": None}, True, ""),
+        ({"store": True, "metadata": {"other": "x"}}, True, ""),
+        ({"store": False, "n": 2}, False, ""),
+        ({"metadata": {"aurora_domain": "code"}, "n": 2}, True, "code"),
+        ({"store": False, "metadata": {"aurora_domain": "ü" * 64}}, False, "ü" * 64),
+    ],
+)
+def test_store_domain_and_client_reach_every_choice(fields: dict[str, Any], store: bool, domain: str) -> None:
+    made = requests(**fields)
+    assert len(made) == 3 * fields.get("n", 1)
+    assert {(r.store, r.domain, r.client) for r in made} == {(store, domain, "c1")}
+
+
+@pytest.mark.parametrize("domain", ["", "x" * 65, "two\nlines", "\x1b[31mred"])
+def test_a_domain_that_is_no_label_is_refused_by_name(domain: str) -> None:
+    with pytest.raises(RequestError, match=r"metadata\.aurora_domain") as caught:
+        ChatRequest(model="m", messages=TURN, metadata={"aurora_domain": domain})
+    assert caught.value.param == "metadata.aurora_domain"
+
+
+@pytest.mark.parametrize(
+    ("sent", "arrives"), [({}, ""), ({"cache_salt": None}, ""), ({"cache_salt": "ü" * 256}, "ü" * 256)]
+)
+def test_the_salt_reaches_every_choice(sent: dict[str, Any], arrives: str) -> None:
+    made = requests(n=2, **sent)
+    assert len(made) == 6
+    assert {request.cache_salt for request in made} == {arrives}
+
+
+def test_a_requests_name_which_traces_have_is_not_the_id_that_the_client_gets() -> None:
+    names = [request.request_id for request in requests(n=2)]
+    assert len(set(names)) == 6
+    assert not set(names) & {f"{call_id}-{number}" for call_id in "ct" for number in range(4)}
