@@ -1,14 +1,17 @@
-"""Every script of examples/ runs: two of them against a server without a model, all of them with the real one."""
+"""Every script of examples/ and the README's runs: some against a server without a model, all with the real one."""
 
 from __future__ import annotations
 
+import os
+import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from support import ROOT, child_environment
-from support.fake_server import FakeServer
+from support.fake_server import MODEL, FakeServer
 
 from aurora_lit.bench.server_process import free_port, running_server
 from aurora_lit.config import load_config
@@ -35,12 +38,21 @@ def test_each_example_is_short_and_has_its_line() -> None:
         assert f"[{script.name}]({script.name}): " in text
 
 
-def test_an_answer_is_streamed() -> None:
+def test_an_answer_is_streamed(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """By stream.py and by the README's example."""
+    for name in [name for name in os.environ if name.lower().endswith("_proxy")]:
+        monkeypatch.delenv(name)
+    (example,) = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), flags=re.MULTILINE | re.DOTALL)
     with FakeServer() as server:
-        *_, last = run("stream.py", server.url).splitlines()
-    assert last.startswith("64 tokens, ")
+        example = example.replace("http://127.0.0.1:8000", server.url).replace("SmolLM2-135M-Instruct", MODEL)
+        exec(compile(example, "README.md", "exec"), {})
+        assert len(capsys.readouterr().out) > 10
+        monkeypatch.setattr(sys, "argv", ["stream.py", server.url])
+        runpy.run_path(str(EXAMPLES / "stream.py"))
+    assert capsys.readouterr().out.splitlines()[-1].startswith("64 tokens, ")
 
 
+@pytest.mark.process
 def test_learning_is_watched_while_requests_are_answered() -> None:
     with FakeServer(learner="lives") as server:
         server.wait_until(lambda now: now["learner"]["state"] == "running", 20)
