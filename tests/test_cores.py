@@ -21,11 +21,9 @@ V1 = "32 23 0:29 {root} {folder} rw,relatime shared:9 - cgroup cgroup rw,cpu,cpu
 V1_MEMORY = "33 23 0:30 / /sys/fs/cgroup/memory rw,relatime - cgroup cgroup rw,memory"
 
 
-def run(code: str, allowed: list[int]) -> str:
-    """What a process prints that may use only these cores."""
-    code = f"import os\nos.sched_setaffinity(0, {allowed})\n{code}"
-    command = [sys.executable, "-c", code]
-    return subprocess.run(command, env=child_environment(), capture_output=True, text=True, check=True).stdout
+def run(code: str, environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    """A new interpreter, which torch's threads need to see an environment."""
+    return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
 
 
 class FakeMachine:
@@ -48,21 +46,22 @@ def cores_of(machine: FakeMachine, monkeypatch: pytest.MonkeyPatch, *, affinity:
 
 
 def test_affinity_limits_the_cores_of_a_real_process() -> None:
-    code = "from aurora_lit.machine import available_cores\nprint(available_cores())"
+    code = "import os; from aurora_lit.machine import available_cores as cores"
     for count in range(1, len(CORES) + 1):
-        assert int(run(code, CORES[:count])) <= count
-    assert run(code, CORES[:1]) == "1\n"
+        code += f"\nos.sched_setaffinity(0, {CORES[:count]}); print(cores())"
+    found = [int(line) for line in run_program(code).stdout.split()]
+    assert found[0] == 1
+    assert all(each <= count for count, each in enumerate(found, start=1))
 
 
 @pytest.mark.process
 @pytest.mark.parametrize("pinning", [{"OMP_PROC_BIND": "true"}, {"GOMP_CPU_AFFINITY": f"{CORES[0]}-{CORES[-1]}"}])
-def test_the_cores_are_those_of_before_openmp_has_bound_this_thread_to_one(pinning: dict[str, str]) -> None:
-    for module in ("aurora_lit.__main__, aurora_lit.machine", "aurora_lit.serve.engine_process"):
-        code = f"import {module}, torch; from aurora_lit.machine import available_cores as cores; print(cores())"
-        found = subprocess.run(
-            [sys.executable, "-c", code], env=child_environment(**pinning), capture_output=True, text=True, check=True
-        )
-        assert int(found.stdout) == len(CORES)
+@pytest.mark.parametrize("module", ["aurora_lit.__main__, aurora_lit.machine", "aurora_lit.serve.engine_process"])
+def test_the_cores_are_those_of_before_openmp_has_bound_this_thread_to_one(
+    module: str, pinning: dict[str, str]
+) -> None:
+    code = f"import {module}, torch; from aurora_lit.machine import available_cores as cores; print(cores())"
+    assert int(run(code, child_environment(**pinning)).stdout) == len(CORES)
 
 
 @pytest.mark.process
@@ -71,10 +70,7 @@ def test_a_learner_is_not_bound_to_a_core() -> None:
         "import os; from aurora_lit.learn.online.process import _lower_priority as begin; begin(1, 1)\n"
         "import torch; print(len(os.sched_getaffinity(0)))"
     )
-    command = [sys.executable, "-c", code]
-    environment = child_environment(OMP_PROC_BIND="true", OMP_PLACES="cores")
-    found = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-    assert int(found.stdout) == len(CORES)
+    assert int(run(code, child_environment(OMP_PROC_BIND="true", OMP_PLACES="cores")).stdout) == len(CORES)
 
 
 @pytest.mark.process
@@ -195,10 +191,10 @@ import torch
 @pytest.mark.parametrize(
     ("code", "given", "spins"),
     [
-        ("from aurora_lit import LLM", {}, "60000"),
+        pytest.param("from aurora_lit import LLM", {}, "60000", marks=pytest.mark.process),
         (COMMAND, {}, "60000"),
-        ("from aurora_lit import LLM", {"GOMP_SPINCOUNT": "7"}, "7"),
-        ("from aurora_lit import LLM", {"OMP_WAIT_POLICY": "passive"}, "0"),
+        pytest.param("from aurora_lit import LLM", {"GOMP_SPINCOUNT": "7"}, "7", marks=pytest.mark.process),
+        pytest.param("from aurora_lit import LLM", {"OMP_WAIT_POLICY": "passive"}, "0", marks=pytest.mark.process),
     ],
 )
 def test_threads_that_wait_for_each_other_sleep_soon_unless_the_environment_says_something_else(
@@ -208,7 +204,4 @@ def test_threads_that_wait_for_each_other_sleep_soon_unless_the_environment_says
     env = {**child_environment(), "OMP_DISPLAY_ENV": "verbose"}
     for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
         env.pop(name, None)
-    result = subprocess.run(
-        [sys.executable, "-c", code], env={**env, **given}, capture_output=True, text=True, check=True
-    )
-    assert f"GOMP_SPINCOUNT = '{spins}'" in result.stderr
+    assert f"GOMP_SPINCOUNT = '{spins}'" in run(code, {**env, **given}).stderr
