@@ -234,6 +234,16 @@ def test_files_named_in_backticks_exist() -> None:
     assert sorted(word for word in named if not (ROOT / word).exists()) == []
 
 
+def test_files_named_in_the_architecture_exist() -> None:
+    """Paths are the package's; a bare name is a file `there`, in a folder named before."""
+    text = (ROOT / "ARCHITECTURE.md").read_text().split("## The map")[0]
+    named = re.findall(r"`(?:aurora_lit/)?([\w/]+\.py)`", text)
+    files = {path.relative_to(ROOT / "aurora_lit").as_posix() for path in (ROOT / "aurora_lit").rglob("*.py")}
+    assert len(named) > 50
+    for name in named:
+        assert name in files or "/" not in name and any(file.endswith(f"/{name}") for file in files), name
+
+
 def test_settings_named_in_documents_exist() -> None:
     sections = {field.name: {setting.name for setting in fields(field.type)} for field in fields(AuroraConfig)}  # type: ignore[arg-type]
     pattern = rf"(?<![\w./-])({'|'.join(sections)})\.([a-z_0-9]+)\b(?!\()"
