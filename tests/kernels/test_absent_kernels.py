@@ -106,6 +106,7 @@ def test_a_build_that_fails_is_said_once_with_the_compilers_error(
         assert "CXX" in said
 
 
+@pytest.mark.process
 def test_a_library_that_cannot_be_loaded_is_said_with_its_path(
     model: Path, compiler: Callable[[str], Environment], tmp_path: Path
 ) -> None:
@@ -116,6 +117,7 @@ def test_a_library_that_cannot_be_loaded_is_said_with_its_path(
     assert f"delete {library}" in result.stderr
 
 
+@pytest.mark.process
 def test_no_compiler_is_said(model: Path, no_compiler: Environment) -> None:
     result = run(engines(model, 1), no_compiler)
     assert "no C++ compiler" in check_beside_an_engine(result)["found"]
@@ -133,6 +135,7 @@ def test_kept_kernels_are_used_without_a_compiler(no_compiler: Environment) -> N
     assert check["found"] == "none; native kernels built before"
 
 
+@pytest.mark.process
 def test_kernels_that_are_turned_off_are_mentioned_by_doctor_only(model: Path) -> None:
     result = run(engines(model, 1), {"AURORA_LIT_NATIVE": "0"})
     check = check_beside_an_engine(result)

@@ -59,6 +59,7 @@ def sharded(folder: Path, ranks: OneRank) -> ShardedTarget:
     return target
 
 
+@pytest.mark.process
 def test_orders_are_carried_out_on_the_device_of_each_rank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(native, "library", lambda: None)
     folder = save_model("llama", tmp_path, num_hidden_layers=3)

@@ -56,6 +56,7 @@ def test_rounds_continue_in_the_next_segment_of_a_request(target: Target, good_d
     assert sum(together, RoundTotals()) == sum(found.values(), RoundTotals())
 
 
+@pytest.mark.slow
 def test_scores_of_sampled_requests_are_exact_in_expectation(target: Target, good_draft: Eagle3Draft) -> None:
     """With traces that another draft left, of the same noise."""
     requests = [

@@ -129,6 +129,7 @@ def test_the_more_is_left_to_learn_the_sooner_a_better_draft_passes_and_a_worse_
     assert passed_at_once(-0.1 * CHAMPION, 1.0) < 0.02
 
 
+@pytest.mark.slow
 def test_what_steady_traffic_has_cost_does_not_delay_drafts_for_new_traffic(monkeypatch: pytest.MonkeyPatch) -> None:
     """Trials of equal drafts at heat 0, a shift after some of them, then better ones, or equal ones, at heat 1 or 0."""
 
@@ -150,6 +151,7 @@ def test_what_steady_traffic_has_cost_does_not_delay_drafts_for_new_traffic(monk
     assert passed_after_a_shift(0.0, 0.0, within=12) < 0.3
 
 
+@pytest.mark.slow
 def test_worse_drafts_do_not_creep_in(monkeypatch: pytest.MonkeyPatch) -> None:
     """What the served draft loses in a hundred trials of drafts that are all worse than the one that serves."""
     for worse_by in (0.005, 0.01, 0.03):

@@ -282,6 +282,7 @@ def test_after_many_more_kills_only_unsaved_work_is_lost(servers: TinyServers, a
     storm(servers, answers, kills=50, seed=1)
 
 
+@pytest.mark.process
 def test_a_stopped_learner_and_a_damaged_ring_do_not_delay_requests(
     servers: TinyServers, answers: list[list[int]]
 ) -> None:
@@ -318,6 +319,7 @@ def test_a_stopped_learner_and_a_damaged_ring_do_not_delay_requests(
     check_used(servers, answers)
 
 
+@pytest.mark.process
 def test_an_attached_learner_saves_and_exits_on_sigterm_and_when_its_server_is_killed(
     servers: TinyServers, answers: list[list[int]]
 ) -> None:

@@ -17,7 +17,10 @@ def chi_square(count: torch.Tensor, p: torch.Tensor) -> float:
 LOGITS = torch.tensor([2.0, 1.5, -3.0, 0.0, 0.7, 1.9, -1.0, 0.2])
 
 
-@pytest.mark.parametrize(("varied", "draws"), [("position", 2_000_000), ("key", 400_000)])
+@pytest.mark.parametrize(
+    ("varied", "draws"),
+    [("position", 400_000), pytest.param("position", 2_000_000, marks=pytest.mark.slow), ("key", 400_000)],
+)
 def test_the_argmax_of_logits_plus_noise_has_the_softmaxs_law(varied: str, draws: int) -> None:
     """Over positions of one key, or consecutive keys at one position, of which test_sampling_law.py has two million."""
     count = torch.zeros(len(LOGITS))

@@ -86,6 +86,7 @@ def test_requests_are_answered_as_on_the_cpu(kind: str, folder: Path) -> None:
     assert any(output.num_proposed for answer in here.values() for output in answer.rounds)
 
 
+@pytest.mark.slow
 def test_costs_are_measured_on_the_device(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("_PASSES", "_ENOUGH"):  # once is enough to see where
         monkeypatch.setattr(calibration, name, 1)
@@ -119,6 +120,7 @@ def test_precisions_of_the_cpus_kernels_are_refused_elsewhere(
         Target.load(folder, precision=precision, device=device)
 
 
+@pytest.mark.slow
 def test_unseeded_exploring_and_recorded_rounds_stay_on_the_device(folder: Path, device: torch.device) -> None:
     traces: list[Trace] = []
     target = Target.load(folder, precision="fp32", device=device)
