@@ -27,11 +27,14 @@ from omegaconf.errors import (
 
 from aurora_lit.errors import ConfigError
 from aurora_lit.settings import AuroraConfig as AuroraConfig
+from aurora_lit.settings import EngineSettings, MemorySettings
 
 _PACKAGE = Path(__file__).resolve().parent
 # In a checkout configs/ and checkpoints/ are beside the package; in a wheel, inside it.
 PROJECT_FOLDER = _PACKAGE if (_PACKAGE / "configs").is_dir() else _PACKAGE.parent
 DEFAULT_CONFIG = PROJECT_FOLDER / "configs" / "smollm2.yaml"
+_COPIED_TOKENS = 15
+"""Most tokens that a round copies for a sequence. More are seldom accepted, and each makes every slot longer."""
 _NO_INTERPOLATION = r"write \${ where no interpolation is meant"
 
 
@@ -172,16 +175,15 @@ def shows_page(config: AuroraConfig) -> bool:
     return config.server.host == "127.0.0.1" if config.server.page == "auto" else config.server.page == "on"
 
 
-def copied_tokens(config: AuroraConfig) -> int:
+def copied_tokens(engine: EngineSettings, memory: MemorySettings) -> int:
     """Most tokens that a round copies for a sequence, by n-gram lookup or from the traffic memory; 0: nothing is."""
-    engine = config.engine
-    copies = engine.speculate and (engine.lookup or resolved_memory_scope(config) != "off")
-    return engine.lookup_tokens if copies else 0
+    remembers = memory.capacity_mb > 0 and memory.scope != "off"
+    return _COPIED_TOKENS if engine.speculate and (engine.lookup or remembers) else 0
 
 
 def max_proposal_length(config: AuroraConfig) -> int:
     """Most consecutive tokens that a round proposes for a sequence, from any source."""
-    return max(config.engine.max_draft_tokens, copied_tokens(config))
+    return max(config.engine.max_draft_tokens, copied_tokens(config.engine, config.memory))
 
 
 def draft_folder(config: AuroraConfig) -> Path | None:

@@ -9,13 +9,38 @@ from __future__ import annotations
 import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from enum import IntEnum
 from typing import Any
 
 MAX_DOMAIN_CHARACTERS = 64
 """Longest label of a domain. Labels are printable."""
-TOKEN_SOURCES = ("target", "draft", "lookup", "memory")
-"""Where a token of an answer came from, in the order of traces.record.SOURCE_…: the target's own token, or an accepted
-proposal of the draft, copied from earlier in the request, or from the traffic memory alone."""
+
+
+class Source(IntEnum):
+    """Where a token of an answer came from: it is the target's own, or an accepted proposal of one of the others.
+
+    Counters are indexed by it, and a trace stores it for each round.
+    """
+
+    TARGET = 0
+    """Of a round's proposals: there were none."""
+    DRAFT = 1
+    NGRAM = 2
+    """Copied from earlier in the same request (n-gram lookup)."""
+    MEMORY = 3
+    """From the traffic memory alone."""
+    GRAMMAR = 4
+    """The request's grammar allowed nothing else."""
+
+    @property
+    def label(self) -> str:
+        """Its name in metrics, reports and answers. What grammars force has always been counted with n-gram lookup."""
+        return "lookup" if self in (Source.NGRAM, Source.GRAMMAR) else self.name.lower()
+
+
+PLANS = ("plain", *dict.fromkeys(source.label for source in Source if source > Source.DRAFT), "chain", "tree")
+"""What a round proposes, counted apart: nothing; what one of the sources proposes without the draft; or the draft's, as
+a chain or as a tree with siblings or copies beside it. Of a round whose sequences differ the last of these counts."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,8 +171,8 @@ class Output:
     """True if this round's proposals were sampled for exploration."""
     only_copied: bool = False
     """True if this round's proposals were all copied, from earlier in the request or from the traffic memory."""
-    accepted_from: tuple[int, ...] = ()
-    """For each accepted token, which come first in `token_ids`, the index of its source in TOKEN_SOURCES."""
+    accepted_from: tuple[Source, ...] = ()
+    """For each accepted token, which come first in `token_ids`, what proposed it."""
     draft_versions: tuple[str, ...] = ()
     """Draft versions that have proposed for the request so far, in order of first use."""
     domain: str = ""

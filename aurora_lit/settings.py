@@ -9,13 +9,9 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 MAX_PROPOSAL_LENGTH = 31
-"""Maximum number of consecutive tokens that a round can propose for a sequence, whatever the settings."""
+"""Consecutive proposals of a sequence whose acceptance is counted by position; our engine proposes at most 15."""
 MAX_DOMAINS = 31
 """Maximum of domain.max_domains."""
-PLANS = ("plain", "lookup", "memory", "chain", "tree")
-"""What a round proposes, counted apart: nothing; copies from earlier in the requests, or also from the traffic memory;
-or the draft's, as a chain or as a tree with siblings or copies beside it. Of a round whose sequences differ the last of
-these counts."""
 
 
 def _within(default: float, low: float, high: float) -> Any:
@@ -70,12 +66,10 @@ class EngineSettings:
     for itself)."""
     max_draft_tokens: int = _within(4, 1, 8)
     """Maximum number of consecutive tokens that the draft proposes in a round."""
-    sibling_tokens: int = _within(3, 0, 3)
-    """Maximum number of other likely tokens that are considered beside each token of a drafted chain. Of all these, a
-    round proposes those that are expected to repay the time that verifying them takes; none where engine.adaptive is
-    off. 0: all tokens of a drafted chain are proposed, and no others. Needs the fused CPU layers."""
     adaptive: bool = True
-    """true: each round chooses the draft length from measured costs. false: always max_draft_tokens."""
+    """true: each round chooses the draft length from measured costs; with the fused CPU layers it proposes those tokens
+    of a drafted chain, and of three others beside each, that are expected to repay the time that verifying them takes.
+    false: always max_draft_tokens."""
     explore_share: float = _within(0.0, 0.0, 1.0)
     """Share of drafted rounds in which greedy requests sample their proposals, so that the policy loss (PPO) has
     something to learn from. The output stays exact; exploring rounds accept fewer tokens. 0: off, since it has shown no
@@ -84,22 +78,15 @@ class EngineSettings:
     """Draft temperature of exploring rounds."""
     lookup: bool = True
     """n-gram lookup: also propose tokens that followed the last ones earlier in the same request, where enough of them
-    are expected to be accepted."""
-    lookup_tokens: int = _within(15, 1, MAX_PROPOSAL_LENGTH)
-    """Maximum number of tokens that a round copies for a sequence, by n-gram lookup or from the traffic memory
-    (memory.capacity_mb). The limit is 4 on targets without fused layers."""
+    are expected to be accepted. A round copies at most 15 for a sequence, from there and from the traffic memory
+    (memory.capacity_mb) together; 4 on targets without fused layers."""
     max_batch_size: int = _within(8, 1, 1024)
     """Maximum number of sequences that run together; each has one slot of the KV cache."""
     max_seq_len: int = _within(2048, 16, 1 << 20)
     """Maximum length of a sequence in tokens, prompt and answer together; each slot of the KV cache has room for it."""
     prefill_chunk_tokens: int = _within(256, 1, 1 << 16)
-    """Maximum number of prompt tokens computed in one round. While other sequences decode, engine.max_round_ms limits
-    them too."""
-    max_round_ms: float = _within(20.0, 1.0, 60_000.0)
-    """Beside sequences that decode, a round computes as many prompt tokens as keep it below this time, or below 2.25
-    times what it takes without them, but at least 16; the draft catches up with a new prompt by as much as fits into
-    this time. Smaller values make pauses of running answers shorter, and new requests wait longer for their first
-    token."""
+    """Maximum number of prompt tokens computed in one round. Beside sequences that decode it is as many as keep the
+    round below 20 ms, or below 2.25 times what it takes without them, but at least 16."""
     prefix_cache: bool = True
     """Copy the KV cache of a common prefix from any slot that still holds it, instead of computing it again. Answers do
     not change: with matrix tiles, but for fp32, only prompts of earlier requests are copied, not their answers, since

@@ -36,7 +36,7 @@ from aurora_lit.modules.domains.centroids import (
     pool_prompt,
 )
 from aurora_lit.modules.domains.clusters import OnlineClusters
-from aurora_lit.serve.worker.build import load_target, load_tokenizer
+from aurora_lit.serve.worker.load_models import load_target, load_tokenizer
 
 SERVED, WHOLE, WITH_LAST = f"the last {MAX_POOLED_POSITIONS}", "all but the first and the last", "all but the first"
 ALIKE = "all but the first and the last, alike"

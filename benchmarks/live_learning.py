@@ -39,7 +39,7 @@ from aurora_lit.config import load_config
 from aurora_lit.drafts.store import DraftStore
 from aurora_lit.errors import ConfigError
 from aurora_lit.learn.pretrain.prompts import encode_prompt, read_prompts
-from aurora_lit.serve.worker.build import load_tokenizer
+from aurora_lit.serve.worker.load_models import load_tokenizer
 from benchmarks import one_process
 from benchmarks.paired import Arm, Chat, ask
 

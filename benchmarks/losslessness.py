@@ -14,6 +14,7 @@ import argparse
 import json
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -29,8 +30,7 @@ from aurora_lit.models.source import find_target
 from aurora_lit.modules.draft.eagle3 import Eagle3Draft
 from aurora_lit.request import Request, SamplingParams
 from aurora_lit.serve.engine.engine import Engine
-from aurora_lit.serve.engine.options import EngineOptions
-from aurora_lit.serve.worker.build import eos_token_ids, load_target, load_tokenizer
+from aurora_lit.serve.worker.load_models import eos_token_ids, load_target, load_tokenizer
 
 Outputs = list[list[int]]
 
@@ -63,21 +63,10 @@ def main() -> int:
     console = Console()
 
     def decode(draft: Eagle3Draft | None, k: int, batch: int) -> Outputs:
-        options = EngineOptions(
-            eos_token_ids=eos_ids,
-            max_batch_size=batch,
-            max_seq_len=config.engine.max_seq_len,
-            max_draft_tokens=k,
-            sibling_tokens=0,
-            copied_tokens=config.engine.lookup_tokens if k else 0,
-            adaptive=False,
-            prefill_chunk_tokens=config.engine.prefill_chunk_tokens,
-            max_round_s=config.engine.max_round_ms / 1000,
-            prefix_cache=config.engine.prefix_cache,
-            explore_share=0.0,
-            explore_temperature=1.0,
+        settings = replace(
+            config.engine, max_batch_size=batch, speculate=k > 0, max_draft_tokens=k or 1, adaptive=False, lookup=True
         )
-        engine = Engine(target, draft, options)
+        engine = Engine(target, draft, replace(settings, explore_share=0.0), eos_token_ids=eos_ids)
         for number, ids in enumerate(prompts):
             params = SamplingParams(max_tokens=arguments.max_tokens, temperature=0.0)
             engine.submit(Request(request_id=str(number), prompt_ids=tuple(ids), params=params))

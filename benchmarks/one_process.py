@@ -33,10 +33,10 @@ from aurora_lit.bench.reporting import progress_bar, report_console
 from aurora_lit.config import load_config
 from aurora_lit.errors import ConfigError
 from aurora_lit.machine import use_threads
-from aurora_lit.request import SamplingParams
+from aurora_lit.request import PLANS, SamplingParams
 from aurora_lit.serve.engine.engine import Engine
-from aurora_lit.serve.worker.build import build_engine, load_serving_target
-from aurora_lit.settings import PLANS
+from aurora_lit.serve.worker.build import build_engine
+from aurora_lit.serve.worker.load_models import load_serving_target
 from benchmarks.paired import interval
 
 
@@ -76,9 +76,9 @@ def build_arms(arms: Mapping[str, list[str]], overrides: Sequence[str]) -> tuple
 
 def answer(engine: Engine, prompts: Sequence[BenchPrompt], params: SamplingParams) -> Turn:
     """Answer prompts that arrive at the same time."""
-    before = list(engine.stats.rounds_by_plan)
+    before = list(engine.counters.rounds_by_plan)
     found = answer_prompts(engine, prompts, params)
-    plans = [now - then for now, then in zip(engine.stats.rounds_by_plan, before, strict=True)]
+    plans = [now - then for now, then in zip(engine.counters.rounds_by_plan, before, strict=True)]
     return Turn([each.token_ids for each in found.answers], found.seconds, plans)
 
 

@@ -35,8 +35,9 @@ from aurora_lit.ipc.ring import RingReader
 from aurora_lit.ipc.run_folder import RING_NAME
 from aurora_lit.request import Request
 from aurora_lit.serve.engine import engine as engine_module
-from aurora_lit.serve.worker.build import build_worker, load_tokenizer
+from aurora_lit.serve.worker.build import build_worker
 from aurora_lit.serve.worker.live_draft import LiveDraft
+from aurora_lit.serve.worker.load_models import load_tokenizer
 from aurora_lit.traces.record import LAYOUT_DIGEST
 
 PARTS = ("traces", "reload checks", "status page")
@@ -103,7 +104,7 @@ def main() -> int:
                 before()
                 outputs = engine.round()
                 after(outputs, [TrafficKind()] * len(outputs))
-                stats = engine.stats
+                stats = engine.counters
                 write(
                     running=engine.num_running,
                     rounds=stats.rounds,

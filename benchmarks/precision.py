@@ -24,7 +24,7 @@ from aurora_lit.config import load_config
 from aurora_lit.machine import use_threads
 from aurora_lit.models.source import find_target
 from aurora_lit.models.target import Target
-from aurora_lit.serve.worker.build import load_tokenizer
+from aurora_lit.serve.worker.load_models import load_tokenizer
 
 WIDTHS = (1, 5, 128)
 CONTEXT = 150

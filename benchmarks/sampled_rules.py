@@ -45,7 +45,7 @@ from aurora_lit.models.target import Target
 from aurora_lit.modules.draft.eagle3 import Eagle3Draft
 from aurora_lit.modules.losses.unroll import UnrolledChains, unroll, unroll_rounds
 from aurora_lit.serve.speculation.runtime_draft import prepare_draft
-from aurora_lit.serve.worker.build import eos_token_ids, load_serving_target, load_tokenizer, starting_draft
+from aurora_lit.serve.worker.load_models import eos_token_ids, load_serving_target, load_tokenizer, starting_draft
 
 WIDTHS = (1, 2, 3, 4)
 NODES = (7, 15)

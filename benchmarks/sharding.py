@@ -36,7 +36,8 @@ from aurora_lit.kernels import native
 from aurora_lit.learn.pretrain.prompts import encode_prompt, read_prompts
 from aurora_lit.models.target import Target
 from aurora_lit.request import Request
-from aurora_lit.serve.worker.build import build_worker, load_shard, load_tokenizer
+from aurora_lit.serve.worker.build import build_worker
+from aurora_lit.serve.worker.load_models import load_shard, load_tokenizer
 
 _MIB = 1 << 20
 

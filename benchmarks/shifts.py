@@ -41,8 +41,9 @@ from aurora_lit.config import load_config
 from aurora_lit.errors import AuroraError
 from aurora_lit.modules.domains.centroids import RECENCY, UNKNOWN, pool_prompt
 from aurora_lit.modules.domains.detector import DomainDetector, Shift
-from aurora_lit.serve.worker.build import load_target, load_tokenizer
-from aurora_lit.traces.record import SOURCE_DRAFT, Trace
+from aurora_lit.request import Source
+from aurora_lit.serve.worker.load_models import load_target, load_tokenizer
+from aurora_lit.traces.record import Trace
 
 _SAVE_EVERY_PROMPTS = 200
 _PROPOSALS = (10, 40)
@@ -131,7 +132,7 @@ class Replay:
             last_TH=torch.zeros(0, 0),
             num_proposed_R=torch.tensor([proposed], dtype=torch.int32),
             num_accepted_R=torch.tensor([accepted], dtype=torch.int32),
-            source_R=torch.tensor([SOURCE_DRAFT], dtype=torch.uint8),
+            source_R=torch.tensor([Source.DRAFT], dtype=torch.uint8),
             explored_R=torch.zeros(1, dtype=torch.bool),
         )
 

@@ -2,7 +2,7 @@
 
 So that different drafts can be compared, on a busy machine too, each round proposes as many tokens as it may:
 engine.max_draft_tokens (engine.adaptive and engine.lookup are off), none explores (engine.explore_share is 0), and the
-draft reads a new prompt at once (engine.max_round_ms is as long as it may be). Accepted length is the number of tokens
+draft reads a new prompt at once. Accepted length is the number of tokens
 emitted per round, the target's own token included. A request's last round is not counted, since the end of the answer
 cuts it short, and neither are rounds without proposals.
 
@@ -33,8 +33,8 @@ from aurora_lit.progress import Progress
 from aurora_lit.serve.engine.engine import Engine
 from aurora_lit.serve.worker.build import build_engine
 
-_LONGEST_ROUND_MS = 60_000.0
-"""The most that engine.max_round_ms may be."""
+_LONGEST_ROUND_S = 60.0
+"""Enough for the draft to read a prompt at once."""
 _SHOWN_POSITIONS = 5
 """Positions that fit in a terminal; acceptance.json has all."""
 
@@ -69,7 +69,7 @@ def run(
 ) -> list[Acceptance]:
     """Measure at temperature 0 and at `temperature`; print a table and write acceptance.json to `out`."""
     config = with_full_proposals(config)
-    engine, tokenizer = build_engine(config)
+    engine, tokenizer = build_engine(config, max_round_s=_LONGEST_ROUND_S)
     loaded = load_prompts(
         prompts, limit=limit, tokenizer=tokenizer, max_prompt_tokens=config.engine.max_seq_len - max_tokens
     )
@@ -95,7 +95,7 @@ def with_full_proposals(config: AuroraConfig) -> AuroraConfig:
     """The settings with which the draft proposes as much as it may in every round, and nothing is copied."""
     if config.draft.checkpoint is None:
         raise ConfigError("draft.checkpoint=null: there is no draft to measure; name a checkpoint folder")
-    full = replace(config.engine, speculate=True, adaptive=False, lookup=False, max_round_ms=_LONGEST_ROUND_MS)
+    full = replace(config.engine, speculate=True, adaptive=False, lookup=False)
     full = replace(full, explore_share=0.0)  # proposals that are drawn to explore are accepted less often
     return replace(config, engine=full, memory=replace(config.memory, capacity_mb=0))
 

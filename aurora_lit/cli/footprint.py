@@ -16,11 +16,11 @@ from typing import Literal
 from transformers import PretrainedConfig
 
 from aurora_lit.cli.model_sizes import draft_parameters, draft_shape, model_sizes
-from aurora_lit.config import AuroraConfig, copied_tokens, resolved_memory_scope
+from aurora_lit.config import AuroraConfig, resolved_memory_scope
 from aurora_lit.models.kv_cache import cache_bytes, head_dim_of, kv_heads_of, padded_positions
 from aurora_lit.models.target import model_dtype
-from aurora_lit.serve.engine.options import slot_capacity
-from aurora_lit.serve.worker.build import uses_draft
+from aurora_lit.serve.engine.slot_allocator import slot_capacity
+from aurora_lit.serve.worker.load_models import uses_draft
 
 CARDS_GB = (24, 40, 80, 141)
 """Memory of common GPUs, in 10^9 bytes."""
@@ -201,12 +201,7 @@ def fewest_devices(config: AuroraConfig, shape: PretrainedConfig, *, card_gb: in
 
 def _slot_capacity(config: AuroraConfig) -> int:
     """Positions of a slot of the KV cache."""
-    return slot_capacity(
-        max_seq_len=config.engine.max_seq_len,
-        max_draft_tokens=config.engine.max_draft_tokens,
-        sibling_tokens=config.engine.sibling_tokens,
-        copied_tokens=copied_tokens(config),
-    )
+    return slot_capacity(config.engine, config.memory)
 
 
 def _draft_needs(config: AuroraConfig, text: PretrainedConfig, *, element_bytes: int) -> list[Need]:

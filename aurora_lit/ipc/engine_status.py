@@ -13,14 +13,15 @@ Lifecycle: the main process creates the file, the worker opens it writable, the 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from enum import IntEnum
 from pathlib import Path
 from typing import NamedTuple
 
-from aurora_lit.ipc.page import Page, counts, heartbeat_age_s, text
-from aurora_lit.request import MAX_DOMAIN_CHARACTERS, TOKEN_SOURCES
-from aurora_lit.settings import MAX_DOMAINS, MAX_PROPOSAL_LENGTH, PLANS
+from aurora_lit.ipc.page import Page, counter, counters, gauge, heartbeat_age_s, text
+from aurora_lit.request import MAX_DOMAIN_CHARACTERS, PLANS, Source
+from aurora_lit.settings import MAX_DOMAINS, MAX_PROPOSAL_LENGTH
 
 STATUS_NAME = "status"
 """The engine worker's page in the run folder."""
@@ -66,8 +67,127 @@ class DomainTotals(NamedTuple):
         return _ratio(self.drafts + self.accepted, self.drafts)
 
 
-@dataclass(frozen=True, kw_only=True)
-class EngineStatus:
+@dataclass(kw_only=True)
+class EngineCounters:
+    """What an engine counts since it was created.
+
+    A counter is declared here and counted in the engine; the status page, metrics and reports follow.
+    """
+
+    prompt_tokens: int = counter("vllm:prompt_tokens", "Prompt tokens processed.", report="tokens.prompt")
+    looked_up_tokens: int = counter("vllm:prefix_cache_queries", "Prompt tokens looked up in the prefix cache.")
+    """Those of prompt_tokens whose prompts were looked for in the slots; 0 beside vLLM."""
+    cached_tokens: int = counter(
+        "vllm:prefix_cache_hits", "Prompt tokens found there, so not computed.", report="tokens.cached"
+    )
+    generated_tokens: int = counter("vllm:generation_tokens", "Tokens generated.", report="tokens.generated")
+    rounds: int = counter(report="speculation.rounds")
+    """In which a sequence decoded."""
+    rounds_by_plan: list[int] = counters(
+        len(PLANS),
+        "aurora_rounds",
+        "Rounds in which a sequence decoded, by what was proposed.",
+        label="plan",
+        values=PLANS,
+        report="speculation.rounds_by_plan",
+    )
+    round_us: int = counter("aurora_round_seconds", "Time of rounds without prompt tokens.", per=1e6)
+    predicted_round_us: int = counter(
+        "aurora_predicted_round_seconds",
+        "What their passes of the target were expected to take, and what drafting took.",
+        per=1e6,
+    )
+    """As expected when they were planned."""
+    drafts: int = counter(
+        "vllm:spec_decode_num_drafts", "Rounds of a sequence with proposals.", report="speculation.drafts"
+    )
+    """From any source."""
+    explored_drafts: int = counter()
+    """Those of drafts that were sampled at the exploration temperature."""
+    proposed: int = counter(
+        "vllm:spec_decode_num_draft_tokens",
+        "Draft tokens proposed; of a tree, all nodes.",
+        report="speculation.proposed",
+    )
+    accepted: int = counter(
+        "vllm:spec_decode_num_accepted_tokens", "Draft tokens accepted.", report="speculation.accepted"
+    )
+    accepted_by_position: list[int] = counters(
+        MAX_PROPOSAL_LENGTH,
+        "vllm:spec_decode_num_accepted_tokens_per_pos",
+        "Accepted draft tokens by position.",
+        label="position",
+        report="speculation.accepted_by_position",
+    )
+    generated_by_source: list[int] = counters(
+        len(Source),
+        "aurora_generated_tokens",
+        "Tokens generated, by where they came from.",
+        label="source",
+        values=tuple(source.label for source in Source),
+        report="speculation.generated_by_source",
+    )
+    compared_us: int = counter(
+        "aurora_compared_seconds",
+        "Time of rounds that can be compared with plain ones.",
+        per=1e6,
+        report="speculation.against_plain.seconds",
+    )
+    """Those without prompt tokens and without tokens that a grammar forced, of kinds whose plain rounds have been timed
+    (serve/speculation/floor.py)."""
+    compared_plain_us: int = counter(
+        "aurora_compared_plain_seconds",
+        "What their tokens would have taken in plain rounds.",
+        per=1e6,
+        report="speculation.against_plain.plain_seconds",
+    )
+    """Of as many sequences."""
+    memory_answers: int = counter(
+        "aurora_memory_answers", "Answers that the traffic memory has remembered.", report="memory.answers"
+    )
+    memory_look_ups: int = counter(
+        "aurora_memory_look_ups", "Searches of it for a sequence's last tokens.", report="memory.look_ups"
+    )
+    """Rounds of single sequences that could read it."""
+    memory_hits: int = counter("aurora_memory_hits", "Those that found something likely enough.", report="memory.hits")
+    memory_proposed: int = counter(
+        "aurora_memory_proposed_tokens", "Tokens that it alone proposed.", report="memory.proposed"
+    )
+    memory_accepted: int = counter(
+        "aurora_memory_accepted_tokens", "Those that were accepted.", report="memory.accepted"
+    )
+
+    def count_round(self, plan: str) -> None:
+        """Add a round in which a sequence decoded; `plan`: one of PLANS."""
+        self.rounds += 1
+        self.rounds_by_plan[PLANS.index(plan)] += 1
+
+    def count(
+        self,
+        *,
+        generated: int,
+        proposed: int,
+        accepted_from: Sequence[Source],
+        remembered: int = 0,
+        explored: bool = False,
+    ) -> None:
+        """Add a round of one sequence. `accepted_from`: as in `Output`; `remembered`: proposed by the memory alone."""
+        accepted = len(accepted_from)
+        self.generated_tokens += generated
+        self.generated_by_source[Source.TARGET] += generated - accepted
+        self.drafts += proposed > 0
+        self.proposed += proposed
+        self.accepted += accepted
+        self.memory_proposed += remembered
+        self.explored_drafts += explored
+        for position, source in enumerate(accepted_from):
+            self.accepted_by_position[position] += 1
+            self.generated_by_source[source] += 1
+            self.memory_accepted += source is Source.MEMORY
+
+
+@dataclass(kw_only=True)
+class EngineStatus(EngineCounters):
     """One consistent reading of the engine worker's page."""
 
     heartbeat_ns: int
@@ -77,88 +197,59 @@ class EngineStatus:
     """0 before the worker has started."""
     started_ns: int
     """time.monotonic_ns() when the worker became ready."""
-    max_seq_len: int
-    vocab_size: int
-    max_draft_tokens: int
-    """Most tokens that a round can accept for a sequence, from any source."""
     num_slots: int
     """Most requests that run together."""
-    running: int
-    waiting: int
-    rounds: int
-    """In which a sequence decoded."""
-    rounds_by_plan: tuple[int, ...] = counts(len(PLANS))
-    """These by what was proposed, in the order of settings.PLANS."""
-    round_us: int
-    """What those without prompt tokens took, in microseconds."""
-    predicted_round_us: int
-    """What their passes of the target were expected to take when they were planned, and what drafting took."""
-    round_p50_us: int
+    running: int = gauge("vllm:num_requests_running", "Sequences that hold a slot.", report="queue.running")
+    waiting: int = gauge("vllm:num_requests_waiting", "Sequences that wait for a slot.", report="queue.waiting")
+    max_seq_len: int = gauge(report="limits.max_seq_len")
+    vocab_size: int = gauge(report="limits.vocab_size")
+    max_draft_tokens: int = gauge(report="speculation.max_draft_tokens")
+    """Most tokens that a round can accept for a sequence, from any source; so many entries accepted_by_position has."""
+    round_p50_us: int = gauge(report="round_ms.p50", per=1e3)
     """Median of the last rounds that swapped no draft, in microseconds; 0 before the first."""
-    round_p99_us: int
+    round_p99_us: int = gauge(report="round_ms.p99", per=1e3)
     swap_round_p99_us: int
     """The same for rounds that swapped a draft."""
-    prompt_tokens: int
-    looked_up_tokens: int
-    """The part of prompt_tokens whose prompts were looked for in the prefix cache; 0 beside vLLM."""
-    cached_tokens: int
-    """The part of prompt_tokens found in the KV cache of a slot, so not computed again."""
-    generated_tokens: int
-    drafts: int
-    """How often at least one token was proposed for a sequence in a round."""
-    proposed: int
-    accepted: int
-    accepted_by_position: tuple[int, ...] = counts(MAX_PROPOSAL_LENGTH)
-    """How often the token proposed at each position was accepted; max_draft_tokens entries."""
-    generated_by_source: tuple[int, ...] = counts(len(TOKEN_SOURCES))
-    """generated_tokens by where they came from, in the order of request.TOKEN_SOURCES."""
-    compared_us: int
-    """What rounds took that can be compared with plain ones, in microseconds: those without prompt tokens and
-    without tokens that a grammar forced, of kinds whose plain rounds have been timed."""
-    compared_plain_us: int
-    """What their tokens would have taken in plain rounds of as many sequences."""
-    memory_capacity: int
-    """Tokens that the traffic memory can hold; 0: there is none."""
-    memory_tokens: int
-    """Tokens that it holds."""
-    memory_evicted: int
-    """Tokens that it has forgotten to make room."""
-    memory_answers: int
-    """Answers that it has remembered."""
-    memory_look_ups: int
-    """How often a sequence's last tokens were searched for in it."""
-    memory_hits: int
-    """How often it held something likely enough to be proposed."""
-    memory_proposed: int
-    """Tokens that it alone proposed."""
-    memory_accepted: int
-    swaps: int
-    """Drafts swapped in since the start."""
-    refusals: int
-    """Drafts refused because they could not be served."""
-    rollbacks: int
-    """Drafts rolled back because fewer of their tokens were accepted."""
-    opted_out: int
-    """Requests with `store: false`, of which no trace is made."""
-    unrecorded: int
-    """Traces that could not be written to the folder trace.record; beside vLLM, requests that were not recorded since
-    traces held all the memory or too many were unread. The ring has its own counters (ipc/ring.py)."""
-    domains_version: int
-    """Number of the publication that requests are assigned domains by; 0: there is none."""
-    domain_numbers: tuple[int, ...] = counts(_MAX_DOMAIN_ROWS * len(DomainTotals._fields))
-    """The fields of DomainTotals for each of `domain_names`, one row after the other."""
-    domain_names: str = text(_MAX_DOMAIN_ROWS * _MAX_NAME_BYTES // 8 * 8)
-    """Domains that requests were served as, one a line."""
-    domains_refused: str = text(1024)
-    """Why the newest publication of domains is not used; empty: it is, or there is none."""
-    draft_version: str = text(256)
+    memory_capacity: int = gauge(
+        "aurora_memory_capacity_tokens", "Tokens that it can hold.", report="memory.capacity_tokens"
+    )
+    """Of the traffic memory; 0: there is none."""
+    memory_tokens: int = gauge("aurora_memory_tokens", "Tokens that the traffic memory holds.", report="memory.tokens")
+    memory_evicted: int = counter(
+        "aurora_memory_evicted_tokens", "Tokens forgotten to make room.", report="memory.evicted_tokens"
+    )
+    draft_version: str = text(256, report="draft.version")
+    swaps: int = counter("aurora_draft_swaps", "Drafts swapped in.", report="draft.swaps")
+    refusals: int = counter("aurora_draft_refusals", "Drafts that could not be served.", report="draft.refusals")
+    rollbacks: int = counter(
+        "aurora_draft_rollbacks",
+        "Drafts rolled back because fewer of their tokens were accepted.",
+        report="draft.rollbacks",
+    )
     refused_version: str = text(256)
     """The last draft that was refused; empty: none."""
     refused_reason: str = text(1024)
     rolled_back_version: str = text(256)
     """The last draft that was rolled back; empty: none."""
     rolled_back_reason: str = text(512)
-    error: str = text(1024)
+    domains_version: int = gauge(
+        "aurora_domains_version", "Number of the publication that requests are assigned domains by; 0: there is none."
+    )
+    domain_numbers: list[int] = counters(_MAX_DOMAIN_ROWS * len(DomainTotals._fields))
+    """The fields of DomainTotals for each of `domain_names`, one row after the other."""
+    domain_names: str = text(_MAX_DOMAIN_ROWS * _MAX_NAME_BYTES // 8 * 8)
+    """Domains that requests were served as, one a line."""
+    domains_refused: str = text(1024, report="domains.refused")
+    """Why the newest publication of domains is not used; empty: it is, or there is none."""
+    opted_out: int = counter(
+        "aurora_traces_opted_out", "Sequences with store: false, so without a trace.", report="traces.opted_out"
+    )
+    unrecorded: int = counter(
+        "aurora_traces_unrecorded", "Traces that could not be written to trace.record.", report="traces.unrecorded"
+    )
+    """Beside vLLM, requests that were not recorded since traces held all the memory or too many were unread. The ring
+    has its own counters (ipc/ring.py)."""
+    error: str = text(1024, report="worker.error")
 
     @property
     def heartbeat_age_s(self) -> float:
@@ -191,7 +282,8 @@ class EngineStatusPage(Page[EngineStatus]):
     def read(self) -> EngineStatus:
         """A consistent reading."""
         now = super().read()
-        return replace(now, accepted_by_position=now.accepted_by_position[: now.max_draft_tokens])
+        del now.accepted_by_position[now.max_draft_tokens :]
+        return now
 
 
 @dataclass(frozen=True, kw_only=True)

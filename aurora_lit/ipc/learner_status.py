@@ -18,7 +18,7 @@ from typing import Literal
 
 import psutil
 
-from aurora_lit.ipc.page import Page, heartbeat_age_s, text
+from aurora_lit.ipc.page import Page, counter, gauge, heartbeat_age_s, text
 
 LEARNER_STATUS_NAME = "learner.status"
 """The page's file in the run folder."""
@@ -36,37 +36,37 @@ class LearnerStatus:
     """0: none has attached, or the last one left regularly."""
     started_ns: int
     """time.monotonic_ns() when it attached."""
-    restarts: int
+    restarts: int = counter("aurora_learner_restarts", "Restarts of the learner.", report="restarts")
     """Written by the server: how often it restarted its learner."""
-    steps: int
+    steps: int = counter(report="steps")
     """Optimiser steps."""
-    positions: int
+    positions: int = counter(report="positions")
     """Token positions learned from."""
     steps_before: int
     """Steps that the server's first learner began with: those of servers before."""
     positions_before: int
     """The same of positions."""
-    records: int
-    """Traces read from the ring."""
-    skipped: int
-    """Traces that could not be used: torn, overwritten or malformed."""
-    stale: int
+    records: int = counter("aurora_learner_traces", "Traces read.", report="traces.read")
+    """From the ring."""
+    skipped: int = counter("aurora_learner_traces_skipped", "Traces that could not be used.", report="traces.skipped")
+    """Torn, overwritten or malformed."""
+    stale: int = counter(report="traces.stale")
     """Traces of drafts older than learn.max_staleness versions; only the supervised loss uses them."""
-    looping: int
+    looping: int = counter(report="traces.looping")
     """Traces left out because their answer repeats itself in a loop."""
-    over_client_share: int
+    over_client_share: int = counter(report="traces.over_client_share")
     """How often a trace was deferred because its client had filled its share of a batch."""
-    labels_dropped: int
+    labels_dropped: int = counter(report="traces.labels_dropped")
     """Traces whose domain label was dropped: too many labels, or a reserved name."""
-    lag_records: int
+    lag_records: int = gauge(report="traces.queued")
     """Traces in the ring that are not read yet."""
-    lag_bytes: int
+    lag_bytes: int = gauge(report="traces.queued_bytes")
     busy_threads: int
     """CPU threads that it computes with now; 0 while it waits."""
-    published: int
-    """Drafts published."""
-    gate_refused: int
-    """Drafts that the gate refused to publish."""
+    published: int = counter("aurora_learner_published", "Drafts published.", report="gate.published")
+    gate_refused: int = counter(
+        "aurora_learner_gate_refused", "Drafts that the gate refused to publish.", report="gate.refused"
+    )
     compute_share: float
     """Measured share of the machine's processor time."""
     loss: float
@@ -75,21 +75,21 @@ class LearnerStatus:
     """Expected accepted length of the served draft (champion) at the learner's last trial; 0 before the first."""
     challenger_score: float
     """The same for the candidate draft (challenger)."""
-    num_shifts: int
+    num_shifts: int = counter(report="domains.shifts")
     """Shifts of traffic detected."""
-    rate_factor: float
+    rate_factor: float = gauge(report="domains.rate_factor")
     """Factor on the base learning rate; 0 until the learner has written it."""
-    explore_share: float
+    explore_share: float = gauge(report="domains.explore_share")
     """Share of rounds with proposals in which the server should explore."""
-    last_shift: str = text(128)
+    last_shift: str = text(128, report="domains.last_shift")
     """The last shift, as text."""
-    domains: str = text(1024)
+    domains: str = text(1024, report="domains.now")
     """Domains of the latest requests, each with its share and how much is left to learn of it, as text."""
-    version: str = text(256)
+    version: str = text(256, report="version")
     """The checkpoint version that its weights started from or were last published as."""
-    activity: str = text(128)
+    activity: str = text(128, report="activity")
     """Current activity, as text."""
-    error: str = text(1024)
+    error: str = text(1024, report="error")
     """Why the last learner ended, unless it left regularly; what fails at present, such as saving on a full disk."""
 
     @property

@@ -19,7 +19,7 @@ from typing import Literal, NamedTuple
 
 import msgspec
 
-from aurora_lit.request import Request, TokenLogprob
+from aurora_lit.request import Request, Source, TokenLogprob
 
 CANCEL: Literal["cancel"] = "cancel"
 """What the HTTP process sends in place of a `Call` when its client has gone: no request of the call goes on."""
@@ -55,8 +55,8 @@ class Delta:
     prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None
     num_proposed: int = 0
     num_accepted: int = 0
-    accepted_from: tuple[int, ...] = ()
-    """For each accepted token, which come first, the index of its source in request.TOKEN_SOURCES."""
+    accepted_from: tuple[Source, ...] = ()
+    """For each accepted token, which come first, what proposed it."""
     finish_reason: str | None = None
     """"stop" (end of text or stop token), "length" or "error" with the choice's last delta."""
     error: str | None = None

@@ -1,8 +1,9 @@
 """A memory-mapped page that holds one record: one process writes it, any number of processes read it.
 
-The record is a frozen dataclass with fields of type int, float, str and tuple[int, ...]. The layout follows from the
-class. A digest of the layout is stored at the start of the page, so a page of another version is refused. Leaves out
-what the records mean (ipc/engine_status.py, ipc/learner_status.py).
+The record is a dataclass with fields of type int, float, str and list[int]. The layout follows from the class. A digest
+of the layout is stored at the start of the page, so a page of another version is refused. A field also declares how it
+is shown: in the JSON report and among the metrics. Leaves out what the records mean (ipc/engine_status.py,
+ipc/learner_status.py).
 
     class EngineStatusPage(Page[EngineStatus]):
         record_class = EngineStatus
@@ -21,9 +22,10 @@ import os
 import struct
 import time
 import typing
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Generic, Protocol, Self, TypeVar
+from typing import Any, ClassVar, Generic, NamedTuple, Protocol, Self, TypeVar
 
 from aurora_lit.errors import AuroraError
 
@@ -43,14 +45,69 @@ class Heartbeat(Protocol):
 Record = TypeVar("Record", bound=Heartbeat)
 
 
-def text(size_bytes: int) -> Any:
+class Declared(NamedTuple):
+    """What readers of a field need to know. Those that show fields loop over these declarations (`declared`)."""
+
+    report: str = ""
+    """Where it stands in the report of GET /v1/aurora/status, such as "tokens.prompt"; "": nowhere."""
+    metric: str = ""
+    """Its name in Prometheus, a counter's without `_total`; "": it is not exported."""
+    help: str = ""
+    is_gauge: bool = False
+    """False: it only grows."""
+    label: str = ""
+    """What its entries are told apart by, in Prometheus; "": it is one number."""
+    values: tuple[str, ...] = ()
+    """That label of each entry; entries with the same one are added up. Empty: they are numbered."""
+    per: float = 1
+    """What is shown is divided by this."""
+
+    def shown(self, value: Any) -> Any:
+        """The field's value for readers; of an empty text None."""
+        if isinstance(value, str):
+            return value or None
+        if self.values:
+            totals = dict.fromkeys(self.values, 0)
+            for name, count in zip(self.values, value, strict=True):
+                totals[name] += count
+            return totals
+        return value if self.per == 1 else value / self.per
+
+
+def counter(metric: str = "", help: str = "", *, report: str = "", per: float = 1) -> Any:  # noqa: A002
+    """An int field that only grows (arguments: see `Declared`)."""
+    return dataclasses.field(default=0, metadata={"declared": Declared(report, metric, help, per=per)})
+
+
+def gauge(metric: str = "", help: str = "", *, report: str = "", per: float = 1) -> Any:  # noqa: A002
+    """An int or float field that may fall again."""
+    return dataclasses.field(default=0, metadata={"declared": Declared(report, metric, help, is_gauge=True, per=per)})
+
+
+def counters(
+    number: int,
+    metric: str = "",
+    help: str = "",  # noqa: A002
+    *,
+    label: str = "",
+    values: tuple[str, ...] = (),
+    report: str = "",
+) -> Any:
+    """A list[int] field of `number` entries."""
+    how = Declared(report, metric, help, label=label, values=values)
+    return dataclasses.field(default_factory=lambda: [0] * number, metadata={"count": number, "declared": how})
+
+
+def text(size_bytes: int, *, report: str = "") -> Any:
     """A str field of at most `size_bytes` of UTF-8; longer texts are cut after a whole character."""
-    return dataclasses.field(metadata={"bytes": size_bytes})
+    return dataclasses.field(default="", metadata={"bytes": size_bytes, "declared": Declared(report)})
 
 
-def counts(number: int) -> Any:
-    """A tuple[int, ...] field of `number` entries."""
-    return dataclasses.field(metadata={"count": number})
+def declared(record: Any) -> Iterator[tuple[Declared, Any]]:
+    """The declared fields of a record, each with the value that it shows."""
+    for field in dataclasses.fields(record):
+        if (how := field.metadata.get("declared")) is not None:
+            yield how, how.shown(getattr(record, field.name))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -194,7 +251,7 @@ def _layout(record_class: type[Any]) -> tuple[dict[str, _FieldLayout], int, int]
         if "bytes" in field.metadata:
             layout = _FieldLayout(kind="s", first=next_word, words=field.metadata["bytes"] // 8, build=str)
         elif "count" in field.metadata:
-            layout = _FieldLayout(kind="Q", first=next_word, words=field.metadata["count"], build=tuple)
+            layout = _FieldLayout(kind="Q", first=next_word, words=field.metadata["count"], build=list)
         elif types[field.name] is float:
             layout = _FieldLayout(kind="d", first=next_word, words=1, build=float)
         else:

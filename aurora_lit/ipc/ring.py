@@ -32,7 +32,7 @@ from enum import IntEnum, auto
 from pathlib import Path
 
 from aurora_lit.errors import RingError
-from aurora_lit.ipc.page import reserve_space
+from aurora_lit.ipc.page import counter, gauge, reserve_space
 
 _MAGIC = 0x32474E49_52524C41
 _HEADER_BYTES = 4096
@@ -65,9 +65,9 @@ class _Word(IntEnum):
 class RingCounters:
     """Counts since the ring was made."""
 
-    pushed: int
+    pushed: int = counter("aurora_traces_pushed", "Traces written to the ring.", report="pushed")
     """Records written."""
-    popped: int
+    popped: int = counter(report="read")
     """Records read."""
     overwritten: int
     """Records overwritten before they were read, or passed over by a reader that was behind."""
@@ -75,12 +75,19 @@ class RingCounters:
     """Payloads larger than the whole ring, dropped."""
     torn: int
     """Records that were damaged and skipped."""
-    queued_records: int
+    queued_records: int = gauge("aurora_traces_queued", "Traces in the ring that are not read yet.", report="queued")
     """Records written and not read yet; one more for each time that the writer was killed while it wrote them. Not what
     the counts above leave: a record that is overwritten while it is read may be in two of them."""
-    queued_bytes: int
+    queued_bytes: int = gauge(
+        "aurora_traces_queued_bytes", "Bytes in the ring that are not read yet.", report="queued_bytes"
+    )
     """Their bytes, record headers included."""
-    capacity_bytes: int
+    capacity_bytes: int = gauge(report="capacity_bytes")
+
+    @property
+    def dropped(self) -> dict[str, int]:
+        """Records lost, by cause."""
+        return {"overwritten": self.overwritten, "too_large": self.too_large, "torn": self.torn}
 
 
 class _Ring:

@@ -92,7 +92,7 @@ def _prepare_in_child(config: AuroraConfig, outcome: Connection, server_pid: int
     log_to_stderr()
     for number in (signal.SIGINT, signal.SIGHUP):  # a terminal sends them to the whole group
         signal.signal(number, signal.SIG_IGN)  # the main process ends this one
-    from aurora_lit.serve.worker.build import prepare as prepare_here
+    from aurora_lit.serve.worker.load_models import prepare as prepare_here
 
     try:
         prepare_here(config)
@@ -115,7 +115,7 @@ def build_worker(config: AuroraConfig, run_folder: Path) -> WorkerParts:
 
 
 def load_shard(config: AuroraConfig, run_folder: Path, rank: int) -> Shard:
-    """One rank's shard of the target; see serve/worker/build.py."""
-    from aurora_lit.serve.worker import build
+    """One rank's shard of the target; see serve/worker/load_models.py."""
+    from aurora_lit.serve.worker import load_models
 
-    return build.load_shard(config, run_folder, rank)
+    return load_models.load_shard(config, run_folder, rank)

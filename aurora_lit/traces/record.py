@@ -25,14 +25,11 @@ import torch
 from torch import Tensor
 
 from aurora_lit.errors import TraceError
+from aurora_lit.request import Source
 
 VERIFY_MODES = ("greedy", "sampled", "read")
 """How the target chose the tokens, to which proposals had to be equal: by argmax, by argmax of logit / temperature plus
 noise (modules/sampling/choice.py), or not at all because they are given text."""
-
-SOURCE_NONE, SOURCE_DRAFT, SOURCE_LOOKUP, SOURCE_MEMORY = 0, 1, 2, 3
-"""Where a round's proposals came from: there were none; the draft, maybe with copies beside it; only earlier in the
-request; or also the traffic memory."""
 
 
 def _empty(dtype: torch.dtype, *shape: int) -> Any:
@@ -91,7 +88,8 @@ class Trace:
     """int32. Number of proposals accepted and committed, without the target's own token after them; of first choices
     that were not proposed, those that are this token are counted."""
     source_R: Tensor = _empty(torch.uint8, 0)
-    """uint8. Where the proposals came from: one of SOURCE_…."""
+    """uint8. Where the proposals came from, a `Source` up to MEMORY: DRAFT maybe with copies beside the draft's, NGRAM
+    also where a grammar forced them."""
     explored_R: Tensor = _empty(torch.bool, 0)
     """bool. True if the round drew its proposals to explore, with noise that the target does not draw with."""
     draft_temperature_R: Tensor = _empty(torch.float32, 0)
@@ -129,8 +127,8 @@ class RoundNote(NamedTuple):
     """Position of the last committed token when the round began."""
     version: int
     """The draft's version; -1 if the draft proposed nothing."""
-    source: int
-    """Where the proposals come from: one of SOURCE_…"""
+    source: Source
+    """Where the proposals come from; what a grammar forces counts as NGRAM."""
     proposals: list[int]
     """Without those that the end of the request cut off. Of copies, only up to the first rejected one. Of a weighed
     chain the first choices that the answer tells about, some of which may not have been proposed."""
@@ -347,7 +345,7 @@ def _check_rounds(trace: Trace, *, T: int, K: int) -> None:
     _require(bool((root_R[1:] > root_R[:-1]).all()), "round_root does not ascend")
     last_R = root_R.astype(np.int64) + np.minimum(accepted_R, np.maximum(proposed_R - 1, 0))
     _require(bool((root_R >= 0).all() and (last_R < T).all()), "round_root is out of range")
-    _require(int(trace.source_R.max()) <= SOURCE_MEMORY, "source is unknown")
+    _require(int(trace.source_R.max()) <= Source.MEMORY, "source is unknown")
     _require(bool((trace.draft_temperature_R > 0).all()), "draft_temperature is not positive")
     place_K = np.arange(K)
     inside_RK = place_K < proposed_R[:, None]

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from aurora_lit.drafts.live_watch import TrafficKind
-from aurora_lit.request import MAX_DOMAIN_CHARACTERS
-from aurora_lit.traces.record import SOURCE_DRAFT, SOURCE_NONE, RoundNote, Trace, round_tensors
+from aurora_lit.request import MAX_DOMAIN_CHARACTERS, Source
+from aurora_lit.traces.record import RoundNote, Trace, round_tensors
 
 PROMPT_TOKENS = 1024
 """Of a longer prompt, only the last positions are recorded."""
@@ -317,7 +317,7 @@ def _note(root: int, proposals: list[int], accepted: int, *, version: int) -> Ro
     return RoundNote(
         root=root,
         version=version if proposals else -1,
-        source=SOURCE_DRAFT if proposals else SOURCE_NONE,
+        source=Source.DRAFT if proposals else Source.TARGET,
         proposals=proposals,
         accepted=accepted,
     )

@@ -3,7 +3,7 @@
 Written by the rank that has the hidden states. A vLLM worker does not see the queue, so `waiting` is 0, and
 1 once nothing is seen any more.
 
-    status = LiveStatus(page, max_draft_tokens=3, ...)
+    status = LiveStatus(page, capture)
     status.observe(step, outcomes)          # after each step
     status.swapped("draft-000003", trusted=False)
 """
@@ -17,41 +17,40 @@ from collections.abc import Sequence
 
 from aurora_lit.drafts.live_watch import LiveWatch
 from aurora_lit.drafts.versions import version_number
-from aurora_lit.ipc.engine_status import EngineStatusPage
-from aurora_lit.settings import PLANS
+from aurora_lit.ipc.engine_status import EngineCounters, EngineStatusPage
+from aurora_lit.settings import MAX_PROPOSAL_LENGTH
 from aurora_lit.vllm.capture import Capture, RoundOutcome, Step
 
 _WRITE_EVERY_S = 0.25
 _BEAT_EVERY_S = 0.5
-_PLAIN, _CHAIN = PLANS.index("plain"), PLANS.index("chain")
 _log = logging.getLogger("vllm.aurora_lit")
 
 
 class LiveStatus:
     """Counters of one engine; see the file's example."""
 
-    def __init__(self, page: EngineStatusPage, capture: Capture, *, max_draft_tokens: int) -> None:
+    def __init__(self, page: EngineStatusPage, capture: Capture) -> None:
         """Starts a thread that writes heartbeats, since an idle engine takes no steps."""
         self._page, self._capture = page, capture
         self._watch = LiveWatch()
         self._version = ""
-        self._rounds_by_plan = [0] * len(PLANS)
-        self._accepted_by_position = [0] * max_draft_tokens
-        self._drafts = self._proposed = self._accepted = self._generated = self._swaps = self._rollbacks = 0
+        self._counters = EngineCounters()
+        self._swaps = self._rollbacks = 0
         self._next_write_s = 0.0
         threading.Thread(target=self._beat, name="aurora-lit-heartbeat", daemon=True).start()
 
     def observe(self, step: Step, outcomes: Sequence[RoundOutcome]) -> None:
         """Count a step, and judge the draft by its accepted proposals."""
-        self._generated += sum(step.num_sampled)
+        counters = self._counters
+        counters.generated_tokens += sum(step.num_sampled)
         if any(step.num_sampled):
-            self._rounds_by_plan[_CHAIN if outcomes else _PLAIN] += 1
+            counters.count_round("chain" if outcomes else "plain")
         for outcome in outcomes:
-            self._drafts += 1
-            self._proposed += outcome.proposed
-            self._accepted += outcome.accepted
-            for position in range(min(outcome.accepted, len(self._accepted_by_position))):
-                self._accepted_by_position[position] += 1
+            counters.drafts += 1
+            counters.proposed += outcome.proposed
+            counters.accepted += outcome.accepted
+            for position in range(min(outcome.accepted, MAX_PROPOSAL_LENGTH)):
+                counters.accepted_by_position[position] += 1
             self._judge(outcome)
         if time.monotonic() >= self._next_write_s:
             self._next_write_s = time.monotonic() + _WRITE_EVERY_S
@@ -59,17 +58,11 @@ class LiveStatus:
 
     def write(self) -> None:
         """Write all counters."""
+        self._counters.prompt_tokens = self._capture.num_prompt_tokens
+        self._counters.cached_tokens = self._capture.num_cached_tokens
         self._page.write(
+            **vars(self._counters),
             running=self._capture.num_running,
-            rounds=sum(self._rounds_by_plan),
-            rounds_by_plan=self._rounds_by_plan,
-            prompt_tokens=self._capture.num_prompt_tokens,
-            cached_tokens=self._capture.num_cached_tokens,
-            generated_tokens=self._generated,
-            drafts=self._drafts,
-            proposed=self._proposed,
-            accepted=self._accepted,
-            accepted_by_position=self._accepted_by_position,
             opted_out=self._capture.num_opted_out,
             unrecorded=self._capture.num_unrecorded,
             swaps=self._swaps,

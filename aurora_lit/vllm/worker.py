@@ -128,7 +128,7 @@ def _recorder(runner: Any, config: Any, reader: Any, deployment: Deployment) -> 
         overlap_tokens=deployment.overlap_tokens,
         is_behind=lambda: _is_behind(ring.counters),
     )
-    status = LiveStatus(page, capture, max_draft_tokens=max_draft_tokens)
+    status = LiveStatus(page, capture)
     hooks = RunnerHooks(runner, reader, capture, status.observe, status.write, status.failed)
     hooks.install()
     page.write(

@@ -37,7 +37,7 @@ from aurora_lit.errors import AuroraError, ConfigError
 from aurora_lit.learn.pretrain.prompts import encode_prompt, read_prompts
 from aurora_lit.models.package_index import file_sha256
 from aurora_lit.models.source import find_target
-from aurora_lit.serve.worker.build import load_tokenizer
+from aurora_lit.serve.worker.load_models import load_tokenizer
 
 from . import environments, gguf_files
 from .client import ask, run_load, served_model

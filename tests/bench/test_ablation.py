@@ -30,11 +30,12 @@ from aurora_lit.learn.offline.replay import read_traces
 from aurora_lit.models.target import Target
 from aurora_lit.modules.domains.controller import DomainController
 from aurora_lit.modules.domains.detector import acceptance_rate
+from aurora_lit.request import Source
 from aurora_lit.traces.log import TraceLogWriter
-from aurora_lit.traces.record import SOURCE_DRAFT, Trace
+from aurora_lit.traces.record import Trace
 
 K = 3
-LOOKUP_TOKENS = 5
+LOOKUP_TOKENS = 15
 COSTS = {"draft_tokens": K, "target_s": [1 + 0.1 * n for n in range(9)], "first_step_s": 0.2, "next_step_s": 0.1}
 needs_kernels = pytest.mark.skipif(native.library() is None, reason="there is no memory without kernels")
 
@@ -69,7 +70,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def a_config(folder: Path, *, lookup: bool = False, memory_mb: int = 0, **learn: Any) -> AuroraConfig:
     settings = ("engine.explore_share=0.1", "domain.detect=false", f"engine.max_draft_tokens={K}")
-    copied = (f"engine.lookup={lookup}", f"engine.lookup_tokens={LOOKUP_TOKENS}", f"memory.capacity_mb={memory_mb}")
+    copied = (f"engine.lookup={lookup}", f"memory.capacity_mb={memory_mb}")
     config = load_config(None, [*settings, *copied])
     fields = {
         "batch_positions": 512,
@@ -285,7 +286,7 @@ def test_the_detector_sees_no_rounds_of_the_draft_that_was_recorded(
     traces = []
     for trace in read_traces(folder / "traces" / "traffic"):
         ones_R = torch.ones_like(trace.num_proposed_R)
-        rounds: dict[str, Any] = {"source_R": torch.full_like(trace.source_R, SOURCE_DRAFT), "num_proposed_R": ones_R}
+        rounds: dict[str, Any] = {"source_R": torch.full_like(trace.source_R, Source.DRAFT), "num_proposed_R": ones_R}
         versions_R = torch.zeros_like(trace.round_version_R)
         traces.append(replace(trace, num_accepted_R=ones_R, round_version_R=versions_R, **rounds))
     assert all(acceptance_rate(trace) == 1.0 for trace in traces)

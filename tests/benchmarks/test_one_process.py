@@ -14,7 +14,7 @@ from support.tiny_models import random_draft, save_model
 from aurora_lit.drafts.checkpoint import save_draft
 from aurora_lit.errors import ConfigError
 from aurora_lit.models.target import Target
-from aurora_lit.settings import PLANS
+from aurora_lit.request import PLANS
 from benchmarks import one_process
 from benchmarks.one_process import Turn, build_arms, parse_arm, row
 

@@ -45,7 +45,7 @@ def test_a_reader_sees_what_the_writer_wrote(path):
     writer.beat()
     now = reader.read()
     assert (now.state, now.running, now.draft_version) == (WorkerState.READY, 3, "draft-7")
-    assert now.accepted_by_position == (4, 2)
+    assert now.accepted_by_position == [4, 2]
     assert (now.acceptance_rate, now.mean_accepted_length) == (0.75, 2.5)
     assert set(now.error) == {"ü"}, "a long text is cut, but not in the middle of a character"
     assert 0 <= now.heartbeat_age_s < 1

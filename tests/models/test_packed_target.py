@@ -56,7 +56,7 @@ def answer(target: Target, draft: Eagle3Draft) -> tuple[list[int], int]:
     while engine.has_work:
         for output in engine.round():
             found += output.token_ids
-    return found, engine.stats.accepted
+    return found, engine.counters.accepted
 
 
 @torch.no_grad()

@@ -30,8 +30,8 @@ from aurora_lit.models.source import cache_root, resolve
 from aurora_lit.models.target import CPU, Target, aux_layer_ids
 from aurora_lit.models.tokenizer import transformers_tokenizer
 from aurora_lit.modules.sampling.choice import choose
-from aurora_lit.serve.worker import build
-from aurora_lit.serve.worker.build import load_target
+from aurora_lit.serve.worker import load_models
+from aurora_lit.serve.worker.load_models import load_target
 
 TOLERANCE = {"atol": 1e-4, "rtol": 0.0}
 OF_EACH_KIND = ("llama", "gpt2", "phi", "gemma2", "cohere", "mixtral", "gpt_oss")
@@ -375,7 +375,7 @@ def test_a_models_own_python_code_is_never_run(
     """transformers would ask on the terminal."""
     config = load_config(None, [f"target.source={own_code}", "draft.checkpoint=null", "learn.enabled=false"])
     sharded = replace(config, engine=replace(config.engine, strategy="fsdp", devices=2))
-    monkeypatch.setattr(build, "keep_tokenizer", lambda *_, **__: None)
+    monkeypatch.setattr(load_models, "keep_tokenizer", lambda *_, **__: None)
     calls: dict[str, Callable[[], object]] = {
         "target": lambda: Target.load(own_code, precision="fp32"),
         "shard": lambda: ShardedTarget.load_shard(
@@ -383,7 +383,7 @@ def test_a_models_own_python_code_is_never_run(
         ),
         "tokenizer": lambda: transformers_tokenizer(own_code),
         "table": lambda: model_shape(config, folder=own_code),
-        "partition": lambda: build.prepare(sharded),
+        "partition": lambda: load_models.prepare(sharded),
         "reference": lambda: load_reference(config, frozenset([1]), max_tokens=1, temperature=0.0),
     }
     with pytest.raises(SourceError, match="target.source.*code of their own are not supported; choose another model$"):

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from aurora_lit.traces.record import SOURCE_DRAFT, Trace
+from aurora_lit.request import Source
+from aurora_lit.traces.record import Trace
 
 _WIDTH = 96
 
@@ -58,7 +59,7 @@ def rounds_with(tokens: Tensor, prompt: int, accepted: float, *, explored: bool)
         "round_version_R": torch.zeros(10, dtype=torch.int32),
         "num_proposed_R": torch.ones(10, dtype=torch.int32),
         "num_accepted_R": (torch.arange(10) < num_accepted).int(),
-        "source_R": torch.full((10,), SOURCE_DRAFT, dtype=torch.uint8),
+        "source_R": torch.full((10,), Source.DRAFT, dtype=torch.uint8),
         "explored_R": torch.full((10,), explored),
         "draft_temperature_R": torch.ones(10),
         "proposal_RK": tokens[prompt + 1 : prompt + 11, None].clone(),

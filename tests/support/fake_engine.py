@@ -16,7 +16,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING
@@ -24,16 +24,14 @@ from typing import TYPE_CHECKING
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from aurora_lit.errors import RequestError
-from aurora_lit.request import TOKEN_SOURCES, Output, Request, TokenLogprob
+from aurora_lit.ipc.engine_status import EngineCounters
+from aurora_lit.request import Output, Request, Source, TokenLogprob
 from aurora_lit.serve.worker.parts import WorkerParts
-from aurora_lit.settings import PLANS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
     from aurora_lit.modules.domains.centroids import DomainAssigner
-
-SOURCE_DRAFT = TOKEN_SOURCES.index("draft")
 
 SPECIALS = (
     *("<|end|>", "<|user|>", "<|assistant|>", "<|system|>", "<|crash|>", "<|error|>", "<|refuse|>", "<|toolong|>"),
@@ -84,25 +82,6 @@ class FakeOptions:
 
 
 @dataclass(kw_only=True)
-class FakeStats:
-    rounds: int = 0
-    rounds_by_plan: list[int] = field(default_factory=lambda: [0] * len(PLANS))
-    round_us: int = 0
-    predicted_round_us: int = 0
-    prompt_tokens: int = 0
-    looked_up_tokens: int = 0
-    cached_tokens: int = 0
-    generated_tokens: int = 0
-    drafts: int = 0
-    proposed: int = 0
-    accepted: int = 0
-    accepted_by_position: list[int] = field(default_factory=lambda: [0] * 8)
-    generated_by_source: list[int] = field(default_factory=lambda: [0] * len(TOKEN_SOURCES))
-    compared_us: int = 0
-    compared_plain_us: int = 0
-
-
-@dataclass(kw_only=True)
 class _Running:
     request: Request
     script: Iterator[int]
@@ -119,7 +98,7 @@ class FakeEngine:
         self.eos_token_ids = frozenset({self._special["<|end|>"]})
         self.vocab_size = len(tokenizer)
         self.max_seq_len = self._options.max_seq_len
-        self.stats = FakeStats()
+        self.counters = EngineCounters()
         self.memory = None
         self.draft_version = "fake-000001"
         self.assigner: DomainAssigner | None = None
@@ -159,10 +138,10 @@ class FakeEngine:
             says_client = self._special["<|client|>"] in request.prompt_ids
             script = self._tokenizer.encode(request.client or "nobody") if says_client else request.prompt_ids
             self._running[request_id] = _Running(request=request, script=itertools.cycle(script))
-            self.stats.prompt_tokens += len(request.prompt_ids)
+            self.counters.prompt_tokens += len(request.prompt_ids)
         if self._running:
             time.sleep(self._options.round_s)
-            self.stats.rounds += 1
+            self.counters.rounds += 1
         return [self._step(running) for running in list(self._running.values())]
 
     def _step(self, running: _Running) -> Output:
@@ -183,14 +162,8 @@ class FakeEngine:
         running.num_done += len(ids)
         proposed = self._options.tokens_per_round - 1 if params.speculate else 0
         accepted = min(len(ids) - 1, proposed)
-        self.stats.generated_tokens += len(ids)
-        self.stats.drafts += proposed > 0
-        self.stats.proposed += proposed
-        self.stats.accepted += accepted
-        self.stats.generated_by_source[0] += len(ids) - accepted
-        self.stats.generated_by_source[SOURCE_DRAFT] += accepted
-        for position in range(accepted):
-            self.stats.accepted_by_position[position] += 1
+        accepted_from = (Source.DRAFT,) * accepted
+        self.counters.count(generated=len(ids), proposed=proposed, accepted_from=accepted_from)
         if finish_reason is not None:
             del self._running[request.request_id]
         prompt_logprobs = None
@@ -207,7 +180,7 @@ class FakeEngine:
             prompt_logprobs=prompt_logprobs,
             num_proposed=proposed,
             num_accepted=accepted,
-            accepted_from=(SOURCE_DRAFT,) * accepted,
+            accepted_from=accepted_from,
             domain=request.domain or ("" if self.assigner is None else self.assigner.names[0]),
         )
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from transformers import (
@@ -44,9 +44,10 @@ from aurora_lit.modules.losses.draft_module import DraftModule
 from aurora_lit.request import Output, Request, SamplingParams, TokenLogprob
 from aurora_lit.serve.engine.engine import Engine
 from aurora_lit.serve.engine.observer import RoundObserver
-from aurora_lit.serve.engine.options import EngineOptions
 from aurora_lit.serve.engine.thread_budget import ThreadBudget
 from aurora_lit.serve.speculation.kept_costs import KeptCosts
+from aurora_lit.serve.speculation.planner import SIBLING_TOKENS
+from aurora_lit.settings import EngineSettings, MemorySettings
 
 VOCAB = 61
 _COMMON: dict[str, Any] = {
@@ -223,45 +224,48 @@ def make_engine(
     target: Target,
     draft: Eagle3Draft | None = None,
     *,
+    eos_token_ids: frozenset[int] = frozenset(),
+    max_draft_tokens: int = 4,
+    copied_tokens: int = 0,
+    lookup: bool = True,
+    memory_scope: Literal["domain", "client", "off"] = "off",
+    max_round_s: float = 0.05,
+    branches: bool = False,
+    explore_seed: int = 0,
     draft_version: str = "",
     observer: RoundObserver | None = None,
     kept_costs: KeptCosts | None = None,
     grammars: GrammarCompiler | None = None,
     threads: ThreadBudget | None = None,
-    branches: bool = False,
-    **changes: Any,
+    **settings: Any,
 ) -> Engine:
-    """A small engine with these changes to its options; by default no token ends an output.
+    """A small engine with these settings; by default nothing is copied, and no token ends an output.
 
-    `branches`: beside the tokens of drafted chains it always proposes others, twice as many in all, where it can.
+    `max_draft_tokens` 0: the draft is not used. `copied_tokens`: most of a round, from within the request (`lookup`) or
+    from a memory of one MiB (`memory_scope`). `branches`: beside the tokens of drafted chains it proposes others where
+    it can; unless `adaptive`, always twice as many in all.
     """
-    fields: dict[str, Any] = {
-        "eos_token_ids": frozenset(),
-        "max_batch_size": 8,
-        "max_seq_len": 96,
-        "max_draft_tokens": 4,
-        "sibling_tokens": 3 if branches else 0,
-        "copied_tokens": 0,
-        "adaptive": False,
-        "prefill_chunk_tokens": 16,
-        "max_round_s": 0.05,
-        "prefix_cache": True,
-        "explore_share": 0.0,
-        "explore_temperature": 1.0,
-    }
-    options = EngineOptions(**{**fields, **changes})
+    defaults: dict[str, Any] = {"max_seq_len": 96, "adaptive": False, "prefill_chunk_tokens": 16}
     engine = Engine(
         target,
-        draft,
-        options,
+        draft if max_draft_tokens else None,
+        EngineSettings(
+            max_draft_tokens=max_draft_tokens or 1, lookup=lookup and copied_tokens > 0, **{**defaults, **settings}
+        ),
+        eos_token_ids=eos_token_ids,
+        memory=MemorySettings(capacity_mb=1, scope=memory_scope if copied_tokens else "off"),
+        max_round_s=max_round_s,
+        explore_seed=explore_seed,
         draft_version=draft_version,
         observer=observer,
         kept_costs=kept_costs,
         grammars=grammars,
         threads=threads,
     )
-    if branches and target.supports_trees and not options.adaptive:  # without costs, everything is worth its column
-        engine.planner.limits = replace(engine.planner.limits, sibling_tokens=3)
+    siblings = SIBLING_TOKENS if branches and target.supports_trees else 0
+    if siblings and settings.get("adaptive"):
+        siblings = engine.planner.limits.sibling_tokens
+    engine.planner.limits = replace(engine.planner.limits, copied_tokens=copied_tokens, sibling_tokens=siblings)
     return engine
 
 

@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 
+from aurora_lit.request import Source
 from aurora_lit.traces.log import TraceLogWriter
-from aurora_lit.traces.record import SOURCE_DRAFT, SOURCE_LOOKUP, SOURCE_NONE, Trace
+from aurora_lit.traces.record import Trace
 
 HIDDEN = 4
 
@@ -29,7 +30,7 @@ def trace_with_rounds(rounds: Sequence[tuple[int, int, int]], *, length: int = 1
             proposal_RK[r, i] = 100 + root + 1 + i + (0 if i < accepted else 50)
             if proposed > 2:
                 logprob_RK[r, i] = -0.5 * i
-    sources = [SOURCE_NONE if n == 0 else SOURCE_LOOKUP if n == 1 else SOURCE_DRAFT for _, n, _ in rounds]
+    sources = [Source.TARGET if n == 0 else Source.NGRAM if n == 1 else Source.DRAFT for _, n, _ in rounds]
     num_rejected = sum(max(0, proposed - 1 - accepted) for _, proposed, accepted in rounds)
     fields: dict[str, Any] = {
         "request_id": "r-1",

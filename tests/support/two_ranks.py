@@ -123,7 +123,7 @@ def run_rank(rank: int, case: Case, folder: Path) -> dict[str, Any]:
                 tokens[output.request_id] += output.token_ids
                 proposed += output.num_proposed
             rounds += 1
-        report |= {"tokens": list(tokens.values()), "proposed": proposed, "cached": engine.stats.cached_tokens}
+        report |= {"tokens": list(tokens.values()), "proposed": proposed, "cached": engine.counters.cached_tokens}
         ranks.stop()
     except RankError as error:
         report["error"] = str(error)

@@ -268,7 +268,7 @@ def test_a_version_that_accepts_less_is_rolled_back(deployment: Deployment) -> N
     page = EngineStatusPage.open(deployment.run_folder / STATUS_NAME, writable=True)
     capture = Capture(lambda _: None, bytes_per_token=1, limit_bytes=1, segment_tokens=8, overlap_tokens=1)
     step: Any = type("MadeStep", (), {"num_sampled": [1]})()
-    status = LiveStatus(page, capture, max_draft_tokens=3)
+    status = LiveStatus(page, capture)
     ranks.on_swap = status.swapped
 
     def rounds(number: int, *, accepted: int, version: int) -> None:

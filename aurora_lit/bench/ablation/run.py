@@ -14,7 +14,7 @@ and the memory, which remembers all. Of these, and of sampled ones, no rounds of
 were recorded are another draft's, and the detector leaves them out. Labels are hidden from learners and memory. Sampled
 requests are learned from but not scored, and batches take them by their recorded rounds. Policy and gate see what is
 accepted of the draft alone. In all arms, rounds that could reach beyond an answer's recorded end with the longest
-copies (engine.lookup_tokens) are left out.
+copies are left out.
 
 With `shuffle_phases` every seed but 0 has its own order of phases, so that intervals include what the order does.
 An arm and seed that is done is not run again; one that was killed starts anew.
@@ -63,7 +63,7 @@ from aurora_lit.serve.speculation.calibration import calibration_steps
 from aurora_lit.serve.speculation.costs import Costs
 from aurora_lit.serve.speculation.drafter import Drafter
 from aurora_lit.serve.speculation.planner import SpeculationLimits
-from aurora_lit.serve.worker.build import load_target, starting_draft
+from aurora_lit.serve.worker.load_models import load_target, starting_draft
 from aurora_lit.traces.record import Trace
 
 INFO_NAME, COSTS_NAME = "ablation.json", "costs.json"
@@ -268,7 +268,7 @@ def _check_memory(arm: Arm, config: AuroraConfig) -> None:
         return
     if native.library() is None:
         raise ConfigError(f"--arms {arm.name}: the traffic memory needs the kernels; aurora-lit doctor says more")
-    if not copied_tokens(config) or resolved_memory_scope(config) != "domain":
+    if not copied_tokens(config.engine, config.memory) or resolved_memory_scope(config) != "domain":
         raise ConfigError(
             f"--arms {arm.name}: the settings have no memory that a stream without clients could fill; it needs "
             "engine.speculate=true, memory.capacity_mb and memory.scope=domain"
@@ -283,7 +283,7 @@ def measure_costs(config: AuroraConfig, path: Path) -> dict[str, Any]:
     """
     if not path.exists():
         target, proposals = load_target(config), config.engine.max_draft_tokens
-        widest = proposals + copied_tokens(config)
+        widest = proposals + copied_tokens(config.engine, config.memory)
         draft, _ = starting_draft(config, target)
         assert draft is not None
         capacity = config.engine.prefill_chunk_tokens

@@ -18,7 +18,8 @@ from torch.nn.functional import pad
 from aurora_lit.learn.data.collate import collate
 from aurora_lit.learn.data.labelled_trace import LabelledTrace
 from aurora_lit.modules.losses.batch import OnlineBatch, Rounds
-from aurora_lit.traces.record import SOURCE_DRAFT, Trace
+from aurora_lit.request import Source
+from aurora_lit.traces.record import Trace
 
 _PADDING_OF_PROPOSALS = {
     "proposal_QK": -1,
@@ -54,7 +55,7 @@ def _drafted_rounds(labelled: LabelledTrace, *, oldest_fresh: int) -> dict[str, 
     """The fields of `Rounds` but `row_Q`, for those rounds of one trace in which the draft proposed."""
     trace = labelled.trace
     proposed_R, accepted_R, root_R = trace.num_proposed_R.long(), trace.num_accepted_R.long(), trace.round_root_R.long()
-    kept = ((trace.source_R == SOURCE_DRAFT) & (proposed_R > 0) & (root_R > 0)).nonzero()[:, 0]
+    kept = ((trace.source_R == Source.DRAFT) & (proposed_R > 0) & (root_R > 0)).nonzero()[:, 0]
     T, K, Q = len(trace.token_ids_T), trace.proposal_RK.shape[1], len(kept)
     step_QK = torch.arange(K).expand(Q, K)
     inside_QK = step_QK < proposed_R[kept, None]

@@ -26,7 +26,8 @@ from aurora_lit.learn.data.online_batch import collate_online
 from aurora_lit.learn.data.reservoir import Reservoir
 from aurora_lit.learn.data.target_head import TargetHead
 from aurora_lit.modules.losses.batch import OnlineBatch
-from aurora_lit.traces.record import SOURCE_DRAFT, Trace
+from aurora_lit.request import Source
+from aurora_lit.traces.record import Trace
 
 MAX_PASSES = 4
 """How often a position that is held is trained on, on average, before the learner waits for new traces. Those that the
@@ -300,7 +301,7 @@ def informativeness(trace: Trace) -> float:
 
     Proposals after a round's first rejection are not verified and do not count.
     """
-    drafted_R = (trace.source_R == SOURCE_DRAFT) & (trace.num_proposed_R > 0)
+    drafted_R = (trace.source_R == Source.DRAFT) & (trace.num_proposed_R > 0)
     if not drafted_R.any():
         return 0.5
     accepted_R, proposed_R = trace.num_accepted_R[drafted_R].long(), trace.num_proposed_R[drafted_R].long()
@@ -309,4 +310,4 @@ def informativeness(trace: Trace) -> float:
 
 
 def _is_stale(trace: Trace, oldest_fresh: int) -> bool:
-    return bool(((trace.source_R == SOURCE_DRAFT) & (trace.round_version_R < oldest_fresh)).any())
+    return bool(((trace.source_R == Source.DRAFT) & (trace.round_version_R < oldest_fresh)).any())

@@ -202,7 +202,7 @@ class CopyPaths:
 
 def copy_paths_of(config: AuroraConfig) -> CopyPaths | None:
     """Copies as a server with these settings may propose; None if it proposes none, or without kernels."""
-    most, scope = copied_tokens(config), resolved_memory_scope(config)
+    most, scope = copied_tokens(config.engine, config.memory), resolved_memory_scope(config)
     if not most or native.library() is None:
         return None
     return CopyPaths(

@@ -34,7 +34,8 @@ from aurora_lit.learn.data.collate import collate, group_by_length
 from aurora_lit.learn.data.labelled_trace import first_trained_position
 from aurora_lit.learn.online.gate import first_choice
 from aurora_lit.modules.losses.draft_module import DraftModule
-from aurora_lit.traces.record import SOURCE_DRAFT, Trace
+from aurora_lit.request import Source
+from aurora_lit.traces.record import Trace
 
 RECORDED_VERSION = -1
 """Version of rounds that were recorded: older than the starting draft, whose version is 0."""
@@ -175,7 +176,7 @@ class RoundSimulator:
             round_version_R=torch.full_like(root_R, version, dtype=torch.int32),
             num_proposed_R=proposed_R.int(),
             num_accepted_R=accepted_R.int(),
-            source_R=torch.full_like(root_R, SOURCE_DRAFT, dtype=torch.uint8),
+            source_R=torch.full_like(root_R, Source.DRAFT, dtype=torch.uint8),
             explored_R=explored_R,
             draft_temperature_R=torch.where(explored_R, self.explore_temperature, 1.0),
             proposal_RK=chains.proposal_KBT[:widest, row, root_R].T.int(),

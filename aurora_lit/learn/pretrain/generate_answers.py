@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from aurora_lit.models.target import Target
 from aurora_lit.request import Request, SamplingParams
 from aurora_lit.serve.engine.engine import Engine
-from aurora_lit.serve.engine.options import EngineOptions
 from aurora_lit.serve.engine.thread_budget import thread_budget
 from aurora_lit.serve.engine.trace_recorder import TraceRecorder
+from aurora_lit.settings import EngineSettings
 from aurora_lit.traces.record import Trace
 
 
@@ -48,21 +48,21 @@ def generate_answers(
         finished.append(trace.copy())
 
     recorder = TraceRecorder(keep, hidden_size=target.hidden_size, segment_tokens=max_seq_len, keeps_prompts=True)
-    options = EngineOptions(
-        eos_token_ids=eos_token_ids,
+    settings = EngineSettings(
+        speculate=False,
         max_batch_size=max_batch_size,
         max_seq_len=max_seq_len,
-        max_draft_tokens=0,
-        sibling_tokens=0,
-        copied_tokens=0,
-        adaptive=True,
         prefill_chunk_tokens=4 * max_seq_len,  # latency does not matter here, so free slots are filled at once
-        max_round_s=3600.0,
-        prefix_cache=True,
-        explore_share=0.0,
-        explore_temperature=1.0,
     )
-    engine = Engine(target, None, options, observer=recorder, threads=thread_budget(target.device))
+    engine = Engine(
+        target,
+        None,
+        settings,
+        eos_token_ids=eos_token_ids,
+        max_round_s=3600.0,
+        observer=recorder,
+        threads=thread_budget(target.device),
+    )
     for number, prompt in enumerate(prompts):
         if len(prompt.prompt_ids) + max_answer_tokens > max_seq_len:
             continue

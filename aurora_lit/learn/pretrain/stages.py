@@ -40,7 +40,7 @@ from aurora_lit.models.target import Target
 from aurora_lit.modules.losses.draft_module import DraftModule
 from aurora_lit.modules.losses.objective import OnlineWeights
 from aurora_lit.progress import Progress
-from aurora_lit.serve.worker.build import check_one_process, eos_token_ids, load_target, load_tokenizer
+from aurora_lit.serve.worker.load_models import check_one_process, eos_token_ids, load_target, load_tokenizer
 from aurora_lit.traces.log import ShardInfo, TraceLogWriter, read_index, read_shard
 
 _PIECES_AT_ONCE = 12

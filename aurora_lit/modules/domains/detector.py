@@ -26,7 +26,8 @@ from torch import Tensor
 from aurora_lit.modules.domains.centroids import AUTO_PREFIX, RECENCY, UNKNOWN, Centroids, client_label, pool_prompt
 from aurora_lit.modules.domains.clusters import ClusterAssignment, OnlineClusters
 from aurora_lit.modules.domains.shifts import AcceptanceDropDetector, MixShiftDetector
-from aurora_lit.traces.record import SOURCE_DRAFT, Trace
+from aurora_lit.request import Source
+from aurora_lit.traces.record import Trace
 
 _NEW_FOR_REQUESTS = 64
 """A shift to a domain that was founded within so many requests is a shift to something new."""
@@ -245,7 +246,7 @@ def acceptance_rate(trace: Trace) -> float | None:
     Proposals after a rejected one are not verified: how many there are depends on how busy the server is. In a replay,
     rounds of the draft that was recorded have a version below 0: they say nothing of the draft that is served.
     """
-    is_drafted_R = (trace.source_R == SOURCE_DRAFT) & (trace.round_version_R >= 0) & ~trace.explored_R
+    is_drafted_R = (trace.source_R == Source.DRAFT) & (trace.round_version_R >= 0) & ~trace.explored_R
     proposed_R, accepted_R = trace.num_proposed_R[is_drafted_R], trace.num_accepted_R[is_drafted_R]
     accepted, rejected = int(accepted_R.sum()), int((accepted_R < proposed_R).sum())
     return accepted / (accepted + rejected) if accepted + rejected else None

@@ -8,11 +8,10 @@ May import: serve/speculation/ and above. Start with engine.py. The first three 
 serve/speculation/ shares, and import only what stands above it. The files, each importing only those above it:
 
     memory_scope.py    what of the traffic memory a request may read and write
-    sequence.py        RunningSequence, the engine's counters
+    sequence.py        RunningSequence
     round_plan.py      RoundPlan: the rows of a round, what is proposed, and which proposals are accepted
     observer.py        RoundObserver: what the engine reports about its rounds, for recording traces
-    slot_allocator.py  which slots are free, and which prefix of a prompt each slot already holds
-    options.py         EngineOptions: every option of an engine; the capacity of its slots
+    slot_allocator.py  how large slots are, which are free, and which prefix of a prompt each already holds
     thread_budget.py   how many threads rounds use, while the learner or other processes compute
     trace_recorder.py  records rounds as traces: hidden states by slot, notes of the rounds, segments
     token_choice.py    the target's own token at every column of a round

@@ -11,20 +11,19 @@ from __future__ import annotations
 import torch
 
 from aurora_lit.errors import RequestError
+from aurora_lit.ipc.engine_status import EngineCounters
 from aurora_lit.modules.sampling.distribution import token_logprobs
 from aurora_lit.modules.sampling.tree import common_prefix_length
-from aurora_lit.request import Output
+from aurora_lit.request import Output, Source
 from aurora_lit.serve.engine.round_plan import DecodingRow, RowOutcome
-from aurora_lit.serve.engine.sequence import EngineStats, RunningSequence
+from aurora_lit.serve.engine.sequence import RunningSequence
 from aurora_lit.serve.speculation.proposer import Proposer
-from aurora_lit.serve.speculation.traffic_memory import MemoryStats
-from aurora_lit.traces.record import SOURCE_DRAFT, SOURCE_MEMORY
 
 
 class Commit:
     """Commits what rounds have come to.
 
-    >>> commit = Commit(tokens_SL, max_seq_len=2048, proposer=proposer, memory_stats=None, stats=stats)
+    >>> commit = Commit(tokens_SL, max_seq_len=2048, proposer=proposer, counters=counters)
     >>> output = commit(row, judge(row.proposal, own_tokens), None, draft_version="draft-000001")
     """
 
@@ -34,15 +33,14 @@ class Commit:
         *,
         max_seq_len: int,
         proposer: Proposer,
-        memory_stats: MemoryStats | None,
-        stats: EngineStats,
+        counters: EngineCounters,
     ) -> None:
-        """`tokens_SL`: the engine's table of committed tokens, int64; `memory_stats`: of the traffic memory, if any."""
+        """`tokens_SL`: the engine's table of committed tokens, int64."""
         self._tokens_SL = tokens_SL
         self._tokens_on_cpu = tokens_SL.numpy().data if tokens_SL.device.type == "cpu" else None
         """The same memory, which takes a few tokens faster; None on another device."""
         self._max_seq_len = max_seq_len
-        self._proposer, self._memory_stats, self._stats = proposer, memory_stats, stats
+        self._proposer, self._counters = proposer, counters
 
     def __call__(
         self, row: DecodingRow, verdict: RowOutcome, logits_TV: torch.Tensor | None, *, draft_version: str
@@ -74,12 +72,15 @@ class Commit:
             made = (row.uncut.proposal, [row.uncut.columns[column] for column in path])
         self._proposer.observe(sequence, made[0], path=made[1], tokens=tokens, finished=reason is not None)
         accepted_from = proposal.sources_of(path[1:])
-        if self._memory_stats is not None:
-            self._memory_stats.proposed += len(proposal.remembered)
-            self._memory_stats.accepted += accepted_from.count(SOURCE_MEMORY)
         explored = proposal.explored_at is not None
-        self._stats.count(generated=len(tokens), proposed=proposed, accepted_from=accepted_from, explored=explored)
-        if proposal.source == SOURCE_DRAFT:
+        self._counters.count(
+            generated=len(tokens),
+            proposed=proposed,
+            accepted_from=accepted_from,
+            remembered=len(proposal.remembered),
+            explored=explored,
+        )
+        if proposal.source is Source.DRAFT:
             sequence.draft_versions[draft_version] = None
         return Output(
             request_id=sequence.request.request_id,

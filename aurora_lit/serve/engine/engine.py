@@ -22,23 +22,25 @@ from __future__ import annotations
 
 import functools
 import time
+from collections.abc import Iterator
 
 import torch
 
+from aurora_lit.config import copied_tokens
 from aurora_lit.drafts.versions import version_number
 from aurora_lit.errors import RequestError
 from aurora_lit.grammars.matcher import GrammarCompiler
+from aurora_lit.ipc.engine_status import EngineCounters
 from aurora_lit.models.target import Target
 from aurora_lit.modules.domains.centroids import DomainAssigner, client_label, pool_prompt
 from aurora_lit.modules.draft.eagle3 import Eagle3Draft
-from aurora_lit.request import Output, Request
+from aurora_lit.request import Output, Request, Source
 from aurora_lit.serve.engine.commit import Commit
 from aurora_lit.serve.engine.observer import RoundObserver, notify_round
-from aurora_lit.serve.engine.options import EngineOptions
-from aurora_lit.serve.engine.prefill import Prefill
+from aurora_lit.serve.engine.prefill import MAX_ROUND_S, Prefill
 from aurora_lit.serve.engine.round_plan import RoundPlan, RowOutcome, judge
-from aurora_lit.serve.engine.sequence import EngineStats, RunningSequence
-from aurora_lit.serve.engine.slot_allocator import SlotAllocator
+from aurora_lit.serve.engine.sequence import RunningSequence
+from aurora_lit.serve.engine.slot_allocator import SlotAllocator, slot_capacity
 from aurora_lit.serve.engine.target_runner import Columns, TargetRunner
 from aurora_lit.serve.engine.thread_budget import ThreadBudget
 from aurora_lit.serve.engine.token_choice import choose_tokens
@@ -49,16 +51,17 @@ from aurora_lit.serve.speculation.drafter import Drafter
 from aurora_lit.serve.speculation.floor import Allowed, RoundKind, SpeculationFloor
 from aurora_lit.serve.speculation.grammar_rows import decoding_row
 from aurora_lit.serve.speculation.kept_costs import KeptCosts
-from aurora_lit.serve.speculation.planner import SpeculationLimits, SpeculationPlanner
+from aurora_lit.serve.speculation.planner import SIBLING_TOKENS, SpeculationLimits, SpeculationPlanner
 from aurora_lit.serve.speculation.proposer import Proposer
 from aurora_lit.serve.speculation.runtime_draft import RuntimeDraft
-from aurora_lit.serve.speculation.traffic_memory import make_memory
+from aurora_lit.serve.speculation.traffic_memory import NO_MEMORY, make_memory
+from aurora_lit.settings import EngineSettings, MemorySettings
 
 
 class Engine:
     """Serves requests over a fixed number of slots.
 
-    >>> engine = Engine(target, draft, EngineOptions(eos_token_ids=ids, max_batch_size=8, …))
+    >>> engine = Engine(target, draft, EngineSettings(max_batch_size=8), eos_token_ids=ids)
     >>> engine.submit(Request(request_id="a", prompt_ids=ids, params=SamplingParams(max_tokens=16, temperature=0.0)))
     >>> while engine.has_work:
     ...     for output in engine.round(): ...
@@ -68,48 +71,54 @@ class Engine:
         self,
         target: Target,
         draft: Eagle3Draft | None,
-        options: EngineOptions,
+        settings: EngineSettings,
         *,
+        eos_token_ids: frozenset[int],
+        memory: MemorySettings = NO_MEMORY,
+        max_round_s: float = MAX_ROUND_S,
+        explore_seed: int = 0,
         draft_version: str = "",
         observer: RoundObserver | None = None,
         kept_costs: KeptCosts | None = None,
         grammars: GrammarCompiler | None = None,
         threads: ThreadBudget | None = None,
     ) -> None:
-        """Allocate the slots, prepare the draft and calibrate. Without draft and lookup: plain decoding.
+        """Allocate the slots, prepare the draft and calibrate. Without draft and copies: plain decoding.
 
-        `kept_costs`: used instead of a whole calibration if they exist, otherwise made; see `refine_costs`.
+        Of the settings only `max_seq_len`, and of the rest `eos_token_ids`, the tokens that end every output except
+        with `ignore_eos`, affect the output of a request; everything else affects speed and traces. Not used here are
+        settings of threads and devices, which the target has.
 
-        `draft_version`: name of the draft's version, for outputs and traces. `observer`: records rounds. `grammars`:
-        of structured outputs; None: they are refused. `threads`: of rounds; None: those that are set. Raises
-        CheckpointError if the draft computes values that are not finite.
+        `memory`: with a scope that is resolved (`resolved_memory_scope` in config.py). `explore_seed`: decides which
+        rounds explore. `draft_version`: name of the draft's version, for outputs and traces. `observer`: records
+        rounds. `kept_costs`: used instead of a whole calibration if they exist, otherwise made; see `refine_costs`.
+        `grammars`: of structured outputs; None: they are refused. `threads`: of rounds; None: those that are set.
+        Raises CheckpointError if the draft computes values that are not finite.
         """
-        self.eos_token_ids, self.max_seq_len = options.eos_token_ids, options.max_seq_len
-        self.vocab_size = target.vocab_size
-        self.slot_capacity = options.slot_capacity
+        slots, capacity = settings.max_batch_size, slot_capacity(settings, memory)
+        self.eos_token_ids, self.max_seq_len, self.slot_capacity = eos_token_ids, settings.max_seq_len, capacity
+        self.target, self.vocab_size = target, target.vocab_size
+        """Other engines in this process may share the target."""
         self.draft_version, self._draft_number = draft_version, version_number(draft_version)
         self.assigner: DomainAssigner | None = None
         """Assigns domains to requests without a label; may be replaced between two rounds."""
-        self.stats = EngineStats()
-        self.target = target
-        """Other engines in this process may share it."""
-        self._observer, self._device, self._threads = observer, target.device, threads
-        self._waiting = WaitingQueue(grammars, eos_token_ids=options.eos_token_ids)
+        self.counters = EngineCounters()
+        self._observer, self._threads = observer, threads
+        self._waiting = WaitingQueue(grammars, eos_token_ids=eos_token_ids)
         self._decoding: list[RunningSequence] = []
-        self._tokens_SL = torch.zeros(
-            options.max_batch_size, self.slot_capacity + 1, dtype=torch.int64, device=self._device
-        )
+
+        self._tokens_SL = torch.zeros(slots, capacity + 1, dtype=torch.int64, device=target.device)
         """Committed tokens."""
-        kv_cache = target.make_kv_cache(num_slots=options.max_batch_size, capacity=self.slot_capacity)
+        kv_cache = target.make_kv_cache(num_slots=slots, capacity=capacity)
         self._drafter: Drafter | None = None
-        if draft is not None and options.max_draft_tokens:
-            self._drafter = Drafter(draft, target, tokens_SL=self._tokens_SL, capacity=self.slot_capacity)
+        if draft is not None and settings.speculate:
+            self._drafter = Drafter(draft, target, tokens_SL=self._tokens_SL, capacity=capacity)
         if observer is not None:
             observer.attach(tokens_SL=self._tokens_SL, aux_SLF=self._drafter.features_SLF if self._drafter else None)
         self._runner = TargetRunner(target, kv_cache=kv_cache, drafter=self._drafter, observer=observer)
         self._allocator = SlotAllocator(
             self._tokens_SL,
-            prefix_cache=options.prefix_cache,
+            prefix_cache=settings.prefix_cache,
             has_observer=observer is not None,
             has_prompt_arithmetic=target.has_prompt_arithmetic,
         )
@@ -118,56 +127,46 @@ class Engine:
             self._runner,
             self._allocator,
             tokens_SL=self._tokens_SL,
-            chunk_tokens=options.prefill_chunk_tokens,
-            max_round_s=options.max_round_s,
-            stats=self.stats,
+            chunk_tokens=settings.prefill_chunk_tokens,
+            max_round_s=max_round_s,
+            counters=self.counters,
         )
+
         self.costs = Costs(ragged=target.supports_trees)
-        limits = self._limits(options)
-        self.planner = SpeculationPlanner(limits, self.costs)
-        self.memory = make_memory(
-            options.memory_bytes if options.copied_tokens else 0, scope=options.memory_scope, device=target.device
+        weighs = settings.adaptive and self._drafter is not None and self._drafter.is_native and target.supports_trees
+        limits = SpeculationLimits(
+            draft_tokens=settings.max_draft_tokens if self._drafter else 0,
+            copied_tokens=copied_tokens(settings, memory),
+            sibling_tokens=SIBLING_TOKENS if weighs else 0,
+            adaptive=settings.adaptive,
         )
+        self.planner = SpeculationPlanner(limits, self.costs)
+        self.memory = make_memory(memory, device=target.device, counters=self.counters) if settings.speculate else None
         """None: there is no traffic memory."""
         self.proposer = Proposer(
             self._drafter,
             self.planner,
             tokens_SL=self._tokens_SL,
             memory=self.memory,
-            looks_up=options.lookup,
-            max_catch_up_s=options.max_round_s,
-            explore_share=options.explore_share,
-            explore_temperature=options.explore_temperature,
-            explore_seed=options.explore_seed,
+            looks_up=settings.lookup,
+            max_catch_up_s=max_round_s,
+            explore_share=settings.explore_share,
+            explore_temperature=settings.explore_temperature,
+            explore_seed=explore_seed,
         )
         self._commit = Commit(
-            self._tokens_SL,
-            max_seq_len=self.max_seq_len,
-            proposer=self.proposer,
-            memory_stats=None if self.memory is None else self.memory.stats,
-            stats=self.stats,
-        )
-        speculates = self._drafter is not None or limits.copied_tokens > 0
-        adapts = options.adaptive and speculates
-        self.floor = SpeculationFloor() if adapts else None
-        steps = calibration_steps(
-            self.costs, limits, target, self._drafter, kv_cache=kv_cache, max_batch_size=options.max_batch_size
-        )
-        self._calibration = Calibration(
-            self.costs,
-            steps if adapts else iter(()),
-            kept=kept_costs if adapts else None,
-            max_batch_size=options.max_batch_size,
+            self._tokens_SL, max_seq_len=self.max_seq_len, proposer=self.proposer, counters=self.counters
         )
 
-    def _limits(self, options: EngineOptions) -> SpeculationLimits:
-        weighs = self._drafter is not None and self._drafter.is_native and self.target.supports_trees
-        return SpeculationLimits(
-            draft_tokens=options.max_draft_tokens if self._drafter else 0,
-            copied_tokens=options.copied_tokens,
-            sibling_tokens=options.sibling_tokens if weighs and options.adaptive else 0,
-            adaptive=options.adaptive,
-        )
+        adapts = settings.adaptive and (self._drafter is not None or limits.copied_tokens > 0)
+        self.floor = SpeculationFloor() if adapts else None
+        steps: Iterator[None] = iter(())
+        if adapts:
+            steps = calibration_steps(
+                self.costs, limits, target, self._drafter, kv_cache=kv_cache, max_batch_size=slots
+            )
+        kept = kept_costs if adapts else None
+        self._calibration = Calibration(self.costs, steps, kept=kept, max_batch_size=slots)
 
     @property
     def has_work(self) -> bool:
@@ -205,7 +204,7 @@ class Engine:
 
         For idle moments after the start. The first request ends it; from then on rounds keep the costs up to date.
         """
-        if self.has_work or self.stats.prompt_tokens:
+        if self.has_work or self.counters.prompt_tokens:
             self._calibration.end()
         return self._calibration.step()
 
@@ -307,16 +306,16 @@ class Engine:
                 sequence.prompt_logprobs.append(None)
             self._allocator.assign(sequence)
             self._prefill.sequences.append(sequence)
-            self.stats.prompt_tokens += length
-            self.stats.looked_up_tokens += length if self._allocator.looks_up(request) else 0
-            self.stats.cached_tokens += num_cached
+            self.counters.prompt_tokens += length
+            self.counters.looked_up_tokens += length if self._allocator.looks_up(request) else 0
+            self.counters.cached_tokens += num_cached
         return refused
 
     def _plan(self) -> RoundPlan:
         """The rows of this round."""
         sequences = self._decoding
         allowed = self._may_speculate(sequences)
-        proposals = self.proposer.propose(sequences, copies=allowed.copies, drafts=allowed.drafts)
+        proposals, proposing = self.proposer.propose(sequences, copies=allowed.copies, drafts=allowed.drafts)
         decoding = [
             decoding_row(sequence, sequence.last_token, proposal)
             for sequence, proposal in zip(sequences, proposals, strict=True)
@@ -324,13 +323,14 @@ class Engine:
         expected_s = self.costs.round_s(len(decoding), [len(row.proposal.tokens) for row in decoding])
         prompts = self._prefill.plan(
             num_decoding=len(decoding),
-            round_s=expected_s + self.proposer.draft_seconds,
+            round_s=expected_s + proposing.drafting_s,
             updates_costs=self.planner.updates_costs,
         )
         return RoundPlan(
             decoding,
             prompts,
             expected_s=expected_s,
+            proposing=proposing,
             copied_prefix=self._prefill.has_copied,
             wants_speculation=any(sequence.speculates for sequence in sequences),
         )
@@ -364,40 +364,30 @@ class Engine:
 
     def _account(self, plan: RoundPlan, outputs: list[Output], seconds: float) -> None:
         """Learn from what the round took."""
-        num_prompt_tokens, draft_s = plan.num_prompt_tokens, self.proposer.draft_seconds
-        rows = plan.decoding
+        num_prompt_tokens, drafting_s, rows = plan.num_prompt_tokens, plan.proposing.drafting_s, plan.decoding
         if rows:
-            self.stats.count_round(plan.name)
+            self.counters.count_round(plan.name)
         if num_prompt_tokens:
-            self._prefill.observe(num_prompt_tokens, seconds - draft_s - plan.expected_s)
+            self._prefill.observe(num_prompt_tokens, seconds - drafting_s - plan.expected_s)
         if num_prompt_tokens or plan.copied_prefix:
             return
-        self.stats.round_us += int(seconds * 1e6)
-        self.stats.predicted_round_us += int((plan.expected_s + draft_s) * 1e6)
-        counts = [len(row.proposal.tokens) for row in rows]
-        self.planner.observe_round(len(rows), counts, seconds - draft_s)
+        self.counters.round_us += int(seconds * 1e6)
+        self.counters.predicted_round_us += int((plan.expected_s + drafting_s) * 1e6)
+        self.planner.observe_round(len(rows), [len(row.proposal.tokens) for row in rows], seconds - drafting_s)
         if self.floor is None:
             return
         kind = RoundKind.of([row.sequence for row in rows], threads=torch.get_num_threads())
         # What grammars force costs nothing to propose, and is no merit of copies or of the draft.
-        if any(row.proposal.is_forced for row in rows):
+        if any(row.proposal.source is Source.GRAMMAR for row in rows):
             self.floor.pass_untimed(kind)
         elif not plan.wants_speculation:
-            self.floor.observe_unasked(kind, seconds=seconds - self.proposer.seconds)
+            self.floor.observe_unasked(kind, seconds=seconds - plan.proposing.all_s)
         else:
             tokens = sum(len(output.token_ids) for output in outputs)
-            self.floor.observe(
-                kind,
-                seconds=seconds,
-                tokens=tokens,
-                speculated=draft_s > 0 or any(counts),
-                drafted=draft_s > 0,
-                proposing_s=self.proposer.seconds,
-                looking_s=self.proposer.looking_seconds,
-                catch_up_s=self.proposer.catch_up_seconds,
-            )
-            self.stats.compared_us = int(self.floor.compared_s * 1e6)
-            self.stats.compared_plain_us = int(self.floor.compared_plain_s * 1e6)
+            proposed = any(row.proposal.tokens for row in rows)
+            self.floor.observe(kind, seconds=seconds, tokens=tokens, proposed=proposed, proposing=plan.proposing)
+            self.counters.compared_us = int(self.floor.compared_s * 1e6)
+            self.counters.compared_plain_us = int(self.floor.compared_plain_s * 1e6)
 
     def _begin_decoding(self) -> None:
         """Let sequences decode whose prompts have been read. Their domain is known now."""

@@ -12,10 +12,10 @@ from typing import Protocol
 
 import torch
 
-from aurora_lit.request import Output
+from aurora_lit.request import Output, Source
 from aurora_lit.serve.engine.round_plan import DecodingRow
 from aurora_lit.serve.engine.sequence import RunningSequence
-from aurora_lit.traces.record import SOURCE_DRAFT, SOURCE_LOOKUP, SOURCE_MEMORY, SOURCE_NONE, RoundNote
+from aurora_lit.traces.record import RoundNote
 
 
 class RoundObserver(Protocol):
@@ -78,7 +78,7 @@ def notify_round(
         note = RoundNote(
             root=sequence.length - committed - 1,
             version=version if tested else -1,
-            source=SOURCE_DRAFT if tested else SOURCE_NONE,
+            source=Source.DRAFT if tested else Source.TARGET,
             proposals=weighed.tokens[:tested],
             accepted=right,
         )
@@ -88,11 +88,13 @@ def notify_round(
     accepted = output.chain_accepted
     # Without a token after the accepted ones the request ended there, and the other proposals were not verified.
     count = len(columns) if committed > accepted else accepted
-    source = proposal.source if count else SOURCE_NONE
-    drafted = source == SOURCE_DRAFT
+    source = proposal.source if count else Source.TARGET
+    drafted = source is Source.DRAFT
     explored = drafted and proposal.explored_at is not None
-    if source in (SOURCE_LOOKUP, SOURCE_MEMORY):
+    if source > Source.DRAFT:
         count = min(count, accepted + 1)  # nothing is learned from copied tokens after a rejected one
+    if source is Source.GRAMMAR:
+        source = Source.NGRAM  # as a trace records it
     note = RoundNote(
         root=sequence.length - committed - 1,
         version=version if drafted else -1,

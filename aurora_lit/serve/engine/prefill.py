@@ -1,7 +1,7 @@
 """Which prompt tokens a round computes beside the sequences that decode: oldest request first, within a set time.
 
 While nobody decodes, a round computes as many prompt tokens as fit into engine.prefill_chunk_tokens. Beside sequences
-that decode, prompt tokens share their pass, as many as keep the round below engine.max_round_ms, or below 2.25 times
+that decode, prompt tokens share their pass, as many as keep the round below MAX_ROUND_S, or below 2.25 times
 what it takes without them if that is longer: these sequences wait no longer than that for their next token. A prefix
 that another slot holds is copied instead.
 
@@ -17,21 +17,25 @@ from collections import deque
 
 import torch
 
+from aurora_lit.ipc.engine_status import EngineCounters
 from aurora_lit.models.target import Target
 from aurora_lit.modules.sampling.distribution import token_logprobs
 from aurora_lit.modules.sampling.tree import common_prefix_length
 from aurora_lit.serve.engine.round_plan import PromptRow
-from aurora_lit.serve.engine.sequence import EngineStats, RunningSequence
+from aurora_lit.serve.engine.sequence import RunningSequence
 from aurora_lit.serve.engine.slot_allocator import SlotAllocator
 from aurora_lit.serve.engine.target_runner import Columns, TargetRunner
 
+MAX_ROUND_S = 0.020
+"""Longest round beside sequences that decode, in seconds. With a shorter one running answers pause for less, and new
+requests wait longer for their first token. The draft catches up with a prompt by as much as fits into it."""
 _DECAY = 0.8
 """Weight of the old time per token when a chunk measures a new one."""
 _LEAST_TOKENS = 16
 """Prompt tokens of a round at least, however long it takes without them; they fill a matrix tile."""
 _LEAST_SHARE = 1.25
 """Time for prompt tokens, at least, as a share of what the round takes without them: where that alone is near
-engine.max_round_ms, prompts would be read so slowly that slots wait instead of decoding."""
+MAX_ROUND_S, prompts would be read so slowly that slots wait instead of decoding."""
 _LEFT_OUT_EVERY = 64
 """Rounds that carry prompts beside sequences that decode, after which one leaves them out: only such a round tells what
 these sequences take, which decides how many prompt tokens are computed beside them."""
@@ -58,11 +62,11 @@ class Prefill:
         tokens_SL: torch.Tensor,
         chunk_tokens: int,
         max_round_s: float,
-        stats: EngineStats,
+        counters: EngineCounters,
     ) -> None:
         """`chunk_tokens`: most tokens of a round; `max_round_s`: longest round while other sequences decode."""
         self.sequences: deque[RunningSequence] = deque()
-        self._target, self._runner, self._allocator, self._stats = target, runner, allocator, stats
+        self._target, self._runner, self._allocator, self._counters = target, runner, allocator, counters
         self._tokens_SL = tokens_SL
         self._chunk_tokens, self._max_round_s = chunk_tokens, max_round_s
         self.has_copied = False
@@ -145,7 +149,7 @@ class Prefill:
         if length > sequence.prefilled:
             self._runner.copy_prefix(source, sequence.slot, length, start=sequence.prefilled)
             self.has_copied = True
-            self._stats.cached_tokens += length - sequence.prefilled
+            self._counters.cached_tokens += length - sequence.prefilled
             sequence.prefilled = sequence.num_reused = length
 
     def _add_prompt_logprobs(self, sequence: RunningSequence, last_TH: torch.Tensor, start: int) -> None:

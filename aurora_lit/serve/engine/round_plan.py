@@ -13,8 +13,8 @@ Left out: who proposes (serve/speculation/proposer.py), and which token the targ
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -22,9 +22,8 @@ from numpy.typing import NDArray
 
 from aurora_lit.kernels.suffix_index import is_remembered
 from aurora_lit.modules.sampling.tree import accepted_path, common_prefix_length, first_choices
+from aurora_lit.request import PLANS, Source
 from aurora_lit.serve.engine.sequence import RunningSequence
-from aurora_lit.settings import PLANS
-from aurora_lit.traces.record import SOURCE_DRAFT, SOURCE_LOOKUP, SOURCE_MEMORY, SOURCE_NONE
 
 
 class CopiedNode(NamedTuple):
@@ -51,6 +50,11 @@ class WeighedChain(NamedTuple):
         return min(right + 1, len(self.tokens), len(tokens)), right
 
 
+def source_of_copies(cells: Iterable[int]) -> Source:
+    """That of a proposal of copies alone, by their cells."""
+    return Source.MEMORY if any(map(is_remembered, cells)) else Source.NGRAM
+
+
 @dataclass(frozen=True, kw_only=True)
 class Proposal:
     """The tokens that are proposed for one sequence in a round."""
@@ -58,10 +62,9 @@ class Proposal:
     tokens: list[int]
     parents: list[int] | None = None
     """Of a tree: the column that each token follows (modules/sampling/tree.py). None: a chain."""
-    source: int = SOURCE_NONE
-    """Where they come from: one of traces.record.SOURCE_…"""
-    is_forced: bool = False
-    """True: the sequence's grammar allows nothing else, so that they are accepted. They count as looked up."""
+    source: Source = Source.TARGET
+    """Where they come from: DRAFT also with copies beside the draft's, MEMORY also with some from within the request.
+    TARGET: nothing is proposed."""
     num_drafted: int = 0
     """The first so many tokens are the draft's; the others were copied."""
     copies: tuple[CopiedNode, ...] = ()
@@ -78,13 +81,22 @@ class Proposal:
         """Columns of the tokens that the traffic memory alone proposed."""
         return [n.column for n in self.copies if n.column > self.num_drafted and is_remembered(n.cell)]
 
-    def sources_of(self, columns: Sequence[int]) -> tuple[int, ...]:
-        """For each proposed token, by its column, which of traces.record.SOURCE_… it has."""
-        remembered = self.remembered
+    def sources_of(self, columns: Sequence[int]) -> tuple[Source, ...]:
+        """Where each proposed token comes from, by its column."""
+        remembered, rest = self.remembered, Source.GRAMMAR if self.source is Source.GRAMMAR else Source.NGRAM
         return tuple(
-            SOURCE_DRAFT if column <= self.num_drafted else SOURCE_MEMORY if column in remembered else SOURCE_LOOKUP
+            Source.DRAFT if column <= self.num_drafted else Source.MEMORY if column in remembered else rest
             for column in columns
         )
+
+    @property
+    def plan(self) -> str:
+        """Which of request.PLANS a round counts as that proposes this alone."""
+        if not self.tokens:
+            return "plain"
+        if self.source is Source.DRAFT:
+            return "chain" if self.parents is None else "tree"
+        return self.source.label
 
     @property
     def first_choices(self) -> list[int]:
@@ -105,8 +117,8 @@ class Proposal:
         )
         num_drafted = sum(0 < column <= self.num_drafted for column in columns)
         source = self.source
-        if source == SOURCE_DRAFT and not num_drafted:
-            source = SOURCE_MEMORY if any(is_remembered(node.cell) for node in copies) else SOURCE_LOOKUP
+        if source is Source.DRAFT and not num_drafted:
+            source = source_of_copies(node.cell for node in copies)
         return replace(
             self,
             tokens=[self.tokens[column - 1] for column in columns[1:]],
@@ -164,6 +176,20 @@ class PromptRow:
     tokens: list[int]
 
 
+@dataclass(kw_only=True, slots=True)
+class ProposingTimes:
+    """What making a round's proposals took, in seconds."""
+
+    all_s: float = 0.0
+    """All of it, even if there was nothing to propose."""
+    looking_s: float = 0.0
+    """The part that looked for copies."""
+    drafting_s: float = 0.0
+    """The part in which the draft ran; 0: it did not."""
+    catching_up_s: float = 0.0
+    """The part of that in which it read what it had missed, prompts above all."""
+
+
 @dataclass(frozen=True, slots=True)
 class RoundPlan:
     """All rows of a round, in the order of the target's pass: those that decode, then prompts."""
@@ -172,6 +198,7 @@ class RoundPlan:
     prompts: list[PromptRow]
     expected_s: float
     """What the pass and the commit are expected to take without the prompts, in seconds."""
+    proposing: ProposingTimes = field(default_factory=ProposingTimes)
     copied_prefix: bool = False
     """Making the plan took the time of copying a prompt's prefix from another slot."""
     wants_speculation: bool = True
@@ -184,23 +211,13 @@ class RoundPlan:
 
     @property
     def name(self) -> str:
-        """Which of settings.PLANS it counts as."""
-        names = [_name_of(row.proposal) for row in self.decoding]
-        return max(names, key=PLANS.index, default="plain")
+        """Which of request.PLANS it counts as."""
+        return max((row.proposal.plan for row in self.decoding), key=PLANS.index, default="plain")
 
     @property
     def num_prompt_tokens(self) -> int:
         """Columns of the prompt rows."""
         return sum(len(row.tokens) for row in self.prompts)
-
-
-def _name_of(proposal: Proposal) -> str:
-    """That of a plan with this proposal alone."""
-    if not proposal.tokens:
-        return "plain"
-    if proposal.source == SOURCE_DRAFT:
-        return "chain" if proposal.parents is None else "tree"
-    return "memory" if proposal.source == SOURCE_MEMORY else "lookup"
 
 
 class RowOutcome(NamedTuple):

@@ -1,4 +1,4 @@
-"""A running sequence as the engine keeps it, and the engine's counters.
+"""A running sequence as the engine keeps it.
 
 Left out: the slots themselves (models/kv_cache.py), who gets one (serve/engine/slot_allocator.py), and what a round
 computes for it (serve/engine/round_plan.py).
@@ -6,67 +6,11 @@ computes for it (serve/engine/round_plan.py).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from aurora_lit.grammars.matcher import Grammar
 from aurora_lit.modules.sampling.distribution import is_greedy, uses_temperature_only
-from aurora_lit.request import TOKEN_SOURCES, Request, SamplingParams, TokenLogprob
-from aurora_lit.settings import MAX_PROPOSAL_LENGTH, PLANS
-
-
-@dataclass(kw_only=True)
-class EngineStats:
-    """Counters since the engine was created."""
-
-    rounds: int = 0
-    """In which a sequence decoded."""
-    rounds_by_plan: list[int] = field(default_factory=lambda: [0] * len(PLANS))
-    """These by what was proposed, in the order of PLANS."""
-    round_us: int = 0
-    """What those without prompt tokens took, in microseconds."""
-    predicted_round_us: int = 0
-    """What their passes of the target were expected to take when they were planned, and what drafting took."""
-    prompt_tokens: int = 0
-    looked_up_tokens: int = 0
-    """Those of `prompt_tokens` whose prompts were looked for in the slots."""
-    cached_tokens: int = 0
-    """Those of `prompt_tokens` that were not computed because a slot already held them."""
-    generated_tokens: int = 0
-    drafts: int = 0
-    """Rounds of single sequences that had proposals, from the draft or from n-gram lookup."""
-    proposed: int = 0
-    """Tokens."""
-    accepted: int = 0
-    """Tokens."""
-    accepted_by_position: list[int] = field(default_factory=lambda: [0] * MAX_PROPOSAL_LENGTH)
-    """Rounds of single sequences that accepted their first, second, … proposal."""
-    generated_by_source: list[int] = field(default_factory=lambda: [0] * len(TOKEN_SOURCES))
-    """`generated_tokens` by where they came from, in the order of TOKEN_SOURCES."""
-    compared_us: int = 0
-    """What rounds took that can be compared with plain ones (serve/speculation/floor.py), in microseconds."""
-    compared_plain_us: int = 0
-    """What their tokens would have taken in plain rounds."""
-    explored_drafts: int = 0
-    """Those of `drafts` that were sampled at the exploration temperature."""
-
-    def count_round(self, plan: str) -> None:
-        """Add a round in which a sequence decoded; `plan`: one of PLANS."""
-        self.rounds += 1
-        self.rounds_by_plan[PLANS.index(plan)] += 1
-
-    def count(self, *, generated: int, proposed: int, accepted_from: Sequence[int], explored: bool) -> None:
-        """Add one round of one sequence; `accepted_from`: see `Output`."""
-        accepted = len(accepted_from)
-        self.generated_tokens += generated
-        self.generated_by_source[0] += generated - accepted
-        self.drafts += proposed > 0
-        self.proposed += proposed
-        self.accepted += accepted
-        self.explored_drafts += explored
-        for position, source in enumerate(accepted_from):
-            self.accepted_by_position[position] += 1
-            self.generated_by_source[source] += 1
+from aurora_lit.request import Request, SamplingParams, TokenLogprob
 
 
 @dataclass

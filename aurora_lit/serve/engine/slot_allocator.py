@@ -1,4 +1,4 @@
-"""Which slots are free, and which prefix of a new prompt a slot already holds, so that it need not be computed again.
+"""How large slots are, which are free, and which prefix of a new prompt one holds, which need not be computed again.
 
 A freed slot keeps its keys, values and hidden states until another request gets it. Left out: copying from slot to slot
 (serve/engine/target_runner.py), and when a prompt searches for its prefix (serve/engine/prefill.py).
@@ -10,11 +10,24 @@ from __future__ import annotations
 
 import torch
 
+from aurora_lit.config import copied_tokens
 from aurora_lit.request import Request
 from aurora_lit.serve.engine.sequence import RunningSequence
+from aurora_lit.serve.speculation.planner import SIBLING_TOKENS, weighed_tokens
+from aurora_lit.settings import EngineSettings, MemorySettings
 
 _MIN_PREFIX = 16
 """Shorter shared prefixes are computed again: copying them saves too little."""
+
+
+def slot_capacity(settings: EngineSettings, memory: MemorySettings) -> int:
+    """Positions that each slot of the KV caches has room for.
+
+    A request of `max_seq_len` tokens is followed by the columns that one round adds to it: the last committed token,
+    and the proposals. The engine's table of tokens has one position more.
+    """
+    longest = max(weighed_tokens(settings.max_draft_tokens, SIBLING_TOKENS), copied_tokens(settings, memory))
+    return settings.max_seq_len + longest + 1
 
 
 class SlotAllocator:

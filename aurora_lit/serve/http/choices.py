@@ -10,18 +10,17 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-from aurora_lit.request import TOKEN_SOURCES, TokenLogprob
+from aurora_lit.request import Source, TokenLogprob
 from aurora_lit.serve.http.answer_stream import TextDelta
 from aurora_lit.serve.http.detokenizer import TextOffsets, TokenDecoder
 from aurora_lit.serve.http.tokenize import Prepared
 from aurora_lit.tool_calls.parser import CallBegin, Content, Piece
 
 Json = dict[str, Any]
-Source = tuple[str, int]
-"""A token's text, and the index of its source in TOKEN_SOURCES."""
+Origin = tuple[str, Source]
+"""A token's text, and where the token came from."""
 Entry = tuple[int, TokenLogprob | None]
 """A token and its log-probability; None for the first token of a prompt, which has no condition."""
-_MEMORY = TOKEN_SOURCES.index("memory")
 
 
 class Added(NamedTuple):
@@ -30,7 +29,7 @@ class Added(NamedTuple):
     text: str = ""
     logprobs: Sequence[Entry] = ()
     """An echoed prompt's included, as in the text."""
-    sources: Sequence[Source] = ()
+    sources: Sequence[Origin] = ()
     """If asked for."""
     calls: Sequence[Json] = ()
     """Parts of tool calls, as the chunks of a stream have them."""
@@ -56,7 +55,7 @@ class Choice:
             skips_special_tokens=self._request.params.skip_special_tokens,
         )
         """Where the tokens with log-probabilities begin."""
-        self.sources = list[Source]()
+        self.sources = list[Origin]()
         self.tool_calls = list[Json]()
         self._tool_reader = None if prepared.tools is None else prepared.tools.reader()
         self.begun = False
@@ -80,7 +79,7 @@ class Choice:
 
     def add(self, deltas: Sequence[TextDelta]) -> Added:
         """Add its deltas of a round, or of several."""
-        text, logprobs, sources, calls = "", list[Entry](), list[Source](), list[Json]()
+        text, logprobs, sources, calls = "", list[Entry](), list[Origin](), list[Json]()
         for delta in deltas:
             if not self.begun:
                 text += self._echoed_text
@@ -90,7 +89,7 @@ class Choice:
                 text += delta.text
                 logprobs += self._add_tokens(delta)
                 if delta.token_texts is not None:
-                    owns = (0,) * len(delta.token_texts)
+                    owns = (Source.TARGET,) * len(delta.token_texts)
                     sources += zip(delta.token_texts, delta.accepted_from + owns, strict=False)
             self.draft_versions, self.domain = delta.draft_versions, delta.domain
             self.num_cached = delta.num_cached_tokens
@@ -122,7 +121,7 @@ class Choice:
         if delta.num_proposed:
             self.histogram[min(delta.num_accepted, len(self.histogram) - 1)] += 1
             self.num_proposed += delta.num_proposed
-            self.num_from_memory += delta.accepted_from.count(_MEMORY)
+            self.num_from_memory += delta.accepted_from.count(Source.MEMORY)
         entries: list[Entry] = [(known.token_id, known) for known in delta.logprobs or ()]
         self.logprobs += entries
         return entries

@@ -19,9 +19,8 @@ from prometheus_client.registry import Collector
 from aurora_lit.drafts.versions import version_number
 from aurora_lit.ipc.engine_status import HEARTBEAT_STALE_S, DomainTotals, EngineStatusPage, WorkerState
 from aurora_lit.ipc.learner_status import LearnerStatusPage
+from aurora_lit.ipc.page import declared
 from aurora_lit.ipc.ring import RingCounters
-from aurora_lit.request import TOKEN_SOURCES
-from aurora_lit.settings import PLANS
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 FINISH_REASONS = ("stop", "length", "abort", "error")
@@ -129,67 +128,8 @@ class _EngineCollector(Collector):
 
     def collect(self) -> Iterable[Metric]:
         status = self._status.read()
-        counters = {
-            "vllm:prompt_tokens": ("Prompt tokens processed.", status.prompt_tokens),
-            "vllm:prefix_cache_queries": ("Prompt tokens looked up in the prefix cache.", status.looked_up_tokens),
-            "vllm:prefix_cache_hits": ("Prompt tokens found there, so not computed.", status.cached_tokens),
-            "vllm:generation_tokens": ("Tokens generated.", status.generated_tokens),
-            "vllm:spec_decode_num_drafts": ("Rounds of a sequence with proposals.", status.drafts),
-            "vllm:spec_decode_num_draft_tokens": ("Draft tokens proposed; of a tree, all nodes.", status.proposed),
-            "vllm:spec_decode_num_accepted_tokens": ("Draft tokens accepted.", status.accepted),
-            "aurora_round_seconds": ("Time of rounds without prompt tokens.", status.round_us / 1e6),
-            "aurora_predicted_round_seconds": (
-                "What their passes of the target were expected to take, and what drafting took.",
-                status.predicted_round_us / 1e6,
-            ),
-            "aurora_compared_seconds": (
-                "Time of rounds that can be compared with plain ones.",
-                status.compared_us / 1e6,
-            ),
-            "aurora_compared_plain_seconds": (
-                "What their tokens would have taken in plain rounds.",
-                status.compared_plain_us / 1e6,
-            ),
-            "aurora_memory_answers": ("Answers that the traffic memory has remembered.", status.memory_answers),
-            "aurora_memory_look_ups": ("Searches of it for a sequence's last tokens.", status.memory_look_ups),
-            "aurora_memory_hits": ("Those that found something likely enough.", status.memory_hits),
-            "aurora_memory_proposed_tokens": ("Tokens that it alone proposed.", status.memory_proposed),
-            "aurora_memory_accepted_tokens": ("Those that were accepted.", status.memory_accepted),
-            "aurora_memory_evicted_tokens": ("Tokens forgotten to make room.", status.memory_evicted),
-            "aurora_draft_swaps": ("Drafts swapped in.", status.swaps),
-            "aurora_draft_refusals": ("Drafts that could not be served.", status.refusals),
-            "aurora_draft_rollbacks": (
-                "Drafts rolled back because fewer of their tokens were accepted.",
-                status.rollbacks,
-            ),
-            "aurora_traces_opted_out": ("Sequences with store: false, so without a trace.", status.opted_out),
-            "aurora_traces_unrecorded": ("Traces that could not be written to trace.record.", status.unrecorded),
-        }
-        yield from _families(CounterMetricFamily, counters, self._labels)
-        yield _by_label(
-            "vllm:spec_decode_num_accepted_tokens_per_pos",
-            "Accepted draft tokens by position.",
-            "position",
-            {str(position): count for position, count in enumerate(status.accepted_by_position)},
-            self._labels,
-        )
-        yield _by_label(
-            "aurora_rounds",
-            "Rounds in which a sequence decoded, by what was proposed.",
-            "plan",
-            dict(zip(PLANS, status.rounds_by_plan, strict=True)),
-            self._labels,
-        )
-        yield _by_label(
-            "aurora_generated_tokens",
-            "Tokens generated, by where they came from.",
-            "source",
-            dict(zip(TOKEN_SOURCES, status.generated_by_source, strict=True)),
-            self._labels,
-        )
-        gauges = {
-            "vllm:num_requests_running": ("Sequences that hold a slot.", status.running),
-            "vllm:num_requests_waiting": ("Sequences that wait for a slot.", status.waiting),
+        yield from _declared(status, self._labels)
+        derived = {
             "aurora_worker_ready": (
                 "1 while the engine worker is ready and shows a heartbeat.",
                 int(status.state is WorkerState.READY and status.heartbeat_age_s <= HEARTBEAT_STALE_S),
@@ -203,18 +143,12 @@ class _EngineCollector(Collector):
                 status.mean_accepted_length,
             ),
             "aurora_acceptance_rate": ("Accepted / proposed draft tokens.", status.acceptance_rate),
-            "aurora_memory_tokens": ("Tokens that the traffic memory holds.", status.memory_tokens),
-            "aurora_memory_capacity_tokens": ("Tokens that it can hold.", status.memory_capacity),
             "aurora_draft_version": (
                 "Number of the serving draft version; 0: the starting draft.",
                 version_number(status.draft_version),
             ),
-            "aurora_domains_version": (
-                "Number of the publication that requests are assigned domains by; 0: there is none.",
-                status.domains_version,
-            ),
         }
-        yield from _families(GaugeMetricFamily, gauges, self._labels)
+        yield from _families(GaugeMetricFamily, derived, self._labels)
         yield from _by_domain(status.domains, self._labels)
 
 
@@ -235,68 +169,56 @@ class LearnerCollector(Collector):
         """The samples of now."""
         learner, ring = self._learner.read(), self._ring()
         is_running = learner.state == "running"
-        yield from _families(
-            CounterMetricFamily,
-            {
-                "aurora_learner_restarts": ("Restarts of the learner.", learner.restarts),
-                # A learner goes on from its saved state. After a kill that is less than the server before had exported,
-                # and Prometheus counts the whole of a counter that has fallen as new.
-                "aurora_learner_steps": (
-                    "Optimiser steps since the server started.",
-                    learner.steps - learner.steps_before,
-                ),
-                "aurora_learner_positions": (
-                    "Token positions learned from since the server started.",
-                    learner.positions - learner.positions_before,
-                ),
-                "aurora_learner_traces": ("Traces read.", learner.records),
-                "aurora_learner_traces_skipped": ("Traces that could not be used.", learner.skipped),
-                "aurora_learner_published": ("Drafts published.", learner.published),
-                "aurora_learner_gate_refused": ("Drafts that the gate refused to publish.", learner.gate_refused),
-            },
-            self._labels,
-        )
-        yield from _families(
-            GaugeMetricFamily,
-            {
-                "aurora_learner_running": ("1 while a learner runs.", int(is_running)),
-                "aurora_learner_failing": (
-                    "1 while something fails in it, such as saving, or after it ended by a fault.",
-                    int(bool(learner.error)),
-                ),
-                "aurora_learner_heartbeat_age_seconds": (
-                    "Seconds since the learner's last heartbeat.",
-                    learner.heartbeat_age_s if learner.pid else None,
-                ),
-                "aurora_learner_compute_share": (
-                    "Measured share of processor time.",
-                    learner.compute_share if is_running else None,
-                ),
-                # 0: it has not taken a step yet.
-                "aurora_learner_loss": ("Running mean of the loss.", (learner.loss or None) if is_running else None),
-            },
-            self._labels,
-        )
-        if ring is None:
-            return
-        yield from _families(
-            CounterMetricFamily, {"aurora_traces_pushed": ("Traces written to the ring.", ring.pushed)}, self._labels
-        )
-        yield _by_label(
-            "aurora_traces_dropped",
-            "Traces lost in the ring, by cause.",
-            "cause",
-            {cause: getattr(ring, cause) for cause in ("overwritten", "too_large", "torn")},
-            self._labels,
-        )
-        yield from _families(
-            GaugeMetricFamily,
-            {
-                "aurora_traces_queued": ("Traces in the ring that are not read yet.", ring.queued_records),
-                "aurora_traces_queued_bytes": ("Bytes in the ring that are not read yet.", ring.queued_bytes),
-            },
-            self._labels,
-        )
+        yield from _declared(learner, self._labels)
+        # A learner goes on from its saved state. After a kill that is less than the server before had exported, and
+        # Prometheus counts the whole of a counter that has fallen as new.
+        since_start = {
+            "aurora_learner_steps": (
+                "Optimiser steps since the server started.",
+                learner.steps - learner.steps_before,
+            ),
+            "aurora_learner_positions": (
+                "Token positions learned from since the server started.",
+                learner.positions - learner.positions_before,
+            ),
+        }
+        yield from _families(CounterMetricFamily, since_start, self._labels)
+        derived = {
+            "aurora_learner_running": ("1 while a learner runs.", int(is_running)),
+            "aurora_learner_failing": (
+                "1 while something fails in it, such as saving, or after it ended by a fault.",
+                int(bool(learner.error)),
+            ),
+            "aurora_learner_heartbeat_age_seconds": (
+                "Seconds since the learner's last heartbeat.",
+                learner.heartbeat_age_s if learner.pid else None,
+            ),
+            "aurora_learner_compute_share": (
+                "Measured share of processor time.",
+                learner.compute_share if is_running else None,
+            ),
+            # 0: it has not taken a step yet.
+            "aurora_learner_loss": ("Running mean of the loss.", (learner.loss or None) if is_running else None),
+        }
+        yield from _families(GaugeMetricFamily, derived, self._labels)
+        if ring is not None:
+            yield from _declared(ring, self._labels)
+            yield _by_label(
+                "aurora_traces_dropped", "Traces lost in the ring, by cause.", "cause", ring.dropped, self._labels
+            )
+
+
+def _declared(record: object, labels: dict[str, str]) -> Iterable[Metric]:
+    """One family for each field that declares a metric."""
+    for how, value in declared(record):
+        if not how.metric:
+            continue
+        if how.label:
+            counts = value if how.values else {str(index): count for index, count in enumerate(value)}
+            yield _by_label(how.metric, how.help, how.label, counts, labels)
+        else:
+            kind = GaugeMetricFamily if how.is_gauge else CounterMetricFamily
+            yield from _families(kind, {how.metric: (how.help, value)}, labels)
 
 
 def _families(

@@ -16,9 +16,9 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar
 
-from aurora_lit.request import TOKEN_SOURCES, TokenLogprob
+from aurora_lit.request import TokenLogprob
 from aurora_lit.serve.http.answer_stream import TextDelta
-from aurora_lit.serve.http.choices import Choice, Entry, Source
+from aurora_lit.serve.http.choices import Choice, Entry, Origin
 from aurora_lit.serve.http.detokenizer import TokenDecoder
 from aurora_lit.serve.http.tokenize import Prepared
 
@@ -159,18 +159,18 @@ class ResponseBuilder(ABC):
         content: Json,
         logprobs: Sequence[Entry] = (),
         finish_reason: str | None = None,
-        sources: Sequence[Source] = (),
+        sources: Sequence[Origin] = (),
     ) -> Json:
         known = self._logprobs(choice, logprobs) if logprobs else None
         rest = {"logprobs": known, "finish_reason": finish_reason, **self._sources(sources)}
         extra = {"usage": self.usage()} if self._usage_in_every_chunk else {}
         return {**self._chunk_head(), "choices": [{"index": choice.index, **content, **rest}], **extra}
 
-    def _sources(self, sources: Sequence[Source]) -> Json:
+    def _sources(self, sources: Sequence[Origin]) -> Json:
         """`token_sources`, if the request asks for it."""
         if not self._prepared.options.by_token:
             return {}
-        return {"token_sources": [{"text": text, "source": TOKEN_SOURCES[source]} for text, source in sources]}
+        return {"token_sources": [{"text": text, "source": source.label} for text, source in sources]}
 
     def _prompt_logprobs(self, choice: Choice) -> Json:
         """`prompt_logprobs` as in vLLM, if the request asks for it."""

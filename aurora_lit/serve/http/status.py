@@ -13,11 +13,9 @@ from typing import Any
 from aurora_lit.errors import RingError
 from aurora_lit.ipc.engine_status import EngineStatus, read_ranks
 from aurora_lit.ipc.learner_status import LearnerStatus
-from aurora_lit.ipc.page import heartbeat_age_s
+from aurora_lit.ipc.page import declared, heartbeat_age_s
 from aurora_lit.ipc.ring import RingCounters, read_counters
 from aurora_lit.ipc.run_folder import RING_NAME
-from aurora_lit.request import TOKEN_SOURCES
-from aurora_lit.settings import PLANS
 
 Json = dict[str, Any]
 
@@ -32,90 +30,39 @@ def ring_counters(run_folder: Path) -> RingCounters | None:
 
 def engine_json(status: EngineStatus, ring: RingCounters | None) -> Json:
     """The engine worker: state, work, draft, domains and traces."""
-    return {
-        "worker": {
-            "state": status.state.name.lower(),
-            "pid": status.worker_pid,
-            "error": status.error or None,
-            "heartbeat_age_s": round(status.heartbeat_age_s, 3),
-            "uptime_s": _since(status.started_ns),
-        },
-        "queue": {"running": status.running, "waiting": status.waiting},
-        "limits": {"max_seq_len": status.max_seq_len, "vocab_size": status.vocab_size},
-        "round_ms": {
-            "p50": status.round_p50_us / 1e3,
-            "p99": status.round_p99_us / 1e3,
-            "swapping_p99": status.swap_round_p99_us / 1e3 or None,
-        },
-        "tokens": {
-            "prompt": status.prompt_tokens,
-            "cached": status.cached_tokens,
-            "generated": status.generated_tokens,
-        },
-        "speculation": {
-            "draft_version": status.draft_version or None,
-            "max_draft_tokens": status.max_draft_tokens,
-            "rounds": status.rounds,
-            "rounds_by_plan": dict(zip(PLANS, status.rounds_by_plan, strict=True)),
-            "predicted_over_real_time": status.predicted_round_us / status.round_us if status.round_us else None,
-            "drafts": status.drafts,
-            "proposed": status.proposed,
-            "accepted": status.accepted,
-            "accepted_by_position": status.accepted_by_position,
-            "generated_by_source": dict(zip(TOKEN_SOURCES, status.generated_by_source, strict=True)),
-            "against_plain": {
-                "seconds": status.compared_us / 1e6,
-                "plain_seconds": status.compared_plain_us / 1e6,
-                "speedup": status.compared_plain_us / status.compared_us if status.compared_us else None,
-            },
-            "acceptance_rate": status.acceptance_rate,
-            "mean_accepted_length": status.mean_accepted_length,
-        },
-        "memory": {
-            "tokens": status.memory_tokens,
-            "capacity_tokens": status.memory_capacity,
-            "evicted_tokens": status.memory_evicted,
-            "answers": status.memory_answers,
-            "look_ups": status.memory_look_ups,
-            "hits": status.memory_hits,
-            "proposed": status.memory_proposed,
-            "accepted": status.memory_accepted,
-        },
-        "draft": {
-            "version": status.draft_version or None,
-            "swaps": status.swaps,
-            "refusals": status.refusals,
-            "refused": _version_event(status.refused_version, status.refused_reason),
-            "rollbacks": status.rollbacks,
-            "rolled_back": _version_event(status.rolled_back_version, status.rolled_back_reason),
-        },
-        "domains": {
-            "version": status.domains_version or None,
-            "refused": status.domains_refused or None,
-            "served": {
-                name: {
-                    **totals._asdict(),
-                    "acceptance_rate": totals.acceptance_rate,
-                    "mean_accepted_length": totals.mean_accepted_length,
-                }
-                for name, totals in status.domains.items()
-            },
-        },
-        "traces": {
-            "opted_out": status.opted_out,
-            "unrecorded": status.unrecorded,
-            "ring": None
-            if ring is None
-            else {
-                "pushed": ring.pushed,
-                "read": ring.popped,
-                "dropped": {"overwritten": ring.overwritten, "too_large": ring.too_large, "torn": ring.torn},
-                "queued": ring.queued_records,
-                "queued_bytes": ring.queued_bytes,
-                "capacity_bytes": ring.capacity_bytes,
-            },
+    report = _declared(status)
+    report["worker"] |= {
+        "state": status.state.name.lower(),
+        "pid": status.worker_pid,
+        "heartbeat_age_s": round(status.heartbeat_age_s, 3),
+        "uptime_s": _since(status.started_ns),
+    }
+    report["round_ms"]["swapping_p99"] = status.swap_round_p99_us / 1e3 or None
+    report["speculation"] |= {
+        "draft_version": status.draft_version or None,
+        "predicted_over_real_time": status.predicted_round_us / status.round_us if status.round_us else None,
+        "acceptance_rate": status.acceptance_rate,
+        "mean_accepted_length": status.mean_accepted_length,
+    }
+    speedup = status.compared_plain_us / status.compared_us if status.compared_us else None
+    report["speculation"]["against_plain"]["speedup"] = speedup
+    report["draft"] |= {
+        "refused": _version_event(status.refused_version, status.refused_reason),
+        "rolled_back": _version_event(status.rolled_back_version, status.rolled_back_reason),
+    }
+    report["domains"] |= {
+        "version": status.domains_version or None,
+        "served": {
+            name: {
+                **totals._asdict(),
+                "acceptance_rate": totals.acceptance_rate,
+                "mean_accepted_length": totals.mean_accepted_length,
+            }
+            for name, totals in status.domains.items()
         },
     }
+    report["traces"]["ring"] = None if ring is None else {**_declared(ring), "dropped": ring.dropped}
+    return report
 
 
 def ranks_json(run_folder: Path) -> list[Json]:
@@ -137,43 +84,32 @@ def learner_json(status: LearnerStatus) -> Json:
     """The learner: state, work and last trial. Without a learner, the last one's remain, but for share and loss."""
     is_running = status.state == "running"
     is_alive = is_running or status.state == "stalled"
-    return {
+    report = _declared(status) | {
         "state": status.state,
-        "activity": status.activity or None,
-        "error": status.error or None,
         "pid": status.pid or None,
-        "restarts": status.restarts,
         "heartbeat_age_s": round(status.heartbeat_age_s, 3) if is_alive else None,
         "uptime_s": _since(status.started_ns) if is_alive else None,
-        "version": status.version or None,
-        "steps": status.steps,
-        "positions": status.positions,
         "compute_share": _finite(status.compute_share) if is_running else None,
         "loss": _measured(status.loss) if is_running else None,
-        "traces": {
-            "read": status.records,
-            "skipped": status.skipped,
-            "stale": status.stale,
-            "looping": status.looping,
-            "over_client_share": status.over_client_share,
-            "labels_dropped": status.labels_dropped,
-            "queued": status.lag_records,
-            "queued_bytes": status.lag_bytes,
-        },
-        "gate": {
-            "published": status.published,
-            "refused": status.gate_refused,
-            "champion": _measured(status.champion_score),
-            "challenger": _measured(status.challenger_score),
-        },
-        "domains": {
-            "now": status.domains or None,
-            "shifts": status.num_shifts,
-            "last_shift": status.last_shift or None,
-            "rate_factor": status.rate_factor,
-            "explore_share": status.explore_share,
-        },
     }
+    report["gate"] |= {
+        "champion": _measured(status.champion_score),
+        "challenger": _measured(status.challenger_score),
+    }
+    return report
+
+
+def _declared(record: object) -> Json:
+    """The fields that declare a place in the report, there."""
+    report: Json = {}
+    for how, value in declared(record):
+        if how.report:
+            *sections, key = how.report.split(".")
+            at = report
+            for section in sections:
+                at = at.setdefault(section, {})
+            at[key] = value
+    return report
 
 
 def _since(moment_ns: int) -> float | None:

@@ -9,9 +9,9 @@ from __future__ import annotations
 from dataclasses import replace
 
 from aurora_lit.kernels.copy_rates import CopyReliability
-from aurora_lit.kernels.suffix_index import Copies, is_remembered
-from aurora_lit.serve.engine.round_plan import NO_PROPOSAL, CopiedNode, Proposal
-from aurora_lit.traces.record import SOURCE_DRAFT, SOURCE_LOOKUP, SOURCE_MEMORY
+from aurora_lit.kernels.suffix_index import Copies
+from aurora_lit.request import Source
+from aurora_lit.serve.engine.round_plan import NO_PROPOSAL, CopiedNode, Proposal, source_of_copies
 
 
 def copied(copies: Copies, count: int, *, table: int) -> Proposal:
@@ -22,7 +22,7 @@ def copied(copies: Copies, count: int, *, table: int) -> Proposal:
     return Proposal(
         tokens=copies.tokens[:count],
         parents=None if parents == list(range(count)) else parents,
-        source=SOURCE_MEMORY if any(map(is_remembered, cells)) else SOURCE_LOOKUP,
+        source=source_of_copies(cells),
         copies=tuple(
             CopiedNode(column, parent, table, cell)
             for column, (parent, cell) in enumerate(zip(parents, cells, strict=True), start=1)
@@ -82,9 +82,8 @@ def with_copies(
     if not nodes:
         return drafted
     is_chain = parents == list(range(len(tokens)))
-    source = SOURCE_DRAFT
-    if not num_drafted:  # nothing that was drafted is worth its column
-        source = SOURCE_MEMORY if any(is_remembered(node.cell) for node in nodes) else SOURCE_LOOKUP
+    # Without drafted tokens, nothing that was drafted is worth its column.
+    source = Source.DRAFT if num_drafted else source_of_copies(node.cell for node in nodes)
     return replace(
         drafted,
         tokens=tokens,

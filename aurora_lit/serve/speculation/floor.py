@@ -30,6 +30,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from aurora_lit.serve.engine.round_plan import ProposingTimes
 from aurora_lit.serve.engine.sequence import RunningSequence
 
 MOST_CREDIT = 8.0
@@ -178,7 +179,7 @@ class SpeculationFloor:
 
     >>> kind = RoundKind(8, sampled=False)
     >>> copies, drafts = floor.allows(kind)             # may this round propose copies, may the draft propose?
-    >>> floor.observe(kind, seconds=0.012, tokens=11, speculated=True)
+    >>> floor.observe(kind, seconds=0.012, tokens=11, proposed=True, proposing=ProposingTimes())
     """
 
     def __init__(self) -> None:
@@ -201,27 +202,18 @@ class SpeculationFloor:
         return Allowed(copying.allows(plain), drafting.allows(plain))
 
     def observe(
-        self,
-        kind: RoundKind,
-        *,
-        seconds: float,
-        tokens: int,
-        speculated: bool,
-        drafted: bool = False,
-        proposing_s: float = 0.0,
-        looking_s: float = 0.0,
-        catch_up_s: float = 0.0,
+        self, kind: RoundKind, *, seconds: float, tokens: int, proposed: bool, proposing: ProposingTimes
     ) -> None:
         """Add a round in which speculation was wanted.
 
-        `tokens`: that all its sequences got. `speculated`: anything was proposed or drafted; `drafted`: the draft ran,
-        and read for `catch_up_s` what it had missed.
-        `proposing_s`: the part of `seconds` that proposing took; `looking_s`: its part that looked for copies. Where
-        nothing came of it, no plain round would have taken that time. So it counts as lost: by copies what looked for
-        them, by the draft the rest, in which it was decided not to draft.
+        `tokens`: that all its sequences got. `proposed`: anything was. `proposing`: the part of `seconds` that this
+        took. Where nothing came of it and the draft did not run, no plain round would have taken that time. So it
+        counts as lost: by copies what looked for them, by the draft the rest, in which it was decided not to draft.
         """
+        looking_s, proposing_s, catch_up_s = proposing.looking_s, proposing.all_s, proposing.catching_up_s
+        drafted = proposing.drafting_s > 0
         plain, accounts = self._plain[kind], self._accounts_for(kind)
-        if not speculated:
+        if not (proposed or drafted):
             losses = zip(accounts, (looking_s, proposing_s - looking_s), strict=True)
             vain_s = [(account, lost_s) for account, lost_s in losses if not account.rest]
             _pass_rests(accounts)

@@ -10,9 +10,9 @@ from collections import defaultdict
 import numpy as np
 
 from aurora_lit.grammars.matcher import Grammar, Mask
+from aurora_lit.request import Source
 from aurora_lit.serve.engine.round_plan import NO_PROPOSAL, DecodingRow, Proposal, Uncut
 from aurora_lit.serve.engine.sequence import RunningSequence
-from aurora_lit.traces.record import SOURCE_LOOKUP
 
 
 def forced_proposal(sequence: RunningSequence, *, most: int) -> Proposal:
@@ -20,7 +20,7 @@ def forced_proposal(sequence: RunningSequence, *, most: int) -> Proposal:
     if sequence.grammar is None or not sequence.speculates:
         return NO_PROPOSAL
     tokens = sequence.grammar.forced[: max(0, min(most, sequence.num_remaining - 1))]
-    return Proposal(tokens=tokens, source=SOURCE_LOOKUP, is_forced=True) if tokens else NO_PROPOSAL
+    return Proposal(tokens=tokens, source=Source.GRAMMAR) if tokens else NO_PROPOSAL
 
 
 def decoding_row(sequence: RunningSequence, root: int, proposal: Proposal) -> DecodingRow:

@@ -57,6 +57,8 @@ _PROBE_SHARE = 0.005
 """Largest share of the time of these rounds that reading a prompt for it may take: else it waits for longer."""
 _PRICED_EVERY = 16
 """Rounds for which the price of columns holds."""
+SIBLING_TOKENS = 3
+"""Most other likely tokens that are considered beside each token of a weighed chain."""
 MAX_REMAINING_TOKENS = 128
 """Most tokens that a sequence is assumed to generate from here on, whatever its `max_tokens`."""
 

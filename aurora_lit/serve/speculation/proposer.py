@@ -35,7 +35,8 @@ from aurora_lit.kernels.draft_steps import Drafted
 from aurora_lit.kernels.matmul import ColumnDraws
 from aurora_lit.kernels.suffix_index import Copies
 from aurora_lit.modules.sampling.distribution import uses_temperature_only
-from aurora_lit.serve.engine.round_plan import NO_PROPOSAL, Proposal, WeighedChain
+from aurora_lit.request import Source
+from aurora_lit.serve.engine.round_plan import NO_PROPOSAL, Proposal, ProposingTimes, WeighedChain
 from aurora_lit.serve.engine.sequence import RunningSequence
 from aurora_lit.serve.speculation.candidate_tree import copied, with_copies
 from aurora_lit.serve.speculation.copy_finder import MAX_PADDED_COPIES, CopyFinder
@@ -45,7 +46,6 @@ from aurora_lit.serve.speculation.drafter import Drafter, DraftInputs
 from aurora_lit.serve.speculation.grammar_rows import forced_proposal
 from aurora_lit.serve.speculation.planner import MAX_REMAINING_TOKENS, DraftDecision, SpeculationPlanner
 from aurora_lit.serve.speculation.traffic_memory import TrafficMemory
-from aurora_lit.traces.record import SOURCE_DRAFT, SOURCE_NONE
 
 _LEAST_CATCH_UP = 32
 """Positions of the draft's prefill that a round computes at least, if any are missing."""
@@ -57,7 +57,7 @@ proposed is measured: without this, copies that were wrong for a while, or colum
 class Proposer:
     """Makes the proposals of a batch, and reports their outcome to the planners.
 
-    >>> proposals = proposer.propose(sequences)               # one for each sequence
+    >>> proposals, times = proposer.propose(sequences)        # one for each sequence
     >>> proposer.observe(sequence, proposals[0], output)      # for each sequence, after the round
     """
 
@@ -89,31 +89,22 @@ class Proposer:
         self._max_catch_up_s = max_catch_up_s
         self.explore_share, self.explore_temperature = explore_share, explore_temperature
         self._rng = random.Random(explore_seed)
-        self.draft_seconds = 0.0
-        """Time that drafting took in the last round."""
-        self.catch_up_seconds = 0.0
-        """The part of it that read what the draft had missed, prompts above all."""
-        self.seconds = 0.0
-        """Time that all proposing took there, drafting included, even if there was nothing to propose."""
-        self.looking_seconds = 0.0
-        """The part of it that looked for copies."""
 
     def propose(
         self, sequences: Sequence[RunningSequence], *, copies: bool = True, drafts: bool = True
-    ) -> list[Proposal]:
+    ) -> tuple[list[Proposal], ProposingTimes]:
         """A proposal for each sequence, of what is allowed; what a grammar forces always is."""
-        started = time.perf_counter()
-        self.draft_seconds = self.catch_up_seconds = self.seconds = self.looking_seconds = 0.0
+        started, times = time.perf_counter(), ProposingTimes()
         proposals = [
             NO_PROPOSAL if sequence.grammar is None else forced_proposal(sequence, most=self._most_forced)
             for sequence in sequences
         ]
         if copies or drafts:
-            self._propose(sequences, proposals, copies=copies, drafts=drafts)
+            self._propose(sequences, proposals, times, copies=copies, drafts=drafts)
             if any(proposal.copies for proposal in proposals):
                 self._rounds_without_copies = 0
-            self.seconds = time.perf_counter() - started
-        return proposals
+            times.all_s = time.perf_counter() - started
+        return proposals, times
 
     @property
     def _most_forced(self) -> int:
@@ -123,7 +114,13 @@ class Proposer:
         return most if self._planner.costs.ragged else min(most, MAX_PADDED_COPIES)
 
     def _propose(
-        self, sequences: Sequence[RunningSequence], proposals: list[Proposal], *, copies: bool, drafts: bool
+        self,
+        sequences: Sequence[RunningSequence],
+        proposals: list[Proposal],
+        times: ProposingTimes,
+        *,
+        copies: bool,
+        drafts: bool,
     ) -> None:
         """Fill in the proposals of sequences that have none."""
         speculating = [i for i, sequence in enumerate(sequences) if sequence.speculates and proposals[i] is NO_PROPOSAL]
@@ -136,12 +133,12 @@ class Proposer:
             self._rounds_without_copies += 1
             is_trial = self._rounds_without_copies >= _TRY_COPIES_EVERY
             found = self._copy_finder.find(sequences, speculating, is_trial=is_trial)
-            self.looking_seconds = time.perf_counter() - started
+            times.looking_s = time.perf_counter() - started
         speed = self._copy(sequences, found, proposals, drafts=drafts, is_trial=is_trial)
         if not drafts:
             return
         rest = [i for i in speculating if proposals[i] is NO_PROPOSAL and sequences[i].num_remaining > 1]
-        drafted = self._draft(sequences, rest)
+        drafted = self._draft(sequences, rest, times)
         if found and drafted and not any(proposal.explored_at is not None for _, proposal in drafted):
             drafted = self._merge(sequences, drafted, found, proposals, speed=speed)
         for i, proposal in drafted:
@@ -166,7 +163,7 @@ class Proposer:
             for node in proposal.copies:
                 if node.parent in accepted:
                     self.reliability.observe(node.table, node.cell, accepted=node.column in accepted)
-        if proposal.source == SOURCE_DRAFT or proposal.weighed is not None:
+        if proposal.source is Source.DRAFT or proposal.weighed is not None:
             self._planner.observe(sequence, proposal, path=path, tokens=tokens, finished=finished)
 
     # -- copies --------------------------------------------------------------------------------------------------------
@@ -221,7 +218,9 @@ class Proposer:
 
     # -- the draft -----------------------------------------------------------------------------------------------------
 
-    def _draft(self, all_sequences: Sequence[RunningSequence], candidates: list[int]) -> list[tuple[int, Proposal]]:
+    def _draft(
+        self, all_sequences: Sequence[RunningSequence], candidates: list[int], times: ProposingTimes
+    ) -> list[tuple[int, Proposal]]:
         """What the draft proposes for those at `candidates`, with the indices of the sequences."""
         drafter, batch_size = self._drafter, len(all_sequences)
         if drafter is None or not candidates:
@@ -260,15 +259,15 @@ class Proposer:
                     for sequence in sequences
                 ]
             drafted = self._run(sequences, decision, explores, batch_size=batch_size)
-        self.draft_seconds = time.perf_counter() - started
+        times.drafting_s = time.perf_counter() - started
         catch_up_s = self._planner.costs.catch_up_s(len(candidates), uncached=num_read)
-        self.catch_up_seconds = min(self.draft_seconds, catch_up_s)
+        times.catching_up_s = min(times.drafting_s, catch_up_s)
         if not candidates:
             return []
         found = self._proposals(drafted, explores)
         if not any(explores):
             self._planner.observe_catch_up(read_apart, read_apart_s)
-            drafting_s, left = self.draft_seconds - read_apart_s, num_read - read_apart
+            drafting_s, left = times.drafting_s - read_apart_s, num_read - read_apart
             self._planner.observe_draft(len(found), len(drafted.outcomes), drafting_s, uncached=left)
         return list(zip(candidates, found, strict=True))
 
@@ -350,7 +349,7 @@ class Proposer:
                 Proposal(
                     tokens=tokens,
                     parents=None if parents == list(range(len(tokens))) else parents,
-                    source=SOURCE_DRAFT if tokens else SOURCE_NONE,
+                    source=Source.DRAFT if tokens else Source.TARGET,
                     num_drafted=len(tokens),
                     weighed=chain,
                 )
@@ -360,7 +359,7 @@ class Proposer:
         return [
             Proposal(
                 tokens=tokens[b],
-                source=SOURCE_DRAFT,
+                source=Source.DRAFT,
                 num_drafted=len(tokens[b]),
                 explored_at=self.explore_temperature if explore else None,
                 logprobs=logprobs[b] if logprobs is not None and explore else None,

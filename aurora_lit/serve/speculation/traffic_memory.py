@@ -14,50 +14,36 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Hashable
-from dataclasses import dataclass
 
 import torch
 
+from aurora_lit.ipc.engine_status import EngineCounters
 from aurora_lit.kernels import native, suffix_index
 from aurora_lit.kernels.suffix_index import CONTEXT_TOKENS, DOMAIN_BITS, Copies, LookUp, SuffixMemory, is_remembered
 from aurora_lit.serve.engine.memory_scope import MemoryScope, memory_partition_key
 from aurora_lit.serve.engine.sequence import RunningSequence
 from aurora_lit.serve.speculation import copies_in_python
+from aurora_lit.settings import MemorySettings
 
+NO_MEMORY = MemorySettings(scope="off")
+"""Settings with which there is none."""
 _MAX_KEYS = 16_384
 """Keys that are known; what was remembered for the least recently used one can then no longer be read."""
 _MAX_DOMAINS = (1 << DOMAIN_BITS) - 1
 """Domains that have a number; a new one then gets that of the least recently used one."""
 
 
-@dataclass(kw_only=True)
-class MemoryStats:
-    """Counters since the memory was created."""
-
-    answers: int = 0
-    """Remembered."""
-    look_ups: int = 0
-    """Rounds of single sequences that could read the memory."""
-    hits: int = 0
-    """Those in which it held something likely enough."""
-    proposed: int = 0
-    """Tokens proposed from the memory alone."""
-    accepted: int = 0
-    """Those of them that were accepted."""
-
-
 class TrafficMemory:
     """What ended requests were answered, by key.
 
-    >>> memory = TrafficMemory(64 << 20, scope="domain")
+    >>> memory = TrafficMemory(64 << 20, scope="domain", counters=counters)
     >>> memory.open(sequence)         # when its prompt has been read
     >>> memory.remember(sequence, tokens)    # when it has ended
     """
 
-    def __init__(self, capacity_bytes: int, *, scope: MemoryScope) -> None:
-        """Needs kernels. `capacity_bytes`: of the index; pages are taken as it fills."""
-        self.stats = MemoryStats()
-        self._scope = scope
+    def __init__(self, capacity_bytes: int, *, scope: MemoryScope, counters: EngineCounters) -> None:
+        """Needs kernels. `capacity_bytes`: of the index; pages are taken as it fills. `counters`: the engine's."""
+        self.counters, self._scope = counters, scope
         self.index = SuffixMemory(capacity_bytes)
         self._parts: OrderedDict[Hashable, int] = OrderedDict()
         self._next_part = 1
@@ -75,7 +61,7 @@ class TrafficMemory:
         # Of a long prompt only the end is needed.
         answer = sequence.length - sequence.prompt_length
         tokens = tokens_L[max(0, sequence.prompt_length - CONTEXT_TOKENS) : sequence.length].tolist()
-        self.stats.answers += self.index.insert_answer(tokens, answer=answer, part=sequence.memory_part)
+        self.counters.memory_answers += self.index.insert_answer(tokens, answer=answer, part=sequence.memory_part)
 
     def _domain(self, name: str) -> int:
         """0 if it is unknown. Answers of a domain that lost its number come first in the one that has it now."""
@@ -98,10 +84,13 @@ class TrafficMemory:
         return part
 
 
-def make_memory(capacity_bytes: int, *, scope: MemoryScope, device: torch.device) -> TrafficMemory | None:
+def make_memory(settings: MemorySettings, *, device: torch.device, counters: EngineCounters) -> TrafficMemory | None:
     """A memory; None if it would have no capacity, or if it cannot be searched: that needs kernels and a CPU."""
+    assert settings.scope != "auto", "resolved by config.py"
     can_search = native.library() is not None and device.type == "cpu"
-    return TrafficMemory(capacity_bytes, scope=scope) if capacity_bytes and can_search else None
+    if not settings.capacity_mb or settings.scope == "off" or not can_search:
+        return None
+    return TrafficMemory(settings.capacity_mb << 20, scope=settings.scope, counters=counters)
 
 
 def look_up_copies(tokens_SL: torch.Tensor, rows: LookUp, *, memory: TrafficMemory | None) -> list[Copies]:
@@ -113,6 +102,6 @@ def look_up_copies(tokens_SL: torch.Tensor, rows: LookUp, *, memory: TrafficMemo
     copies = suffix_index.look_up(tokens_SL, rows, memory=memory.index)
     for part, found in zip(rows.parts, copies, strict=True):
         if part:
-            memory.stats.look_ups += 1
-            memory.stats.hits += any(map(is_remembered, found.cells))
+            memory.counters.memory_look_ups += 1
+            memory.counters.memory_hits += any(map(is_remembered, found.cells))
     return copies

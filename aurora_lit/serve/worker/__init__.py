@@ -13,7 +13,8 @@ Start with loop.py. The files, each importing only those above it:
     live_draft.py       the draft that serves: swaps between rounds, trials, rollbacks
     call_tracker.py     maps engine requests to client calls, and outputs to deltas
     outbox.py           messages to the HTTP process; a round never waits for it to read them
-    build.py            configuration → target, draft, engine and the worker's parts
+    load_models.py      what a configuration names: target, tokenizer, draft
+    build.py            configuration → engine and the worker's parts
     domain_counts.py    tokens generated and accepted, by domain
     status_report.py    counters, round times and draft events, written to the status page
     loop.py             the loop itself

@@ -1,4 +1,4 @@
-"""Builds from a configuration: the target, the draft, the engine, and all parts of an engine worker.
+"""Builds from a configuration the engine, and all parts of an engine worker.
 
 Only connects parts; what they do is in their own files.
 """
@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from aurora_lit.config import AuroraConfig, copied_tokens, draft_folder, resolved_memory_scope
+from aurora_lit.config import AuroraConfig, draft_folder, resolved_memory_scope
 from aurora_lit.drafts.centroid_file import read_centroids
-from aurora_lit.drafts.checkpoint import check_fits, load_draft, read_config
+from aurora_lit.drafts.checkpoint import load_draft, read_config
 from aurora_lit.errors import ConfigError, RingError
 from aurora_lit.grammars.matcher import GrammarCompiler
 from aurora_lit.ipc.learner_status import LEARNER_STATUS_NAME, LearnerStatusPage
@@ -27,23 +27,32 @@ from aurora_lit.ipc.run_folder import RING_NAME
 from aurora_lit.kernels import native
 from aurora_lit.kernels.build import processor_name
 from aurora_lit.machine import available_bytes, available_cores, use_threads
-from aurora_lit.models import packed_target
 from aurora_lit.models.kv_cache import cache_bytes, kv_heads_of
-from aurora_lit.models.source import cache_root, find_target, read_model_config
-from aurora_lit.models.target import CPU, Target
-from aurora_lit.models.tokenizer import Tokenizer, keep_tokenizer, tokenizer_json, transformers_tokenizer
+from aurora_lit.models.source import cache_root, find_target
+from aurora_lit.models.target import Target
+from aurora_lit.models.tokenizer import Tokenizer, tokenizer_json
 from aurora_lit.models.tokenizer import load_tokenizer as load_kept_tokenizer
 from aurora_lit.modules.domains.centroids import DomainAssigner
-from aurora_lit.modules.draft.eagle3 import Eagle3Config, Eagle3Draft
-from aurora_lit.placement import describe, uses_gpus
+from aurora_lit.modules.draft.eagle3 import Eagle3Draft
+from aurora_lit.placement import describe
 from aurora_lit.serve.engine.engine import Engine
 from aurora_lit.serve.engine.observer import RoundObserver
-from aurora_lit.serve.engine.options import EngineOptions
+from aurora_lit.serve.engine.prefill import MAX_ROUND_S
+from aurora_lit.serve.engine.slot_allocator import slot_capacity
 from aurora_lit.serve.engine.thread_budget import ThreadBudget, thread_budget
 from aurora_lit.serve.engine.trace_recorder import TraceRecorder
 from aurora_lit.serve.speculation.kept_costs import KeptCosts
 from aurora_lit.serve.speculation.runtime_draft import RuntimeDraft, prepare_draft
 from aurora_lit.serve.worker.learner_signals import ExplorationFollower, LearnerCores
+from aurora_lit.serve.worker.load_models import (
+    check_one_process,
+    eos_token_ids,
+    load_serving_target,
+    load_shard,
+    load_tokenizer,
+    starting_draft,
+    uses_draft,
+)
 from aurora_lit.serve.worker.parts import WorkerParts
 from aurora_lit.serve.worker.trace_sinks import TraceRecording, TraceSinks
 from aurora_lit.traces.record import LAYOUT_DIGEST, Trace
@@ -51,11 +60,7 @@ from aurora_lit.traces.record import LAYOUT_DIGEST, Trace
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from aurora_lit.models.sharded_target import ShardedTarget
 
-UNTRAINED_VERSION = "untrained"
-"""Version of the randomly initialised draft that serves until a learner with learn.from_scratch publishes its first."""
-_UNTRAINED_VOCABULARY_SIZE = 4096
 _TIMED_CODE = ("kernels", "models", "modules/sampling", "serve/engine", "serve/speculation")
 """Folders whose code determines what passes and draft steps cost."""
 _GIB = 1 << 30
@@ -63,14 +68,18 @@ _log = logging.getLogger(__name__)
 
 
 def build_engine(
-    config: AuroraConfig, *, sink: Callable[[Trace], None] | None = None, target: Target | None = None
+    config: AuroraConfig,
+    *,
+    sink: Callable[[Trace], None] | None = None,
+    target: Target | None = None,
+    max_round_s: float = MAX_ROUND_S,
 ) -> tuple[Engine, PreTrainedTokenizerBase]:
     """Load target and draft, and build an engine on them. Raises SourceError, CheckpointError or ConfigError.
 
     Nothing trains its draft: a named one is used as it is, learn.from_scratch or not.
 
     sink: receives a trace of every request; None: no traces are recorded. target: the configuration's, if it has been
-    loaded already; engines may share it.
+    loaded already; engines may share it. max_round_s: longest round beside sequences that decode.
     """
     check_one_process(config)
     if config.draft.checkpoint is not None:
@@ -81,17 +90,16 @@ def build_engine(
         target = load_serving_target(config)
     observer = None if sink is None else _recorder(config, target, sink)
     kept_costs, threads = _kept_costs(config, target), thread_budget(target.device)
-    engine = _engine(config, target, tokenizer, observer=observer, kept_costs=kept_costs, threads=threads)
+    engine = _engine(
+        config,
+        target,
+        tokenizer,
+        observer=observer,
+        kept_costs=kept_costs,
+        threads=threads,
+        max_round_s=max_round_s,
+    )
     return engine, tokenizer
-
-
-def check_one_process(config: AuroraConfig) -> None:
-    """Raise ConfigError if the target is to be sharded, which only a server does."""
-    if config.engine.strategy != "single":
-        raise ConfigError(
-            f"engine.strategy={config.engine.strategy}: only `aurora-lit serve` shards a target over processes; "
-            "use engine.strategy=single and engine.devices=1 here"
-        )
 
 
 def build_worker(config: AuroraConfig, run_folder: Path) -> WorkerParts:
@@ -146,67 +154,6 @@ def build_worker(config: AuroraConfig, run_folder: Path) -> WorkerParts:
     )
 
 
-def load_shard(config: AuroraConfig, run_folder: Path, rank: int) -> ShardedTarget:
-    """One rank's shard of the target; all ranks call it at the same time. Raises SourceError or ConfigError."""
-    # Imported here: lightning.fabric takes two seconds, and a target in one process does not need it.
-    from aurora_lit.distributed import Ranks
-    from aurora_lit.models.sharded_target import ShardedTarget
-
-    engine = config.engine
-    assert engine.strategy != "single"
-    use_threads(engine.threads, processes=engine.devices)
-    ranks = Ranks(
-        rank=rank, size=engine.devices, folder=run_folder, strategy=engine.strategy, on_gpus=uses_gpus(config)
-    )
-    target = ShardedTarget.load_shard(
-        find_target(config), precision=config.target.precision, strategy=engine.strategy, ranks=ranks
-    )
-    _check_length(config, target)
-    return target
-
-
-def uses_draft(config: AuroraConfig) -> bool:
-    """True if the engine has a draft, so that there is one to learn."""
-    source = config.draft.checkpoint is not None or config.learn.from_scratch
-    return source and config.engine.speculate
-
-
-def starting_draft(config: AuroraConfig, target: Target) -> tuple[Eagle3Draft | None, str]:
-    """The draft that an engine starts with, and the name of its version. Raises CheckpointError."""
-    folder = draft_folder(config)
-    if not uses_draft(config):
-        return None, "none"
-    if not config.learn.from_scratch:
-        assert folder is not None
-        return load_draft(folder, target), folder.name
-    if folder is not None:
-        _log.warning(
-            "learn.from_scratch=true: the weights of draft.checkpoint=%s are not used, only its shape; "
-            "to begin with them, set learn.from_scratch=false",
-            folder,
-        )
-        shape = read_config(folder)
-        check_fits(folder, shape, target)
-        return Eagle3Draft(shape), UNTRAINED_VERSION
-    size, heads = target.hidden_size, max(1, target.hidden_size // target.head_dim)
-    shape = Eagle3Config(
-        hidden_size=size,
-        target_hidden_size=size,
-        intermediate_size=size,
-        num_attention_heads=heads,
-        num_key_value_heads=heads,
-        head_dim=target.head_dim,
-        vocab_size=target.vocab_size,
-        draft_vocab_size=min(_UNTRAINED_VOCABULARY_SIZE, target.vocab_size),
-        aux_layer_ids=target.aux_layer_ids,
-    )
-    return Eagle3Draft(shape), UNTRAINED_VERSION
-
-
-def _device(config: AuroraConfig) -> torch.device:
-    return torch.device("cuda") if uses_gpus(config) else CPU
-
-
 def _recorder(config: AuroraConfig, target: Target, sink: Callable[[Trace], None]) -> TraceRecorder:
     return TraceRecorder(
         sink,
@@ -224,41 +171,29 @@ def _engine(
     observer: RoundObserver | None,
     kept_costs: KeptCosts | None = None,
     threads: ThreadBudget | None = None,
+    max_round_s: float = MAX_ROUND_S,
 ) -> Engine:
     if target.device.type == "cpu":
         native.warn_if_absent()
     else:
         _log.warning("%s; engine.device=cpu computes on the CPU", describe(config))
     draft, version = starting_draft(config, target)
-    options = EngineOptions(
-        eos_token_ids=eos_token_ids(target, tokenizer),
-        max_batch_size=config.engine.max_batch_size,
-        max_seq_len=config.engine.max_seq_len,
-        max_draft_tokens=config.engine.max_draft_tokens,
-        sibling_tokens=config.engine.sibling_tokens,
-        copied_tokens=copied_tokens(config),
-        lookup=config.engine.lookup,
-        adaptive=config.engine.adaptive,
-        prefill_chunk_tokens=config.engine.prefill_chunk_tokens,
-        max_round_s=config.engine.max_round_ms / 1000,
-        prefix_cache=config.engine.prefix_cache,
-        explore_share=config.engine.explore_share,
-        explore_temperature=config.engine.explore_temperature,
-        memory_bytes=config.memory.capacity_mb << 20 if resolved_memory_scope(config) != "off" else 0,
-        memory_scope=resolved_memory_scope(config),
-    )
+    end_tokens = eos_token_ids(target, tokenizer)
     grammars = None
     if (backend := getattr(tokenizer, "backend_tokenizer", None)) is not None:
         state = partial(tokenizer_json, backend, vocab_size=target.vocab_size)
-        grammars = GrammarCompiler(state, vocab_size=target.vocab_size, eos_token_ids=options.eos_token_ids)
+        grammars = GrammarCompiler(state, vocab_size=target.vocab_size, eos_token_ids=end_tokens)
         if config.engine.devices > 1:  # a rank that is silent for two seconds ends the server; others start sooner
             grammars.prepare()
-    _check_memory(config, target, draft, capacity=options.slot_capacity, is_observed=observer is not None)
+    _check_memory(config, target, draft, is_observed=observer is not None)
     try:
         return Engine(
             target,
             draft,
-            options,
+            config.engine,
+            eos_token_ids=end_tokens,
+            memory=dataclasses.replace(config.memory, scope=resolved_memory_scope(config)),
+            max_round_s=max_round_s,
             draft_version=version,
             observer=observer,
             kept_costs=kept_costs,
@@ -272,17 +207,15 @@ def _engine(
         raise ConfigError(f"{_slots(config)}: the system gives no memory for them; lower one of the two") from error
 
 
-def _check_memory(
-    config: AuroraConfig, target: Target, draft: Eagle3Draft | None, *, capacity: int, is_observed: bool
-) -> None:
-    """Raise ConfigError if keys, values and states of slots of `capacity` positions cannot fit into main memory.
+def _check_memory(config: AuroraConfig, target: Target, draft: Eagle3Draft | None, *, is_observed: bool) -> None:
+    """Raise ConfigError if keys, values and states of the slots cannot fit into main memory.
 
     The system promises more than there is, and ends a process, this one or another, when slots are written.
     is_observed: the target's last hidden states are kept for traces, and without a draft its features too.
     """
     if target.device.type != "cpu":
         return
-    engine, heads = config.engine, target.num_kv_heads
+    engine, heads, capacity = config.engine, target.num_kv_heads, slot_capacity(config.engine, config.memory)
     if engine.strategy == "tensor_parallel":  # all ranks are on this machine, and have these heads together
         heads = kv_heads_of(target.model.config.get_text_config())
     elif engine.strategy == "fsdp":  # each of them has all heads
@@ -291,7 +224,7 @@ def _check_memory(
     slots = partial(cache_bytes, num_slots=engine.max_batch_size, capacity=capacity, element_bytes=element_bytes)
     needed = slots(num_layers=target.num_layers, num_kv_heads=heads, head_dim=target.head_dim)
     states = engine.max_batch_size * capacity * target.hidden_size
-    if draft is not None and engine.max_draft_tokens:
+    if draft is not None:
         shape = draft.config
         needed += slots(num_layers=1, num_kv_heads=shape.num_key_value_heads, head_dim=shape.head_dim)
         needed += 3 * states * element_bytes
@@ -359,63 +292,3 @@ def _sinks(config: AuroraConfig, run_folder: Path) -> TraceSinks:
                 f"trace.record={config.trace.record} cannot be used ({error.strerror}); name a folder that can be made"
             ) from error
     return TraceSinks(ring=ring, recording=recording)
-
-
-def prepare(config: AuroraConfig) -> None:
-    """Fetch the target, keep its tokenizer, and check that it can be placed and partitioned as configured.
-
-
-    Runs before any process of the engine is started. Raises SourceError or ConfigError.
-    """
-    uses_gpus(config)
-    folder = find_target(config)
-    try:
-        keep_tokenizer(folder, cache_dir=cache_root(config.target.cache_dir))
-    except OSError as error:
-        _log.warning("the tokenizer cannot be kept (%s); every start will load it with transformers", error)
-    if config.engine.strategy != "single":
-        from aurora_lit.models.partition import check_partition
-
-        check_partition(config, read_model_config(folder))
-
-
-def load_serving_target(config: AuroraConfig) -> Target:
-    """The target in its configured precision, for an engine: from its packed file where that is possible.
-
-    Raises SourceError, and ConfigError if it cannot hold max_seq_len positions.
-    """
-    device = _device(config)
-    if config.engine.compile == "on" or device != CPU:
-        return load_target(config, device=device)
-    cache_dir = cache_root(config.target.cache_dir)
-    target = packed_target.load_target(find_target(config), precision=config.target.precision, cache_dir=cache_dir)
-    _check_length(config, target)
-    return target
-
-
-def load_target(config: AuroraConfig, *, device: torch.device = CPU) -> Target:
-    """As `load_serving_target`, but with transformers' model, whose layers can be read, and run without a cache."""
-    target = Target.load(find_target(config), precision=config.target.precision, device=device)
-    _check_length(config, target)
-    if config.engine.compile == "on":
-        target.compile_forward()
-    return target
-
-
-def _check_length(config: AuroraConfig, target: Target) -> None:
-    if config.engine.max_seq_len > target.max_positions:
-        raise ConfigError(
-            f"engine.max_seq_len={config.engine.max_seq_len}: the target has {target.max_positions} positions; lower it"
-        )
-
-
-def load_tokenizer(config: AuroraConfig) -> PreTrainedTokenizerBase:
-    """The target's tokenizer as transformers has it, without its weights. Raises SourceError."""
-    tokenizer: PreTrainedTokenizerBase = transformers_tokenizer(find_target(config))
-    return tokenizer
-
-
-def eos_token_ids(target: Target, tokenizer: Tokenizer | PreTrainedTokenizerBase) -> frozenset[int]:
-    """End-of-text tokens: those of the generation config and of the tokenizer, as far as the model has them."""
-    of_tokenizer = frozenset() if tokenizer.eos_token_id is None else frozenset([int(tokenizer.eos_token_id)])
-    return frozenset(i for i in target.end_of_text_ids | of_tokenizer if i < target.vocab_size)

@@ -10,31 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from aurora_lit.ipc.engine_status import EngineCounters
 from aurora_lit.request import Output, Request
 
 if TYPE_CHECKING:
     from aurora_lit.modules.domains.centroids import DomainAssigner
     from aurora_lit.serve.speculation.traffic_memory import TrafficMemory
-
-
-class EngineCounters(Protocol):
-    """Counters since the engine was built; serve/engine/sequence.py has the real ones."""
-
-    rounds: int
-    rounds_by_plan: list[int]
-    round_us: int
-    predicted_round_us: int
-    prompt_tokens: int
-    looked_up_tokens: int
-    cached_tokens: int
-    generated_tokens: int
-    drafts: int
-    proposed: int
-    accepted: int
-    accepted_by_position: list[int]
-    generated_by_source: list[int]
-    compared_us: int
-    compared_plain_us: int
 
 
 class EngineInterface(Protocol):
@@ -55,7 +36,7 @@ class EngineInterface(Protocol):
     @property
     def num_waiting(self) -> int: ...  # noqa: D102
     @property
-    def stats(self) -> EngineCounters: ...  # noqa: D102
+    def counters(self) -> EngineCounters: ...  # noqa: D102
     def submit(self, request: Request) -> None: ...  # noqa: D102
     def cancel(self, request_id: str) -> None: ...  # noqa: D102
     def round(self) -> list[Output]: ...  # noqa: D102

@@ -70,25 +70,11 @@ class StatusReport:
 
     def write(self, **more: int) -> None:
         """Write all counters, and the fields `more`, in one update."""
-        engine, stats = self._parts.engine, self._parts.engine.stats
+        engine = self._parts.engine
         self._page.write(
             running=engine.num_running,
             waiting=engine.num_waiting,
-            rounds=stats.rounds,
-            rounds_by_plan=stats.rounds_by_plan,
-            round_us=stats.round_us,
-            predicted_round_us=stats.predicted_round_us,
-            prompt_tokens=stats.prompt_tokens,
-            looked_up_tokens=stats.looked_up_tokens,
-            cached_tokens=stats.cached_tokens,
-            generated_tokens=stats.generated_tokens,
-            drafts=stats.drafts,
-            proposed=stats.proposed,
-            accepted=stats.accepted,
-            accepted_by_position=stats.accepted_by_position,
-            generated_by_source=stats.generated_by_source,
-            compared_us=stats.compared_us,
-            compared_plain_us=stats.compared_plain_us,
+            **vars(engine.counters),
             **_memory_fields(engine.memory),
             opted_out=self._calls.num_opted_out,
             unrecorded=self._parts.unrecorded(),
@@ -130,14 +116,4 @@ def _memory_fields(memory: TrafficMemory | None) -> dict[str, int]:
     if memory is None:
         return {}
     held, forgotten = memory.index.counts
-    stats = memory.stats
-    return {
-        "memory_capacity": memory.index.capacity,
-        "memory_tokens": held,
-        "memory_evicted": forgotten,
-        "memory_answers": stats.answers,
-        "memory_look_ups": stats.look_ups,
-        "memory_hits": stats.hits,
-        "memory_proposed": stats.proposed,
-        "memory_accepted": stats.accepted,
-    }
+    return {"memory_capacity": memory.index.capacity, "memory_tokens": held, "memory_evicted": forgotten}

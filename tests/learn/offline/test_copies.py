@@ -21,17 +21,17 @@ from aurora_lit.learn.offline.copies import CopyPaths
 from aurora_lit.learn.offline.scoring import RoundTotals, RoundWalk, with_copied
 from aurora_lit.models.target import Target
 from aurora_lit.modules.sampling.tree import accepted_path
-from aurora_lit.request import Request
+from aurora_lit.request import Request, Source
 from aurora_lit.serve.engine.round_plan import Proposal
 from aurora_lit.serve.engine.trace_recorder import TraceRecorder
 from aurora_lit.serve.speculation.candidate_tree import with_copies
 from aurora_lit.serve.speculation.copy_planner import LEAST_SURVIVAL
-from aurora_lit.traces.record import SOURCE_DRAFT, Trace
+from aurora_lit.traces.record import Trace
 
 pytestmark = pytest.mark.skipif(native.library() is None, reason="there is no memory without kernels")
 MOST = 6
 """Copied tokens of a round."""
-MEMORY: dict[str, Any] = {"memory_bytes": 1 << 20, "memory_scope": "domain"}
+MEMORY: dict[str, Any] = {"memory_scope": "domain"}
 
 
 def copy_paths(**changes: Any) -> CopyPaths:
@@ -192,7 +192,7 @@ def test_copies_and_chain_accept_what_the_tree_that_the_server_makes_of_them_acc
         copied = len(_accepted(tokens, parents, recorded))
         steps = with_copied([float(a == b) for a, b in zip(chain, recorded, strict=False)], copied)
         merged = with_copies(
-            Proposal(tokens=chain, source=SOURCE_DRAFT, num_drafted=4),
+            Proposal(tokens=chain, source=Source.DRAFT, num_drafted=4),
             Copies(tokens, parents, [1.0] * len(nodes), cells),
             reliability=CopyReliability(),
             sampled=False,

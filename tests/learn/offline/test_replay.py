@@ -679,7 +679,7 @@ def _source(tmp_path: Path) -> Path:
 def test_copies_are_scored_beside_both_drafts_and_only_from_earlier_answers(
     target: Target, stream: list[Trace], tmp_path: Path
 ) -> None:
-    settings = ("memory.capacity_mb=1", "engine.lookup_tokens=5")
+    settings = ("memory.capacity_mb=1",)
     replay = make_replay(target, random_draft(target), tmp_path / "memory", *settings, steps_per_trace=0.0)
     for block in blocks(iter(stream[:36]), 30):  # a block holds repeated prompts too
         replay.process_block(block)

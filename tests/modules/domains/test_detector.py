@@ -23,7 +23,8 @@ from aurora_lit.modules.domains.detector import (
     acceptance_rate,
     prompt_embedding,
 )
-from aurora_lit.traces.record import SOURCE_DRAFT, Trace
+from aurora_lit.request import Source
+from aurora_lit.traces.record import Trace
 
 
 def assign_all(
@@ -270,7 +271,7 @@ def test_the_acceptance_rate_is_that_of_proposals_that_were_verified() -> None:
         num = len(accepted)
         return replace(
             trace,
-            source_R=torch.full((num,), SOURCE_DRAFT),
+            source_R=torch.full((num,), Source.DRAFT),
             round_version_R=torch.zeros(num, dtype=torch.int32),
             explored_R=torch.zeros(num, dtype=torch.bool),
             num_proposed_R=torch.full((num,), proposed),

@@ -13,17 +13,16 @@ from support.tiny_models import VOCAB, make_engine, random_draft, request, run, 
 from aurora_lit.kernels import native
 from aurora_lit.kernels.suffix_index import NO_COPIES, Copies, LookUp
 from aurora_lit.models.target import Target
-from aurora_lit.request import Request
+from aurora_lit.request import Request, Source
 from aurora_lit.serve.engine.round_plan import Proposal
 from aurora_lit.serve.speculation import copy_finder, proposer
 from aurora_lit.serve.speculation.candidate_tree import with_copies
 from aurora_lit.serve.speculation.copy_planner import CopyPlan, CopyPlanner
 from aurora_lit.serve.speculation.costs import CostTable
 from aurora_lit.serve.speculation.drafter import Drafter
-from aurora_lit.traces.record import SOURCE_MEMORY, SOURCE_NONE
 
 REFRAIN = (7, 8, 9, 10, 11, 12) * 4
-MEMORY = {"memory_bytes": 1 << 20, "memory_scope": "domain"}
+MEMORY = {"memory_scope": "domain"}
 needs_kernels = pytest.mark.skipif(native.library() is None, reason="there is no memory without kernels")
 
 
@@ -63,23 +62,23 @@ def test_output_is_that_of_plain_decoding(
     for _ in range(2):  # the second time the memory holds all answers
         answers = run(engine, requests)
         assert {i: answers[i].token_ids for i in plain} == {i: plain[i].token_ids for i in plain}
-    assert engine.stats.accepted > 0
+    assert engine.counters.accepted > 0
 
 
 @needs_kernels
 def test_what_was_answered_once_is_proposed_to_the_next(target: Target) -> None:
     engine = make_engine(target, copied_tokens=15, lookup=False, **MEMORY)
     first = run(engine, [request("a", prompts()[2], max_tokens=30, temperature=0.0)])["a"]
-    rounds = engine.stats.rounds
-    assert engine.stats.proposed == 0
+    rounds = engine.counters.rounds
+    assert engine.counters.proposed == 0
     second = run(engine, [request("b", prompts()[2], max_tokens=30, temperature=0.0)])["b"]
     assert second.token_ids == first.token_ids
-    assert engine.stats.rounds - rounds <= 4  # 15 copies and a token of the target's own in each
-    assert engine.memory is not None
-    assert engine.memory.stats.accepted >= 26
-    by_source = [0, 0, 0, 0]
-    by_source[SOURCE_NONE], by_source[SOURCE_MEMORY] = 60 - engine.stats.accepted, engine.memory.stats.accepted
-    assert engine.stats.generated_by_source == by_source
+    assert engine.counters.rounds - rounds <= 4  # 15 copies and a token of the target's own in each
+    assert engine.counters.memory_accepted >= 26
+    by_source = [0] * len(Source)
+    by_source[Source.TARGET] = 60 - engine.counters.accepted
+    by_source[Source.MEMORY] = engine.counters.memory_accepted
+    assert engine.counters.generated_by_source == by_source
 
 
 @needs_kernels
@@ -121,7 +120,7 @@ def test_copies_beside_what_the_draft_proposes(
         answers = run(engine, requests)
         assert {i: answers[i].token_ids for i in plain} == {i: plain[i].token_ids for i in plain}
     assert sum(added) > 0
-    assert engine.stats.accepted > 0
+    assert engine.counters.accepted > 0
 
 
 @needs_kernels
@@ -130,9 +129,9 @@ def test_of_a_request_that_may_not_be_stored_nothing_is_remembered(target: Targe
     asked = request("a", prompts()[2], max_tokens=30, temperature=0.0)
     run(engine, [replace(asked, store=False)])
     assert engine.memory is not None
-    assert engine.memory.stats.answers == 0
+    assert engine.counters.memory_answers == 0
     run(engine, [asked])
-    assert engine.stats.proposed == 0
+    assert engine.counters.proposed == 0
 
 
 def test_the_draft_does_not_run_while_copies_are_proposed_for_all_sequences(
@@ -145,11 +144,11 @@ def test_the_draft_does_not_run_while_copies_are_proposed_for_all_sequences(
     requests = [request("a", REFRAIN, max_tokens=120, temperature=0.0)]
     with_copies = make_engine(target, random_draft(target), copied_tokens=15, adaptive=False)
     run(with_copies, requests)
-    assert with_copies.stats.rounds > len(calls)
+    assert with_copies.counters.rounds > len(calls)
     calls.clear()
     without = make_engine(target, random_draft(target), adaptive=False)
     run(without, requests)
-    assert without.stats.rounds == len(calls)
+    assert without.counters.rounds == len(calls)
 
 
 @pytest.mark.parametrize("adaptive", [True, False])

@@ -22,7 +22,7 @@ from aurora_lit.models.target import CPU, Target
 from aurora_lit.request import Request
 from aurora_lit.serve.engine.trace_recorder import TraceRecorder
 from aurora_lit.serve.speculation import calibration
-from aurora_lit.serve.worker import build
+from aurora_lit.serve.worker import build, load_models
 from aurora_lit.traces.record import Trace
 
 
@@ -99,7 +99,7 @@ def test_costs_are_measured_on_the_device(folder: Path, monkeypatch: pytest.Monk
 def test_an_engine_is_built_where_its_configuration_says(
     folder: Path, device: torch.device, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(build, "_device", lambda config: device)
+    monkeypatch.setattr(load_models, "_device", lambda config: device)
     monkeypatch.setattr(build, "load_tokenizer", lambda config: SimpleNamespace(eos_token_id=None))
     settings = (f"target.source={folder}", "engine.max_seq_len=64", "engine.prefill_chunk_tokens=8")
     config = load_config(None, [*settings, "engine.adaptive=false", "learn.from_scratch=true", "draft.checkpoint=null"])
@@ -129,7 +129,7 @@ def test_unseeded_exploring_and_recorded_rounds_stay_on_the_device(folder: Path,
     engine = make_engine(target, draft, observer=recorder, explore_share=0.5, max_batch_size=3)
     requests = [request(str(i), prompt(i, 4 + i), max_tokens=6, temperature=1.0 if i % 2 else 0.0) for i in range(6)]
     assert all(len(answer.token_ids) == 6 for answer in run(engine, requests).values())
-    assert engine.stats.explored_drafts
+    assert engine.counters.explored_drafts
     assert len(traces) >= 6
     for trace in traces:
         assert {tensor.device.type for tensor in (trace.token_ids_T, trace.aux_T3H, trace.last_TH)} == {"cpu"}

@@ -88,7 +88,7 @@ def test_a_copied_prompt_is_assigned_by_the_copied_states(small_target: Target) 
     (first,) = some_requests([80])
     run(engine, [first])
     run(engine, [replace(first, request_id="again")])
-    assert engine.stats.cached_tokens > 60
+    assert engine.counters.cached_tokens > 60
     torch.testing.assert_close(assigner.given[0], assigner.given[1], atol=0, rtol=0)
 
 

@@ -27,9 +27,9 @@ from aurora_lit.errors import RequestError
 from aurora_lit.kernels import native
 from aurora_lit.models.target import Target
 from aurora_lit.modules.draft.eagle3 import Eagle3Draft
-from aurora_lit.request import Output, Request
+from aurora_lit.request import Output, Request, Source
 from aurora_lit.serve.engine.engine import Engine
-from aurora_lit.serve.engine.round_plan import Proposal, RoundPlan
+from aurora_lit.serve.engine.round_plan import Proposal, ProposingTimes, RoundPlan
 from aurora_lit.serve.engine.target_runner import TargetRunner
 from aurora_lit.serve.engine.thread_budget import ThreadBudget
 from aurora_lit.serve.speculation import planner as planner_module
@@ -128,7 +128,7 @@ def test_greedy_output_is_that_of_transformers(
     for i in some:
         assert answers[str(i)].token_ids == models.answers[i], f"prompt {i}"
         assert answers[str(i)].finish_reason == "length"
-    stats = engine.stats
+    stats = engine.counters
     assert stats.generated_tokens == len(some) * NEW
     assert stats.prompt_tokens == sum(LENGTHS[i] for i in some)
     assert (
@@ -285,7 +285,7 @@ def test_the_draft_does_not_run_for_requests_that_do_not_speculate(
     answers = run(engine, plain)
     assert [answers[str(i)].token_ids for i in range(8)] == models.answers
     assert drafted == []
-    assert engine.stats.drafts == 0
+    assert engine.counters.drafts == 0
 
 
 def test_requests_with_and_without_speculation_share_a_batch(models: TinyModels, drafted: list[DraftInputs]) -> None:
@@ -437,8 +437,9 @@ def test_rests_end_though_rounds_with_forced_tokens_are_untimed(
     monkeypatch.setattr(engine.floor, "pass_untimed", passed.append)
     propose = engine.proposer.propose
 
-    def forced(*args: Any, **kwargs: Any) -> list[Proposal]:
-        return [replace(proposal, is_forced=True) for proposal in propose(*args, **kwargs)]
+    def forced(*args: Any, **kwargs: Any) -> tuple[list[Proposal], ProposingTimes]:
+        proposals, times = propose(*args, **kwargs)
+        return [replace(proposal, source=Source.GRAMMAR) for proposal in proposals], times
 
     monkeypatch.setattr(engine.proposer, "propose", forced)
     rounds = len(run(engine, [models.request(0, max_tokens=6)])["0"].rounds)
@@ -525,7 +526,7 @@ def test_another_draft_ends_the_rest_that_the_last_one_has_caused(models: TinyMo
     assert engine.floor is not None
     for speculated, seconds in ((False, 0.01), (True, 0.1)):
         for _ in range(12):
-            engine.floor.observe(kind, seconds=seconds, tokens=1, speculated=speculated)
+            engine.floor.observe(kind, seconds=seconds, tokens=1, proposed=speculated, proposing=ProposingTimes())
     assert not engine.floor.allows(kind).copies
     engine.swap_draft(copy.deepcopy(models.draft("random")), version="another")
     assert engine.floor.allows(kind).copies
@@ -543,9 +544,9 @@ def test_a_round_with_a_copied_prefix_is_no_measure_of_decoding(
         engine.round()
     timed.clear()
     engine.submit(replace(models.request(7, max_tokens=2), request_id="again"))
-    cached = engine.stats.cached_tokens
+    cached = engine.counters.cached_tokens
     engine.round()
-    assert engine.stats.cached_tokens > cached
+    assert engine.counters.cached_tokens > cached
     assert timed == []
     engine.round()
     assert timed == [2]

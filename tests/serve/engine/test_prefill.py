@@ -292,7 +292,7 @@ def test_of_two_prompts_with_a_long_common_prefix_the_second_waits_and_copies_it
     assert sum(count for _, count in rows["a"]) == 101
     assert rows["b"] == [(100, 2)]
     assert [plan.copied_prefix for plan, _ in plans].count(True) == 1, "its time is no decoding round's"
-    assert engine.stats.cached_tokens == 100
+    assert engine.counters.cached_tokens == 100
     if native.library() is not None:
         for name, prompt in prompts.items():
             alone = make(target, None)
@@ -313,4 +313,4 @@ def test_a_common_prefix_is_not_waited_for_if_it_may_not_be_copied(
     prompts = {"a": [*LONG[:100], 1, 2], "b": [*LONG[:100], 3, 4]}
     run(engine, [replace(request(name, prompt, max_tokens=2), cache_salt=name) for name, prompt in prompts.items()])
     assert prompt_rows(plans[:1]) == {"a": [(0, 101)], "b": [(0, 101)]}
-    assert engine.stats.cached_tokens == 0
+    assert engine.counters.cached_tokens == 0

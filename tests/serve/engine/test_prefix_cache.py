@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,9 @@ from aurora_lit.models.target import Target
 from aurora_lit.modules.draft.eagle3 import Eagle3Draft
 from aurora_lit.request import Request, SamplingParams
 from aurora_lit.serve.engine.engine import Engine
+from aurora_lit.serve.engine.slot_allocator import slot_capacity
 from aurora_lit.serve.engine.trace_recorder import TraceRecorder
+from aurora_lit.settings import EngineSettings, MemorySettings
 from aurora_lit.traces.record import Trace, to_bytes
 
 COMMON = torch.randint(VOCAB, (40,), generator=torch.Generator().manual_seed(1)).tolist()
@@ -96,8 +99,8 @@ def test_outputs_and_traces_have_the_same_bits(
     cache = RecordedEngine(target, draft if drafts else None, **how)
     wanted = plain.serve(*requests, arrivals=arrivals)
     assert cache.serve(*requests, arrivals=arrivals) == wanted
-    assert (plain.engine.stats.cached_tokens, cache.engine.stats.cached_tokens) == (0, cached)
-    assert plain.engine.stats.prompt_tokens == cache.engine.stats.prompt_tokens
+    assert (plain.engine.counters.cached_tokens, cache.engine.counters.cached_tokens) == (0, cached)
+    assert plain.engine.counters.prompt_tokens == cache.engine.counters.prompt_tokens
     same = {name: trace.last_TH for name, trace in cache.traces.items()}
     assert same.keys() == {"a", "b", "c"}
     for name, trace in plain.traces.items():
@@ -115,7 +118,7 @@ def test_only_prompts_that_are_looked_for_count_as_looked_up(
 ) -> None:
     recorded = RecordedEngine(target, None, **changes)
     recorded.serve(make_request("a", 1, 2, **options))
-    assert recorded.engine.stats.looked_up_tokens == looked_up
+    assert recorded.engine.counters.looked_up_tokens == looked_up
 
 
 def test_a_conversation_continues_from_what_was_rounded_as_a_prompt(target: Target, draft: Eagle3Draft) -> None:
@@ -125,7 +128,7 @@ def test_a_conversation_continues_from_what_was_rounded_as_a_prompt(target: Targ
     again = make_request("b", 1, *first, 9, 9)
     answer = recorded.serve(again)
     own_output = 0 if target.has_prompt_arithmetic else len(first)  # and the prompt's last token, which is decoded
-    assert recorded.engine.stats.cached_tokens == 40 + own_output
+    assert recorded.engine.counters.cached_tokens == 40 + own_output
     assert answer == RecordedEngine(target, draft, prefix_cache=False).serve(again)
 
 
@@ -139,7 +142,7 @@ def test_conversations_that_share_a_system_prompt_do_not_evict_each_other_while_
     for name, own in (("a", 1), ("b", 2), ("a again", 1), ("b again", 2)):
         request = make_request(name, *[own] * 30, shared=20)
         assert recorded.serve(request) == plain.serve(request)
-    assert recorded.engine.stats.cached_tokens == cached
+    assert recorded.engine.counters.cached_tokens == cached
     held = [holder for holder in recorded.engine._allocator._sequences if holder is not None]
     assert len(held) == min(slots, 2)
     if native.library() is not None:
@@ -150,7 +153,7 @@ def test_the_last_prompt_token_is_always_computed(target: Target, draft: Eagle3D
     recorded = RecordedEngine(target, draft)
     wanted = recorded.serve(make_request("a", 1))["a"]
     assert recorded.serve(make_request("b", 1)) == {"b": wanted}
-    assert recorded.engine.stats.cached_tokens == 40
+    assert recorded.engine.counters.cached_tokens == 40
 
 
 @pytest.mark.parametrize("store", [True, False])
@@ -161,7 +164,7 @@ def test_a_prefix_of_a_request_that_may_not_be_stored_is_not_used_for_a_trace(
     recorded = RecordedEngine(target, draft)
     recorded.serve(make_request("secret", 1, store=False))
     recorded.serve(make_request("b", 2, store=store))
-    assert recorded.engine.stats.cached_tokens == (0 if store else 40)
+    assert recorded.engine.counters.cached_tokens == (0 if store else 40)
     assert recorded.traces.keys() == ({"b"} if store else set())
 
 
@@ -178,7 +181,7 @@ def test_a_prefix_is_copied_only_between_requests_with_the_same_salt(
     requests = [make_request("a", 1, salt=first), make_request("b", 2, 3, salt=second)]
     recorded = RecordedEngine(target, draft, max_batch_size=slots, prefill_chunk_tokens=64)
     answers = recorded.serve(*requests, arrivals=arrivals)
-    assert recorded.engine.stats.cached_tokens == cached
+    assert recorded.engine.counters.cached_tokens == cached
     assert answers == RecordedEngine(target, draft, prefix_cache=False).serve(*requests)
 
 
@@ -192,7 +195,7 @@ def test_a_salted_prompt_is_found_behind_a_longer_one_with_another_salt(target: 
     recorded = RecordedEngine(target, draft)
     recorded.serve(make_request("mine", 1, shared=30, salt="s"), make_request("other", 1, salt="t"))
     recorded.serve(make_request("again", 2, salt="s"))
-    assert recorded.engine.stats.cached_tokens == 30
+    assert recorded.engine.counters.cached_tokens == 30
 
 
 def test_prompts_with_log_probabilities_are_computed_in_full(target: Target, draft: Eagle3Draft) -> None:
@@ -200,7 +203,7 @@ def test_prompts_with_log_probabilities_are_computed_in_full(target: Target, dra
     first = run(recorded.engine, [make_request("a", 1, prompt_logprobs=1)])["a"]
     second = run(recorded.engine, [make_request("b", 1, prompt_logprobs=1)])["b"]
     assert first.prompt_logprobs == second.prompt_logprobs
-    assert recorded.engine.stats.cached_tokens == 0
+    assert recorded.engine.counters.cached_tokens == 0
 
 
 @pytest.mark.parametrize("rounds", [1, 2, 6])
@@ -213,7 +216,7 @@ def test_the_prefix_that_a_cancelled_request_computed_is_used(target: Target, dr
     assert recorded.serve(make_request("b", 2)) == RecordedEngine(target, draft, prefix_cache=False).serve(
         make_request("b", 2)
     )
-    assert recorded.engine.stats.cached_tokens == min(20 * rounds, 40)
+    assert recorded.engine.counters.cached_tokens == min(20 * rounds, 40)
 
 
 def test_an_interrupt_while_a_request_is_admitted_keeps_no_slot_and_leaves_no_false_prefix(
@@ -237,7 +240,7 @@ def test_an_interrupt_while_a_request_is_admitted_keeps_no_slot_and_leaves_no_fa
         recorded.engine.cancel("new")
     assert not recorded.engine.has_work
     assert recorded.serve(new) == RecordedEngine(target, draft, prefix_cache=False).serve(new)
-    assert recorded.engine.stats.cached_tokens == 0
+    assert recorded.engine.counters.cached_tokens == 0
 
 
 def test_the_draft_is_swapped_between_two_requests_with_a_common_prefix(target: Target, draft: Eagle3Draft) -> None:
@@ -247,13 +250,13 @@ def test_the_draft_is_swapped_between_two_requests_with_a_common_prefix(target: 
     assert recorded.serve(make_request("b", 2)) == RecordedEngine(target, None, prefix_cache=False).serve(
         make_request("b", 2)
     )
-    assert recorded.engine.stats.cached_tokens == 40
+    assert recorded.engine.counters.cached_tokens == 40
 
 
 def test_short_common_prefixes_are_computed(target: Target) -> None:
     recorded = RecordedEngine(target, None)
     recorded.serve(make_request("a", 1), make_request("b", *[7] * 30, shared=15))
-    assert recorded.engine.stats.cached_tokens == 0
+    assert recorded.engine.counters.cached_tokens == 0
 
 
 def test_the_draft_cache_of_a_copied_prefix_is_copied(target: Target, draft: Eagle3Draft) -> None:
@@ -319,4 +322,20 @@ def test_prefixes_are_copied_without_native_kernels(tmp_path: Path, monkeypatch:
     assert recorded.serve(*requests) == RecordedEngine(target, None, branches=False, prefix_cache=False).serve(
         *requests
     )
-    assert recorded.engine.stats.cached_tokens == 40
+    assert recorded.engine.counters.cached_tokens == 40
+
+
+def test_a_slot_has_room_for_the_proposals_of_a_round(target: Target) -> None:
+    """Those of the draft and beside them, or the copies, and the last committed token."""
+    nothing, memory = MemorySettings(scope="off"), MemorySettings(scope="domain")
+    for draft, lookup, remembers, capacity in (
+        (4, False, nothing, 109),
+        (8, False, nothing, 117),
+        (4, True, nothing, 116),
+        (4, False, memory, 116),
+        (8, True, memory, 117),
+    ):
+        settings = EngineSettings(max_seq_len=100, max_draft_tokens=draft, lookup=lookup)
+        assert slot_capacity(settings, remembers) == capacity
+    assert slot_capacity(replace(settings, speculate=False), memory) == 117
+    assert make_engine(target, max_seq_len=60, copied_tokens=15).slot_capacity == 76

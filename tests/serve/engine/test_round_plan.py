@@ -9,9 +9,8 @@ import pytest
 
 from aurora_lit.kernels.suffix_index import KINDS, NUM_CELLS
 from aurora_lit.modules.sampling.tree import depths
-from aurora_lit.request import TOKEN_SOURCES
+from aurora_lit.request import PLANS, Source
 from aurora_lit.serve.engine.round_plan import CopiedNode, Proposal, judge
-from aurora_lit.traces.record import SOURCE_DRAFT, SOURCE_LOOKUP, SOURCE_MEMORY, SOURCE_NONE
 
 
 def trees(nodes: int) -> Iterator[list[int]]:
@@ -94,12 +93,19 @@ def test_each_proposed_token_has_one_source() -> None:
         CopiedNode(column=4, parent=3, table=0, cell=cell["memory"]),
         CopiedNode(column=5, parent=4, table=0, cell=cell["both"]),
     )
-    proposal = Proposal(tokens=[1, 2, 3, 4, 5], source=SOURCE_DRAFT, num_drafted=2, copies=copies)
-    sources = (SOURCE_DRAFT, SOURCE_DRAFT, SOURCE_LOOKUP, SOURCE_MEMORY, SOURCE_LOOKUP)
+    proposal = Proposal(tokens=[1, 2, 3, 4, 5], source=Source.DRAFT, num_drafted=2, copies=copies)
+    sources = (Source.DRAFT, Source.DRAFT, Source.NGRAM, Source.MEMORY, Source.NGRAM)
     assert proposal.sources_of([1, 2, 3, 4, 5]) == sources
-    assert proposal.sources_of([4, 1]) == (SOURCE_MEMORY, SOURCE_DRAFT)
+    assert proposal.sources_of([4, 1]) == (Source.MEMORY, Source.DRAFT)
 
 
 def test_sources_have_their_names() -> None:
-    numbers = {"target": SOURCE_NONE, "draft": SOURCE_DRAFT, "lookup": SOURCE_LOOKUP, "memory": SOURCE_MEMORY}
-    assert {name: index for index, name in enumerate(TOKEN_SOURCES)} == numbers
+    """Traces, metrics and answers keep them; what grammars force counts as looked up."""
+    assert [(int(source), source.label) for source in Source] == [
+        (0, "target"),
+        (1, "draft"),
+        (2, "lookup"),
+        (3, "memory"),
+        (4, "lookup"),
+    ]
+    assert PLANS == ("plain", "lookup", "memory", "chain", "tree")

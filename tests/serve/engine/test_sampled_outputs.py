@@ -32,7 +32,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "branches": {"branches": True},
     "lookup": {"copied_tokens": 15},
     "exploring": {"explore_share": 0.5, "explore_temperature": 1.5},
-    "all": {"sibling_tokens": 3, "copied_tokens": 15, "explore_share": 0.3, "adaptive": True},
+    "all": {"branches": True, "copied_tokens": 15, "explore_share": 0.3, "adaptive": True},
 }
 PROMPTS = [torch.randint(0, VOCAB, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in (4, 11, 2, 23)]
 PROMPTS[1] = PROMPTS[1][:4] * 4  # repeats itself, so that there is something to look up
@@ -103,9 +103,9 @@ def test_outputs_are_those_of_plain_decoding_without_other_requests(
         assert [entry.token_id for entry in answer.logprobs] == [entry.token_id for entry in plain[name].logprobs]
         if native.library() is not None:
             assert answer.logprobs == plain[name].logprobs, "the same bits"
-    assert engine.stats.accepted > (40 if way != "all" else 0), "the test needs proposals that are accepted"
+    assert engine.counters.accepted > (40 if way != "all" else 0), "the test needs proposals that are accepted"
     if way == "exploring":  # only greedy requests do
-        assert 3 < engine.stats.explored_drafts < 2 * NEW
+        assert 3 < engine.counters.explored_drafts < 2 * NEW
     if way == "lookup":
         assert any(output.only_copied for answer in answers.values() for output in answer.rounds)
 
@@ -152,7 +152,7 @@ def test_the_draft_predicts_sampled_tokens_better_with_the_targets_noise(
     def acceptance() -> float:
         engine = case.engine(max_draft_tokens=1)
         run(engine, keyed)
-        return engine.stats.accepted / engine.stats.proposed
+        return engine.counters.accepted / engine.counters.proposed
 
     with_noise = acceptance()
     shared = Proposer._noise
@@ -182,7 +182,7 @@ def test_many_keys_have_the_law_of_the_targets_softmax(tmp_path: Path) -> None:
     seen_VV = torch.zeros(vocab, vocab, dtype=torch.float64)
     for answer in run(engine, keyed).values():
         seen_VV[answer.token_ids[0], answer.token_ids[1]] += 1
-    assert engine.stats.accepted > count / 10
+    assert engine.counters.accepted > count / 10
     pairs = torch.tensor([[first, token] for token in range(vocab)])
     with torch.no_grad():
         p_BTV = (target.logits(target.forward_uncached(pairs)[1]).double() / temperature).softmax(-1)

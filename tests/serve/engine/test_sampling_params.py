@@ -95,7 +95,7 @@ def test_greedy_with_penalties_and_bias_is_the_same_under_speculation(
     mixed = [*requests(**params), sampled]
     answers = tokens(run(speculative, mixed))
     assert {name: answers[name] for name in expected} == expected
-    assert speculative.stats.accepted > 10
+    assert speculative.counters.accepted > 10
 
 
 @pytest.mark.parametrize("sampling", [{"temperature": 0.0}, {"temperature": 1e-5}, {"temperature": 2.0, "seed": 3}])
@@ -195,7 +195,7 @@ def test_log_probabilities_are_the_models_own(
         request("3", PROMPTS[3], max_tokens=20, prompt_logprobs=4, logit_bias={3: 2.0}),
     ]
     answers = run(engine, mixed_requests)
-    assert not speculate or engine.stats.accepted > 5
+    assert not speculate or engine.counters.accepted > 5
     for item in mixed_requests:
         answer, prompt, params = answers[item.request_id], list(item.prompt_ids), item.params
         with torch.no_grad():
@@ -287,7 +287,7 @@ def test_sampled_pairs_have_the_models_probabilities(params: dict[str, object], 
     seen_VV = torch.zeros(V, V)
     for answer in answers.values():
         seen_VV[answer.token_ids[0], answer.token_ids[1]] += 1
-    assert 0.05 < engine.stats.accepted / engine.stats.proposed < 0.95
+    assert 0.05 < engine.counters.accepted / engine.counters.proposed < 0.95
     assert seen_VV[expected_VV == 0].sum() == 0
 
     expected = expected_VV.flatten() * count

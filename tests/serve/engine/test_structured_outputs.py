@@ -25,7 +25,7 @@ from aurora_lit.grammars import matcher
 from aurora_lit.grammars.matcher import Grammar, GrammarCompiler
 from aurora_lit.models.target import Target
 from aurora_lit.modules.draft.eagle3 import Eagle3Draft
-from aurora_lit.request import Request, StructuredOutputsParams
+from aurora_lit.request import Request, Source, StructuredOutputsParams
 from aurora_lit.serve.engine.engine import Engine
 from aurora_lit.serve.engine.trace_recorder import TraceRecorder
 from aurora_lit.traces.record import Trace
@@ -41,7 +41,7 @@ LANGUAGE = {
 WAYS: dict[str, dict[str, Any]] = {
     "chains": {},
     "branches": {"branches": True},
-    "weighed": {"sibling_tokens": 3, "adaptive": True},
+    "weighed": {"branches": True, "adaptive": True},
     "copies": {"copied_tokens": 15},
     "all": {"branches": True, "copied_tokens": 15, "explore_share": 0.3, "explore_temperature": 1.5},
 }
@@ -94,7 +94,7 @@ def test_outputs_are_those_of_plain_decoding_and_of_the_grammar(case: Case, way:
     engine = case.engine(**WAYS[way])
     answers = run(engine, asked, arrivals=[i // 3 for i in range(len(asked))])
     assert tokens(answers) == tokens(plain)
-    assert engine.stats.accepted > (0 if way == "weighed" else 100)  # that one measures whether it pays
+    assert engine.counters.accepted > (0 if way == "weighed" else 100)  # that one measures whether it pays
     for r in asked[:40]:
         answer = answers[r.request_id]
         assert text_of(answer.token_ids) in LANGUAGE
@@ -129,7 +129,7 @@ def test_no_proposal_that_the_grammar_forbids_reaches_the_target(case: Case, mon
     def judged(plan: Any, last_NH: torch.Tensor) -> Any:
         nonlocal columns, forced
         for row in plan.decoding:
-            forced += row.proposal.is_forced
+            forced += row.proposal.source is Source.GRAMMAR
             parents = row.proposal.parents or range(len(row.proposal.tokens))
             for token, parent in zip(row.proposal.tokens, parents, strict=True):
                 assert row.allowed[parent][token >> 3] >> (token & 7) & 1
@@ -225,7 +225,7 @@ def test_traces_of_masked_rows_hold_no_behaviour_log_probabilities(case: Case) -
         engine = case.engine(explore_share=1.0, observer=recorder)
         run(engine, requests(8, temperature=0.0, regex=regex))
         assert (sum(int(trace.explored_R.sum()) for trace in traces) > 2) == has_logprobs
-        assert engine.stats.drafts > 2
+        assert engine.counters.drafts > 2
         assert any(bool(trace.behaviour_logprob_RK.isfinite().any()) for trace in traces) == has_logprobs
 
 
@@ -365,16 +365,16 @@ def test_nothing_is_proposed_where_the_grammar_takes_no_proposals(case: Case, mo
     propose = engine.proposer.propose
 
     def noted(*args: Any, **kwargs: Any) -> Any:
-        proposals = propose(*args, **kwargs)
+        proposals, times = propose(*args, **kwargs)
         made.extend(proposal.tokens for proposal in proposals)
-        return proposals
+        assert times.looking_s == times.drafting_s == 0.0
+        return proposals, times
 
     monkeypatch.setattr(engine.proposer, "propose", noted)
     answers = run(engine, asked)
     assert tokens(answers) == tokens(plain)
     assert len(made) > 20
     assert not any(made)
-    assert engine.proposer.looking_seconds == engine.proposer.draft_seconds == 0.0
 
 
 def test_the_round_in_which_a_grammar_stops_taking_proposals_is_no_plain_one(

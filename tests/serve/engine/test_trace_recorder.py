@@ -17,13 +17,13 @@ from support.trace_examples import keep_in
 from aurora_lit.kernels import native
 from aurora_lit.models.target import Target
 from aurora_lit.modules.draft.eagle3 import Eagle3Draft
-from aurora_lit.request import Request
+from aurora_lit.request import Request, Source
 from aurora_lit.serve.engine.engine import Engine
 from aurora_lit.serve.engine.target_runner import Columns
 from aurora_lit.serve.engine.trace_recorder import TraceRecorder
 from aurora_lit.serve.speculation.copy_planner import CopyPlan, CopyPlanner
 from aurora_lit.serve.speculation.costs import CostTable
-from aurora_lit.traces.record import SOURCE_DRAFT, SOURCE_LOOKUP, SOURCE_NONE, Trace, check, from_bytes, to_bytes
+from aurora_lit.traces.record import Trace, check, from_bytes, to_bytes
 
 LENGTHS = (5, 1, 23, 9, 12, 7)
 NEW = 30
@@ -142,7 +142,7 @@ def check_rounds(traces: Sequence[Trace], answer: Answer) -> None:
         expected.append((position, count, accepted, output.explored and count > 0))
         position += len(output.token_ids)
     assert [(root, n, a, explored) for root, n, a, _, explored in rounds] == expected
-    assert all((source == SOURCE_NONE) == (n == 0) for _, n, _, source, _ in rounds)
+    assert all((source == Source.TARGET) == (n == 0) for _, n, _, source, _ in rounds)
 
 
 @pytest.mark.parametrize("lookup", [False, True])
@@ -176,13 +176,13 @@ def test_states_distributions_and_rounds(models: TinyModels, kind: str, lookup: 
     assert sum(int(t.num_accepted_R.sum()) for t in traces) == sum(
         output.chain_accepted for answer in answers.values() for output in answer.rounds
     )
-    assert engine.stats.accepted > (50 if kind == "greedy" else 5)
-    assert sum(int(t.explored_R.sum()) for t in traces) == pytest.approx(engine.stats.explored_drafts, abs=6)
-    assert engine.stats.explored_drafts > 5 if kind == "greedy" else engine.stats.explored_drafts == 0
+    assert engine.counters.accepted > (50 if kind == "greedy" else 5)
+    assert sum(int(t.explored_R.sum()) for t in traces) == pytest.approx(engine.counters.explored_drafts, abs=6)
+    assert engine.counters.explored_drafts > 5 if kind == "greedy" else engine.counters.explored_drafts == 0
     sources = torch.cat([t.source_R for t in traces])
-    assert bool((sources == SOURCE_DRAFT).any())
+    assert bool((sources == Source.DRAFT).any())
     if kind == "greedy" or not lookup:  # elsewhere repetitions depend on luck
-        assert bool((sources == SOURCE_LOOKUP).any()) == lookup
+        assert bool((sources == Source.NGRAM).any()) == lookup
 
 
 def test_each_position_is_new_in_one_segment_and_segments_overlap(models: TinyModels) -> None:
@@ -214,7 +214,7 @@ def test_plain_decoding_is_recorded_too(models: TinyModels, drafted: bool) -> No
     answers = run(engine, [replace(r, params=replace(r.params, speculate=False)) for r in models.requests()])
     for trace in traces:
         check_states(models, trace, all_tokens(models, answers[trace.request_id], trace.request_id))
-        assert set(trace.source_R.tolist()) == {SOURCE_NONE}
+        assert set(trace.source_R.tolist()) == {Source.TARGET}
         assert trace.proposal_RK.shape == (NEW, 0)
         assert set(trace.round_version_R.tolist()) == {-1}
 
@@ -259,7 +259,7 @@ def test_behaviour_log_probabilities_are_nan_where_parameters_change_p(
     traces: list[Trace] = []
     requests = [replace(r, params=replace(r.params, **options)) for r in models.requests(kind)]  # type: ignore[arg-type]
     run(models.engine(traces, explore_share=explore_share), requests)
-    drafted = torch.cat([(t.source_R == SOURCE_DRAFT) for t in traces])
+    drafted = torch.cat([(t.source_R == Source.DRAFT) for t in traces])
     assert int(drafted.sum()) > 10
     assert torch.cat([t.behaviour_logprob_RK.isnan().all().reshape(1) for t in traces]).all()
 
@@ -356,7 +356,7 @@ def test_versions_are_recorded_across_a_swap(models: TinyModels) -> None:
         outputs += engine.round()
     assert [token for output in outputs for token in output.token_ids] == models.answers[0]
     versions = traces[0].round_version_R.tolist()
-    drafted = traces[0].source_R == SOURCE_DRAFT
+    drafted = traces[0].source_R == Source.DRAFT
     assert versions[:3] == [0, 0, 0]
     assert set(traces[0].round_version_R[drafted].tolist()[3:]) == {42}
     assert outputs[-1].draft_versions == ("start", "draft-000042")
@@ -373,7 +373,7 @@ def test_copies_that_continue_what_was_drafted_are_no_proposals_of_the_draft(
     """Where columns cost nothing, the draft's chain goes on with what the memory holds of the same answer."""
     monkeypatch.setattr(CopyPlanner, "choose", lambda self, survivals, rates, **_: CopyPlan([0] * len(rates), 100.0))
     traces: list[Trace] = []
-    copying = {"copied_tokens": 15, "lookup": False, "memory_bytes": 1 << 20, "memory_scope": "domain"}
+    copying = {"copied_tokens": 15, "lookup": False, "memory_scope": "domain"}
     engine = models.engine(traces, adaptive=True, max_draft_tokens=3, **copying)
     engine.floor, engine.planner.updates_costs = None, False
     engine.costs.target = CostTable()

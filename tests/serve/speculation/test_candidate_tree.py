@@ -6,9 +6,9 @@ import pytest
 
 from aurora_lit.kernels.copy_rates import CopyReliability
 from aurora_lit.kernels.suffix_index import NUM_CELLS, Copies
+from aurora_lit.request import Source
 from aurora_lit.serve.engine.round_plan import NO_PROPOSAL, Proposal, WeighedChain
 from aurora_lit.serve.speculation.candidate_tree import chain_of, copied, with_copies
-from aurora_lit.traces.record import SOURCE_DRAFT, SOURCE_LOOKUP, SOURCE_MEMORY
 
 ALONE, AGREES, AGAINST = 0.5, 0.9, 0.2
 OWN, REMEMBERED = 0, NUM_CELLS // 3
@@ -23,7 +23,7 @@ def reliability() -> CopyReliability:
 
 
 def drafted(tokens: list[int], parents: list[int] | None = None) -> Proposal:
-    return Proposal(tokens=tokens, parents=parents, source=SOURCE_DRAFT, num_drafted=len(tokens))
+    return Proposal(tokens=tokens, parents=parents, source=Source.DRAFT, num_drafted=len(tokens))
 
 
 def copies(tokens: list[int], parents: list[int] | None = None, cell: int = OWN) -> Copies:
@@ -37,10 +37,10 @@ def merged(draft: Proposal, found: Copies, *, least: float = 0.15, most: int = 1
 
 def test_copies_alone_are_a_chain_or_a_tree() -> None:
     chain = copied(copies([5, 6, 7]), 2, table=3)
-    assert (chain.tokens, chain.parents, chain.source, chain.num_drafted) == ([5, 6], None, SOURCE_LOOKUP, 0)
+    assert (chain.tokens, chain.parents, chain.source, chain.num_drafted) == ([5, 6], None, Source.NGRAM, 0)
     assert [(node.column, node.parent, node.table) for node in chain.copies] == [(1, 0, 3), (2, 1, 3)]
     tree = copied(copies([5, 6, 7], [0, 1, 0], REMEMBERED), 3, table=0)
-    assert (tree.tokens, tree.parents, tree.source) == ([5, 6, 7], [0, 1, 0], SOURCE_MEMORY)
+    assert (tree.tokens, tree.parents, tree.source) == ([5, 6, 7], [0, 1, 0], Source.MEMORY)
     assert tree.remembered == [1, 2, 3]
     assert copied(copies([5]), 0, table=0) is NO_PROPOSAL
 
@@ -69,10 +69,10 @@ def test_copies_alone_remain_of_a_weighed_chain_of_which_nothing_is_worth_its_co
     nothing = Proposal(tokens=[], weighed=WeighedChain([5, 6], [0.2, 0.1]))
     proposal = merged(nothing, copies([9, 10], cell=REMEMBERED))
     assert (proposal.tokens, proposal.parents, proposal.num_drafted) == ([9, 10], None, 0)
-    assert proposal.source == SOURCE_MEMORY
+    assert proposal.source == Source.MEMORY
     assert proposal.weighed == nothing.weighed
-    assert merged(nothing, copies([9])).source == SOURCE_LOOKUP
-    beside = merged(Proposal(tokens=[5, 6, 7], parents=[0, 1, 0], source=SOURCE_DRAFT, num_drafted=3), copies([7, 8]))
+    assert merged(nothing, copies([9])).source == Source.NGRAM
+    beside = merged(Proposal(tokens=[5, 6, 7], parents=[0, 1, 0], source=Source.DRAFT, num_drafted=3), copies([7, 8]))
     assert (beside.tokens, beside.parents, beside.num_drafted) == ([5, 6, 7, 8], [0, 1, 0, 3], 3)
 
 

@@ -10,6 +10,7 @@ import torch
 from support.tiny_models import request
 
 from aurora_lit.kernels.suffix_index import NO_COPIES, Copies, LookUp
+from aurora_lit.request import Source
 from aurora_lit.serve.engine.round_plan import Proposal
 from aurora_lit.serve.engine.sequence import RunningSequence
 from aurora_lit.serve.speculation import copy_finder
@@ -17,7 +18,6 @@ from aurora_lit.serve.speculation.copy_planner import LEAST_SURVIVAL, CopyPlan, 
 from aurora_lit.serve.speculation.costs import Costs
 from aurora_lit.serve.speculation.planner import SpeculationLimits, SpeculationPlanner
 from aurora_lit.serve.speculation.proposer import Proposer
-from aurora_lit.traces.record import SOURCE_DRAFT
 
 PLAIN_S = 0.010
 
@@ -107,7 +107,7 @@ def test_copies_that_do_not_pay_are_tried_in_one_of_64_rounds_and_proposed_again
     sequences = [RunningSequence(request=request(str(i), [1]), slot=i, prompt_length=1, length=9) for i in range(2)]
     numbers = list[int]()
     for number in range(64 * 40):
-        proposals = proposer.propose(sequences)
+        proposals, _ = proposer.propose(sequences)
         if any(proposal.tokens for proposal in proposals):
             numbers.append(number)
         for sequence, proposal in zip(sequences, proposals, strict=True):
@@ -127,13 +127,13 @@ def test_copies_beside_a_drafts_chain_are_measured_so_that_none_has_to_be_tried(
         least.append(rows.least)
         return [Copies([5], [0], [0.9], [3])]
 
-    drafted = Proposal(tokens=[7], source=SOURCE_DRAFT, num_drafted=1)
+    drafted = Proposal(tokens=[7], source=Source.DRAFT, num_drafted=1)
     monkeypatch.setattr(copy_finder, "look_up_copies", find)
     monkeypatch.setattr(CopyPlanner, "choose", lambda *_args, **_how: CopyPlan([0], 1.0))
     monkeypatch.setattr(proposer, "_draft", lambda _sequences, candidates: [(i, drafted) for i in candidates])
     sequence = RunningSequence(request=request("a", [1], max_tokens=99), slot=0, prompt_length=1, length=9)
     for _ in range(64 * 3):
-        (proposal,) = proposer.propose([sequence])
+        ((proposal,), _) = proposer.propose([sequence])
         assert proposal.tokens == [7, 5]
     assert LEAST_SURVIVAL not in least
 

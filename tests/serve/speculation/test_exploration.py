@@ -50,18 +50,18 @@ def test_output_is_that_of_plain_decoding(
     answers = run(engine, requests)
     for request_id, answer in answers.items():
         assert answer.token_ids == plain[request_id].token_ids, request_id
-    assert engine.stats.explored_drafts > 10 or adaptive
+    assert engine.counters.explored_drafts > 10 or adaptive
 
 
 @pytest.mark.parametrize("kind", [{"temperature": 0.7, "seed": 1}, {"temperature": 0.7}])
 def test_sampled_requests_do_not_explore(target: Target, kind: dict[str, float]) -> None:
     engine = make_engine(target, random_draft(target), explore_share=1.0, explore_temperature=1.0)
     run(engine, [request("greedy", PROMPT), request("sampled", PROMPT, **kind)])
-    assert 0 < engine.stats.explored_drafts < engine.stats.drafts
+    assert 0 < engine.counters.explored_drafts < engine.counters.drafts
     alone = make_engine(target, random_draft(target), explore_share=1.0, explore_temperature=1.0)
     run(alone, [request("sampled", PROMPT, **kind)])
-    assert alone.stats.explored_drafts == 0
-    assert alone.stats.drafts > 0
+    assert alone.counters.explored_drafts == 0
+    assert alone.counters.drafts > 0
 
 
 @pytest.mark.parametrize("options", [{"presence_penalty": 0.5}, {"logit_bias": {3: 1.0}}, {"top_p": 0.5}])
@@ -69,8 +69,8 @@ def test_requests_that_teach_no_policy_do_not_explore(target: Target, options: d
     """Their rewards are not those of the model's own distribution. Truncation leaves a greedy request as it is."""
     engine = make_engine(target, random_draft(target), explore_share=1.0, explore_temperature=1.0)
     run(engine, [request("a", PROMPT, **options)])
-    assert engine.stats.drafts > 0
-    assert engine.stats.explored_drafts == (engine.stats.drafts if "top_p" in options else 0)
+    assert engine.counters.drafts > 0
+    assert engine.counters.explored_drafts == (engine.counters.drafts if "top_p" in options else 0)
 
 
 @pytest.mark.parametrize("share", [0.0, 0.25, 1.0])
@@ -79,8 +79,8 @@ def test_the_configured_share_of_drafted_rounds_explores(target: Target, share: 
     answers = run(engine, [request(str(i), PROMPT, max_tokens=60) for i in range(16)])
     outputs = [output for answer in answers.values() for output in answer.rounds]
     explored = sum(output.explored for output in outputs)
-    assert explored == engine.stats.explored_drafts
-    assert explored / engine.stats.drafts == pytest.approx(share, abs=0.05)
+    assert explored == engine.counters.explored_drafts
+    assert explored / engine.counters.drafts == pytest.approx(share, abs=0.05)
     again = make_engine(target, random_draft(target), explore_share=share, explore_temperature=1.0, explore_seed=4)
     rounds = [
         output
@@ -127,7 +127,7 @@ def test_rounds_that_explore_do_not_change_the_acceptance_rate(target: Target) -
 def test_exploration_may_change_between_rounds(target: Target) -> None:
     engine = make_engine(target, random_draft(target), explore_seed=4)
     run(engine, [request(f"a{n}", [n + 1, 5, 6], max_tokens=8) for n in range(4)])
-    assert engine.stats.explored_drafts == 0
+    assert engine.counters.explored_drafts == 0
     engine.proposer.explore_share = 1.0
     run(engine, [request(f"b{n}", [n + 1, 5, 6], max_tokens=8) for n in range(4)])
-    assert engine.stats.explored_drafts > 4
+    assert engine.counters.explored_drafts > 4

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 import pytest
 
 from aurora_lit.request import Request, SamplingParams
+from aurora_lit.serve.engine.round_plan import ProposingTimes
 from aurora_lit.serve.engine.sequence import RunningSequence
 from aurora_lit.serve.speculation.floor import (
     FIRST_PATIENCE,
@@ -24,6 +25,23 @@ from aurora_lit.serve.speculation.floor import (
 
 PLAIN_S = 0.010
 GREEDY = RoundKind(8, sampled=False)
+
+
+def observe(
+    floor: SpeculationFloor,
+    kind: RoundKind,
+    *,
+    seconds: float,
+    tokens: int,
+    speculated: bool,
+    drafted: bool = False,
+    proposing_s: float = 0.0,
+    looking_s: float = 0.0,
+    catch_up_s: float = 0.0,
+) -> None:
+    drafting_s = 1e-3 if drafted else 0.0
+    times = ProposingTimes(all_s=proposing_s, looking_s=looking_s, drafting_s=drafting_s, catching_up_s=catch_up_s)
+    floor.observe(kind, seconds=seconds, tokens=tokens, proposed=speculated, proposing=times)
 
 
 @dataclass(kw_only=True)
@@ -53,7 +71,7 @@ class Environment:
                 tokens += first + (first and self.rng.random() < self.rate)
             seconds *= (1 + self.rate + self.rate**2) / self.speedup
         seconds *= self.slowdown * max(0.5, self.rng.gauss(1, self.noise))
-        floor.observe(self.kind, seconds=seconds, tokens=tokens, speculated=speculated)
+        observe(floor, self.kind, seconds=seconds, tokens=tokens, speculated=speculated)
         return speculated, seconds, tokens
 
 
@@ -103,7 +121,7 @@ def test_what_a_draft_reads_at_once_is_charged_over_the_rounds_that_it_serves(
         seconds = PLAIN_S * (1.5 / 1.1 if allowed else 1.0) + catch_up_s
         tokens = 1 + (allowed and number % 2)
         how = {"speculated": allowed, "drafted": allowed, "catch_up_s": catch_up_s}
-        floor.observe(kind, seconds=seconds, tokens=tokens, **how)  # type: ignore[arg-type]
+        observe(floor, kind, seconds=seconds, tokens=tokens, **how)  # type: ignore[arg-type]
         drafted += allowed
     assert drafted / rounds > 0.95 if repaid else drafted / rounds < 0.1
     assert floor.num_rests == 0 or not repaid
@@ -159,7 +177,7 @@ def test_a_preempted_round_does_not_turn_a_winning_floor_off(preempted: str) -> 
         allowed = floor.allows(GREEDY).copies
         if due and allowed == (preempted == "speculating"):
             due, tokens = False, 8 * (1 + allowed)
-            floor.observe(GREEDY, seconds=100 * PLAIN_S, tokens=tokens, speculated=allowed)
+            observe(floor, GREEDY, seconds=100 * PLAIN_S, tokens=tokens, speculated=allowed)
         else:
             allowed, _, _ = environment.play(floor, 1)[0]
         speculated.append(allowed)
@@ -172,7 +190,7 @@ def test_plain_rounds_are_timed_without_asking_for_them_where_nothing_is_propose
     floor = SpeculationFloor()
     for _ in range(3):
         assert floor.allows(GREEDY).copies
-        floor.observe(GREEDY, seconds=PLAIN_S, tokens=8, speculated=False)
+        observe(floor, GREEDY, seconds=PLAIN_S, tokens=8, speculated=False)
     assert all(speculated for speculated, _, _ in Environment(speedup=1.3).play(floor, 24))
 
 
@@ -190,12 +208,12 @@ def test_another_draft_is_tried_at_once() -> None:
 def test_another_draft_does_not_inherit_a_debt() -> None:
     floor = SpeculationFloor()
     for _ in range(3):
-        floor.observe(GREEDY, seconds=PLAIN_S, tokens=8, speculated=False)
+        observe(floor, GREEDY, seconds=PLAIN_S, tokens=8, speculated=False)
     for number in range(14):  # each loses 0.4 of the 3 that end speculation
         if number == 7:
             floor.forgive()
         assert floor.allows(GREEDY).copies
-        floor.observe(GREEDY, seconds=1.4 * PLAIN_S, tokens=8, speculated=True)
+        observe(floor, GREEDY, seconds=1.4 * PLAIN_S, tokens=8, speculated=True)
 
 
 def test_kinds_with_about_as_many_sequences_are_judged_together() -> None:
@@ -203,11 +221,11 @@ def test_kinds_with_about_as_many_sequences_are_judged_together() -> None:
     floor, sizes = SpeculationFloor(), (5, 6, 7, 8)
     for size in sizes:
         for _ in range(3):
-            floor.observe(RoundKind(size, sampled=False), seconds=0.001 * size, tokens=size, speculated=False)
+            observe(floor, RoundKind(size, sampled=False), seconds=0.001 * size, tokens=size, speculated=False)
     for number in range(7):
         size = sizes[number % 4]
         assert floor.allows(RoundKind(size, sampled=False)).copies
-        floor.observe(RoundKind(size, sampled=False), seconds=0.0015 * size, tokens=size, speculated=True)
+        observe(floor, RoundKind(size, sampled=False), seconds=0.0015 * size, tokens=size, speculated=True)
     assert not any(floor.allows(RoundKind(size, sampled=False)).copies for size in sizes)
     assert floor.allows(RoundKind(4, sampled=False)).copies
     assert floor.allows(RoundKind(8, sampled=True)).copies
@@ -216,16 +234,16 @@ def test_kinds_with_about_as_many_sequences_are_judged_together() -> None:
 def test_a_draft_that_loses_does_not_end_copies() -> None:
     floor = SpeculationFloor()
     for _ in range(2):
-        floor.observe(GREEDY, seconds=PLAIN_S, tokens=8, speculated=False)
+        observe(floor, GREEDY, seconds=PLAIN_S, tokens=8, speculated=False)
     copied = 0
     for _ in range(3000):
         if floor.allows(GREEDY).drafts:
-            floor.observe(GREEDY, seconds=2 * PLAIN_S, tokens=9, speculated=True, drafted=True)
+            observe(floor, GREEDY, seconds=2 * PLAIN_S, tokens=9, speculated=True, drafted=True)
         elif floor.allows(GREEDY).copies:
             copied += 1
-            floor.observe(GREEDY, seconds=1.1 * PLAIN_S, tokens=16, speculated=True)
+            observe(floor, GREEDY, seconds=1.1 * PLAIN_S, tokens=16, speculated=True)
         else:
-            floor.observe(GREEDY, seconds=PLAIN_S, tokens=8, speculated=False)
+            observe(floor, GREEDY, seconds=PLAIN_S, tokens=8, speculated=False)
     assert copied > 2700
     assert floor.num_rests < 12
 
@@ -238,7 +256,7 @@ def test_looking_for_copies_that_never_come_is_given_up_though_each_time_costs_l
         looked += proposing_s > 0
         took = PLAIN_S * max(0.5, rng.gauss(1, 0.1)) + proposing_s
         seconds += took
-        floor.observe(kind, seconds=took, tokens=1, speculated=False, proposing_s=proposing_s, looking_s=proposing_s)
+        observe(floor, kind, seconds=took, tokens=1, speculated=False, proposing_s=proposing_s, looking_s=proposing_s)
     assert 0 < looked < 5000
     assert floor.num_rests > 0
     assert floor.allows(kind).drafts, "the draft has an account of its own"
@@ -256,7 +274,7 @@ def test_deciding_again_and_again_not_to_draft_is_given_up_too(looks: bool) -> N
         decided += drafts and number >= late
         took_s = PLAIN_S + looking_s + deciding_s
         how = {"proposing_s": looking_s + deciding_s, "looking_s": looking_s}
-        floor.observe(kind, seconds=took_s, tokens=8, speculated=False, **how)  # type: ignore[arg-type]
+        observe(floor, kind, seconds=took_s, tokens=8, speculated=False, **how)  # type: ignore[arg-type]
     assert 0 < decided < 0.2 * (20_000 - late)
     assert looks or floor.allows(kind).copies, "copies have an account of their own"
 
@@ -268,7 +286,7 @@ def test_plain_rounds_are_timed_without_what_looking_for_copies_took() -> None:
         floor = SpeculationFloor()
         for _ in range(5):
             how = {"tokens": 1, "speculated": False, "proposing_s": proposing_s}
-            floor.observe(kind, seconds=PLAIN_S + proposing_s, **how)  # type: ignore[arg-type]
+            observe(floor, kind, seconds=PLAIN_S + proposing_s, **how)  # type: ignore[arg-type]
         gains.append(floor._plain[kind].seconds)
     assert gains == pytest.approx([PLAIN_S, PLAIN_S])
 
@@ -328,22 +346,22 @@ def test_rounds_with_a_sequence_that_needs_logits_are_a_kind_of_their_own(option
 
 def test_nothing_is_compared_before_a_plain_round_was_timed() -> None:
     floor = SpeculationFloor()
-    floor.observe(GREEDY, seconds=1.0, tokens=12, speculated=True)
+    observe(floor, GREEDY, seconds=1.0, tokens=12, speculated=True)
     assert floor.compared_s == 0.0
 
 
 def test_a_preempted_round_does_not_decide_the_comparison() -> None:
     floor = SpeculationFloor()
-    floor.observe(GREEDY, seconds=PLAIN_S, tokens=8, speculated=False)
-    floor.observe(GREEDY, seconds=5.0, tokens=16, speculated=True)
-    floor.observe(GREEDY, seconds=PLAIN_S, tokens=8, speculated=False)
+    observe(floor, GREEDY, seconds=PLAIN_S, tokens=8, speculated=False)
+    observe(floor, GREEDY, seconds=5.0, tokens=16, speculated=True)
+    observe(floor, GREEDY, seconds=PLAIN_S, tokens=8, speculated=False)
     assert floor.compared_s == pytest.approx(6 * PLAIN_S)
     assert floor.compared_plain_s == pytest.approx(4 * PLAIN_S)
 
 
 def test_looking_for_copies_in_vain_is_time_that_plain_decoding_would_not_have_taken() -> None:
     floor = SpeculationFloor()
-    floor.observe(GREEDY, seconds=PLAIN_S, tokens=8, speculated=False, proposing_s=PLAIN_S / 10)
+    observe(floor, GREEDY, seconds=PLAIN_S, tokens=8, speculated=False, proposing_s=PLAIN_S / 10)
     assert floor.compared_plain_s == pytest.approx(0.9 * floor.compared_s)
 
 
@@ -353,14 +371,14 @@ def test_a_stall_while_proposing_is_no_loss_either() -> None:
     environment.play(floor, 400)
     for stall_s in (20 * PLAIN_S, 60.0):
         before = floor.compared_plain_s
-        floor.observe(
-            GREEDY, seconds=PLAIN_S + stall_s, tokens=8, speculated=False, proposing_s=stall_s, looking_s=stall_s
+        observe(
+            floor, GREEDY, seconds=PLAIN_S + stall_s, tokens=8, speculated=False, proposing_s=stall_s, looking_s=stall_s
         )
         assert floor.compared_plain_s >= before, "a counter"
         assert floor.num_rests == 0
         environment.play(floor, 40)
     first = SpeculationFloor()
-    first.observe(GREEDY, seconds=60.0, tokens=8, speculated=False, proposing_s=59.0, looking_s=59.0)
+    observe(first, GREEDY, seconds=60.0, tokens=8, speculated=False, proposing_s=59.0, looking_s=59.0)
     assert first.compared_plain_s >= 0
     assert first.num_rests == 0
 
@@ -370,7 +388,7 @@ def test_rests_end_in_rounds_but_in_none_of_requests_without_speculation() -> No
     Environment(speedup=0.7).play(floor, 300)
     assert floor.num_rests
     while floor.allows(GREEDY).copies:
-        floor.observe(GREEDY, seconds=3 * PLAIN_S, tokens=8, speculated=True)
+        observe(floor, GREEDY, seconds=3 * PLAIN_S, tokens=8, speculated=True)
     waited = 0
     while not floor.allows(GREEDY).copies:
         for _ in range(100 if waited == 0 else 0):

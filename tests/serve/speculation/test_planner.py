@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from aurora_lit.request import Request, SamplingParams
+from aurora_lit.request import Request, SamplingParams, Source
 from aurora_lit.serve.engine.round_plan import Proposal, WeighedChain
 from aurora_lit.serve.engine.sequence import RunningSequence
 from aurora_lit.serve.speculation import planner as planner_module
@@ -24,7 +24,6 @@ from aurora_lit.serve.speculation.planner import (
     extends_chain,
     speed_of,
 )
-from aurora_lit.traces.record import SOURCE_DRAFT
 
 PLAIN_S = 0.010
 
@@ -320,7 +319,7 @@ def observe(
 ) -> None:
     """Report a chain of which some tokens were accepted."""
     explored_at = 1.0 if explored else None
-    proposal = Proposal(tokens=[1] * proposed, source=SOURCE_DRAFT, num_drafted=proposed, explored_at=explored_at)
+    proposal = Proposal(tokens=[1] * proposed, source=Source.DRAFT, num_drafted=proposed, explored_at=explored_at)
     planner.observe(sequence, proposal, path=range(accepted + 1), finished=finished)
 
 

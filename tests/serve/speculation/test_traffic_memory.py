@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.tiny_models import request
 
+from aurora_lit.ipc.engine_status import EngineCounters
 from aurora_lit.kernels import native
 from aurora_lit.kernels.suffix_index import DOMAIN_BITS, NUM_CELLS, Copies, LookUp
 from aurora_lit.serve.engine.memory_scope import MemoryScope
@@ -85,7 +86,7 @@ def contains(text: list[int], part: list[int]) -> bool:
 @given(st.lists(REQUESTS, min_size=1, max_size=12), st.sampled_from(["domain", "client", "off"]))
 def test_no_proposal_holds_what_its_request_may_not_see(asked: list[Asked], scope: MemoryScope) -> None:
     """Every proposed path, with the token before it, stands in an answer that the request may read."""
-    memory = TrafficMemory(1 << 16, scope=scope)
+    memory = TrafficMemory(1 << 16, scope=scope, counters=EngineCounters())
     for number, each in enumerate(asked):
         sequence = each.sequence()
         tokens = each.prompt + each.answer
@@ -104,7 +105,7 @@ def test_no_proposal_holds_what_its_request_may_not_see(asked: list[Asked], scop
 @given(st.lists(REQUESTS, min_size=1, max_size=12), st.sampled_from(["domain", "client"]))
 def test_what_a_request_may_see_is_found(asked: list[Asked], scope: MemoryScope) -> None:
     """After the same prompt and two tokens of the same answer its next token is proposed."""
-    memory = TrafficMemory(1 << 16, scope=scope)
+    memory = TrafficMemory(1 << 16, scope=scope, counters=EngineCounters())
     for each in asked:
         sequence = each.sequence()
         memory.open(sequence)
@@ -117,7 +118,7 @@ def test_what_a_request_may_see_is_found(asked: list[Asked], scope: MemoryScope)
 def test_a_new_domain_takes_the_number_of_the_least_recently_used_one(monkeypatch: pytest.MonkeyPatch) -> None:
     """Clients may send any number of labels; those in use stay apart, and apart from requests without a domain."""
     monkeypatch.setattr(traffic_memory, "_MAX_DOMAINS", 3)
-    memory = TrafficMemory(1 << 16, scope="domain")
+    memory = TrafficMemory(1 << 16, scope="domain", counters=EngineCounters())
     asked = Asked(client="", salt="", domain="", store=True, prompt=[1], answer=[2])
 
     def number(domain: str) -> int:
@@ -134,7 +135,7 @@ def test_a_new_domain_takes_the_number_of_the_least_recently_used_one(monkeypatc
 
 def test_keys_are_bounded_and_a_forgotten_one_starts_empty(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(traffic_memory, "_MAX_KEYS", 2)
-    memory = TrafficMemory(1 << 16, scope="client")
+    memory = TrafficMemory(1 << 16, scope="client", counters=EngineCounters())
 
     def ask(client: str) -> list[int]:
         asked = Asked(client=client, salt="", domain="", store=True, prompt=[1, 2], answer=[3, 4, 5, 6])
@@ -155,23 +156,23 @@ def test_keys_are_bounded_and_a_forgotten_one_starts_empty(monkeypatch: pytest.M
 
 
 def test_counters() -> None:
-    memory = TrafficMemory(1 << 16, scope="domain")
+    memory = TrafficMemory(1 << 16, scope="domain", counters=EngineCounters())
     asked = Asked(client="", salt="", domain="", store=True, prompt=[1, 2], answer=[3, 4, 5, 6])
     sequence = asked.sequence()
     memory.open(sequence)
     memory.remember(sequence, torch.tensor(asked.prompt + asked.answer))
-    assert memory.stats.answers == 1
+    assert memory.counters.memory_answers == 1
     assert memory.index.counts == (7, 0)  # one separates answers
     sequence.length = 2
     copies_for(memory, sequence, [1, 2])
     copies_for(memory, sequence, [7, 8])
-    assert (memory.stats.look_ups, memory.stats.hits) == (2, 1)
+    assert (memory.counters.memory_look_ups, memory.counters.memory_hits) == (2, 1)
 
 
 def test_short_answers_are_not_remembered() -> None:
-    memory = TrafficMemory(1 << 16, scope="domain")
+    memory = TrafficMemory(1 << 16, scope="domain", counters=EngineCounters())
     asked = Asked(client="", salt="", domain="", store=True, prompt=[1, 2], answer=[3, 4, 5])
     sequence = asked.sequence()
     memory.open(sequence)
     memory.remember(sequence, torch.tensor(asked.prompt + asked.answer))
-    assert memory.stats.answers == 0
+    assert memory.counters.memory_answers == 0

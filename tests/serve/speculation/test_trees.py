@@ -16,12 +16,12 @@ from aurora_lit.kernels import native
 from aurora_lit.models.kv_cache import KVCache, keys_by_position, values_by_position
 from aurora_lit.models.target import Target
 from aurora_lit.modules.draft.eagle3 import Eagle3Draft
-from aurora_lit.request import Request
+from aurora_lit.request import Request, Source
 from aurora_lit.serve.engine.engine import Engine
 from aurora_lit.serve.engine.trace_recorder import TraceRecorder
 from aurora_lit.serve.speculation.floor import Allowed
 from aurora_lit.serve.speculation.planner import DraftDecision
-from aurora_lit.traces.record import SOURCE_DRAFT, SOURCE_NONE, Trace, check
+from aurora_lit.traces.record import Trace, check
 
 pytestmark = pytest.mark.skipif(native.library() is None, reason="no C++ compiler, or AURORA_LIT_NATIVE=0")
 
@@ -152,7 +152,7 @@ def test_layers_that_are_not_fused_propose_chains(models: TinyModels) -> None:
     try:
         assert not target.supports_trees
         assert models.engine(precision="fp32", adaptive=True).planner.limits.sibling_tokens == 0
-        engine = models.engine(precision="fp32", branches=False, sibling_tokens=3)
+        engine = models.engine(precision="fp32", branches=False)
         assert {o.num_proposed for a in run(engine, models.requests()).values() for o in a.rounds[:-1]} == {4}
     finally:
         target._decoder = decoder
@@ -184,7 +184,7 @@ def test_output_is_that_of_plain_decoding(models: TinyModels, kind: str, k: int,
     engine = models.engine(kind, max_draft_tokens=k, max_batch_size=batch, adaptive=adaptive)
     answers = run(engine, requests, arrivals=[0, 1, 2, 0, 5, 3, 9, 2, 1, 0])
     assert tokens(answers) == tokens(expected)
-    assert engine.stats.accepted == sum(engine.stats.accepted_by_position)
+    assert engine.counters.accepted == sum(engine.counters.accepted_by_position)
     rounds = [output for answer in answers.values() for output in answer.rounds]
     assert all(len(o.token_ids) == o.num_accepted + 1 for o in rounds if o.finish_reason is None)
     if not adaptive:
@@ -258,7 +258,7 @@ def test_what_is_not_proposed_of_a_weighed_chain_counts_as_far_as_the_answer_tel
             committed_L = engine._tokens_SL[sequence.slot, : sequence.length]
             assert list(outcome["tokens"]) == committed_L[-len(outcome["tokens"]) :].tolist()
             assert len(outcome["tokens"]) == len(outcome["path"]) or outcome["finished"]
-            assert proposal.source == (SOURCE_DRAFT if proposal.tokens else SOURCE_NONE)
+            assert proposal.source == (Source.DRAFT if proposal.tokens else Source.TARGET)
             assert told == [True] * len(agreeing) + [False] * (len(agreeing) < known)
             seen.append((told, len(proposal.tokens)))
 
@@ -401,7 +401,7 @@ def test_traces_record_the_first_choices_that_the_answer_tells_about_and_the_sta
         for r, output in enumerate(answer.rounds):
             tested, right = int(trace.num_proposed_R[r]), int(trace.num_accepted_R[r])
             assert (tested, right) == (output.tested_choices or (0, 0))
-            assert trace.source_R[r] == (SOURCE_DRAFT if tested else SOURCE_NONE)
+            assert trace.source_R[r] == (Source.DRAFT if tested else Source.TARGET)
             further += output.num_accepted > right
             if tested and not output.num_proposed:
                 unproposed[right] += 1

@@ -15,16 +15,16 @@ import torch
 from support.fake_engine import tiny_tokenizer
 from support.tiny_models import random_draft, request, run, save_model
 
-from aurora_lit.config import copied_tokens, load_config
+from aurora_lit.config import load_config
 from aurora_lit.drafts.checkpoint import save_draft
 from aurora_lit.errors import CheckpointError, ConfigError
 from aurora_lit.models.kv_cache import KVCache
 from aurora_lit.models.target import Target
 from aurora_lit.request import StructuredOutputsParams
-from aurora_lit.serve.engine.options import slot_capacity
+from aurora_lit.serve.engine.slot_allocator import slot_capacity
 from aurora_lit.serve.engine.trace_recorder import TraceRecorder
-from aurora_lit.serve.worker import build
-from aurora_lit.serve.worker.build import eos_token_ids
+from aurora_lit.serve.worker import build, load_models
+from aurora_lit.serve.worker.load_models import eos_token_ids
 
 
 def test_an_end_token_that_has_no_row_in_the_model_ends_nothing() -> None:
@@ -45,7 +45,6 @@ def test_every_setting_of_the_engine_reaches_it(target: Target, monkeypatch: pyt
         "max_batch_size": (3, 5),
         "max_seq_len": (128, 192),
         "max_draft_tokens": (2, 3),
-        "sibling_tokens": (0, 2),
         "lookup": (True, False),
         "adaptive": (True, False),
         "prefill_chunk_tokens": (64, 96),
@@ -53,22 +52,21 @@ def test_every_setting_of_the_engine_reaches_it(target: Target, monkeypatch: pyt
         "explore_share": (0.125, 0.25),
         "explore_temperature": (1.5, 2.0),
     }
-    monkeypatch.setattr(build, "Engine", lambda target, draft, options, **_: options)
+    monkeypatch.setattr(build, "Engine", lambda target, draft, settings, **more: (settings, more["memory"]))
     for number in (0, 1):
         given = [f"engine.{name}={str(values[number]).lower()}" for name, values in settings.items()]
         more = [
-            f"engine.max_round_ms={(40, 250)[number]}",
             f"memory.capacity_mb={(3, 9)[number]}",
             f"server.host={('127.0.0.1', '0.0.0.0')[number]}",
         ]
         config = load_config(None, ["draft.checkpoint=null", "learn.enabled=false", *given, *more])
-        options: Any = build._engine(config, target, tiny_tokenizer(), observer=None)
-        assert {name: getattr(options, name) for name in settings} == {
+        found: Any = build._engine(config, target, tiny_tokenizer(), observer=None)
+        engine, memory = found
+        assert {name: getattr(engine, name) for name in settings} == {
             name: values[number] for name, values in settings.items()
         }
-        assert options.max_round_s == (0.04, 0.25)[number]
-        assert options.memory_bytes == (3 << 20, 9 << 20)[number]
-        assert options.memory_scope == ("domain", "client")[number], "others can connect: each client has its own"
+        assert memory.capacity_mb == (3, 9)[number]
+        assert memory.scope == ("domain", "client")[number], "others can connect: each client has its own"
 
 
 def test_costs_are_kept_for_what_they_were_measured_on(
@@ -83,7 +81,7 @@ def test_costs_are_kept_for_what_they_were_measured_on(
     monkeypatch.setattr(platform, "node", lambda: "another container")
     assert key() == first
     assert key("target.precision=bf16")["target"] != first["target"]
-    assert key("engine.sibling_tokens=1")["engine"] != first["engine"]
+    assert key("engine.max_draft_tokens=1")["engine"] != first["engine"]
     threads = torch.get_num_threads()
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads + 1)
     assert key()["threads"] != first["threads"]
@@ -106,7 +104,9 @@ def test_a_named_draft_is_used_where_nothing_learns_and_told_of_where_it_is_not(
     config = load_config(None, [*settings, f"draft.checkpoint={tmp_path / 'mine'}", "learn.from_scratch=true"])
     assert build.build_engine(config, target=target)[0] == "mine"
     assert "from_scratch" not in caplog.text
-    assert build.starting_draft(config, target)[1] == build.UNTRAINED_VERSION, "a server's learner trains it"
+    assert load_models.starting_draft(config, target)[1] == load_models.UNTRAINED_VERSION, (
+        "a server's learner trains it"
+    )
     assert f"draft.checkpoint={tmp_path / 'mine'} are not used" in caplog.text
 
 
@@ -130,13 +130,7 @@ def test_slots_whose_keys_and_values_do_not_fit_into_memory_are_refused_and_othe
     of_target = KVCache(num_layers=4, num_slots=3, num_kv_heads=1, head_dim=target.head_dim, capacity=320)
     heads = target.hidden_size // target.head_dim
     of_draft = KVCache(num_layers=1, num_slots=3, num_kv_heads=heads, head_dim=target.head_dim, capacity=320)
-    engine = config.engine
-    capacity = slot_capacity(
-        max_seq_len=256,
-        max_draft_tokens=engine.max_draft_tokens,
-        sibling_tokens=engine.sibling_tokens,
-        copied_tokens=copied_tokens(config),
-    )
+    capacity = slot_capacity(config.engine, config.memory)
     states = 3 * capacity * target.hidden_size
     observer: Any = TraceRecorder(lambda _: None, hidden_size=target.hidden_size)
     of_features, of_last = 3 * states * target.kv_dtype.itemsize, 2 * states
@@ -206,7 +200,7 @@ def test_the_shape_of_another_targets_draft_is_refused_too(target: Target, tmp_p
     save_draft(random_draft(other), tmp_path / "theirs")
     config = load_config(None, [f"draft.checkpoint={tmp_path / 'theirs'}", "learn.from_scratch=true"])
     with pytest.raises(CheckpointError, match=r"draft.checkpoint: .*hidden_size is 96, but the target needs 64; train"):
-        build.starting_draft(config, target)
+        load_models.starting_draft(config, target)
 
 
 def test_a_folder_in_which_another_server_records_is_refused(tmp_path: Path) -> None:

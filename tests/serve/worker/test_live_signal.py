@@ -18,8 +18,9 @@ import torch
 from support.tiny_models import VOCAB
 from support.tiny_server import MODEL, TinyServers
 
+from aurora_lit.request import Source
 from aurora_lit.traces.log import read_index, read_shard
-from aurora_lit.traces.record import SOURCE_DRAFT, Trace
+from aurora_lit.traces.record import Trace
 
 FOLLOWED_S = 2.0  # the learner writes its page twice a second, the worker reads it as often
 
@@ -113,7 +114,7 @@ def test_a_new_domain_makes_a_live_server_explore_and_a_learned_one_does_not(
 
 def explored(traces: list[Trace]) -> torch.Tensor:
     """Which of the draft's rounds explored, 1 or 0. Shape [R]."""
-    return torch.cat([trace.explored_R[trace.source_R == SOURCE_DRAFT] for trace in traces]).float()
+    return torch.cat([trace.explored_R[trace.source_R == Source.DRAFT] for trace in traces]).float()
 
 
 def by_chance(rounds_R: torch.Tensor, share: float) -> float:

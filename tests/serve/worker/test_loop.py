@@ -120,7 +120,7 @@ class DraftToSwap:
     def close(self) -> None: ...
 
     def before_round(self) -> None:
-        self.untold_at_swaps.append(self.engine.stats.generated_tokens - self.told)
+        self.untold_at_swaps.append(self.engine.counters.generated_tokens - self.told)
 
     def after_round(self, outputs: Sequence[Output], kinds: Sequence[object]) -> None:
         self.told += sum(len(output.token_ids) for output in outputs)
@@ -304,7 +304,7 @@ def test_a_draft_is_swapped_between_rounds_but_not_while_what_they_brought_is_un
         http.read_until(lambda: http.ended("a"))
 
     draft = DraftToSwap()
-    rounds = serve(http_process, live=draft, round_s=0.002).stats.rounds
+    rounds = serve(http_process, live=draft, round_s=0.002).counters.rounds
     assert rounds == 100
     assert set(draft.untold_at_swaps) == {0}
     assert 3 < len(draft.untold_at_swaps) < rounds
@@ -355,7 +355,7 @@ def test_counters_are_written_ten_times_a_second_and_when_a_request_ends(
 
     def recorded(self: StatusReport, **more: int) -> None:
         write(self, **more)
-        written.append((time.perf_counter(), self._parts.engine.stats.rounds))
+        written.append((time.perf_counter(), self._parts.engine.counters.rounds))
 
     monkeypatch.setattr(StatusReport, "write", recorded)
 
@@ -386,4 +386,4 @@ def test_a_round_in_which_all_wait_for_their_grammars_is_not_timed(
         http.read_until(lambda: http.ended("a"))
 
     engine = serve(http_process)
-    assert engine.stats.rounds == len(timed) == 4
+    assert engine.counters.rounds == len(timed) == 4
