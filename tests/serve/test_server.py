@@ -114,6 +114,23 @@ def test_a_stop_string_ends_its_choice_alone_and_only_tokens_up_to_it_count(clie
     assert usage.completion_tokens == 45
 
 
+def test_the_frame_of_a_stream_and_what_is_only_in_it_if_asked_for(server):
+    """A request without a model gets the served one."""
+    text = raw_events(server, "/v1/completions", {"prompt": "héllo", "max_tokens": 7, "model": None})
+    *events, done, nothing = text.split("\n\n")
+    assert (done, nothing) == ("data: [DONE]", "")
+    assert all(event.startswith("data: {") and "\n" not in event for event in events)
+    chunks = [json.loads(event[6:]) for event in events]
+    assert {chunk["model"] for chunk in chunks} == {MODEL}
+    assert not any("usage" in chunk or "token_sources" in chunk["choices"][0] for chunk in chunks)
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    body = {"messages": hello(), "max_tokens": 7, "stream_options": options}
+    events = raw_events(server, "/v1/chat/completions", body).split("\n\n")[:-2]
+    counts = [json.loads(event[6:])["usage"]["completion_tokens"] for event in events]
+    assert counts == sorted(counts)
+    assert counts[-1] == 7
+
+
 def test_finish_reason_stop_at_the_end_of_text(client):
     answer = complete(client, "abc<|end|>", max_tokens=50)
     assert (answer.choices[0].text, answer.choices[0].finish_reason) == ("abc", "stop")
@@ -121,30 +138,15 @@ def test_finish_reason_stop_at_the_end_of_text(client):
     assert complete(client, "abc<|end|>", max_tokens=9, extra_body={"ignore_eos": True}).usage.completion_tokens == 9
 
 
-def test_the_frame_of_a_stream(server):
-    text = raw_events(server, "/v1/completions", {"prompt": "héllo", "max_tokens": 7})
-    events = text.split("\n\n")
-    assert events[-2:] == ["data: [DONE]", ""]
-    assert all(event.startswith("data: {") and "\n" not in event for event in events[:-2])
-    assert all("usage" not in json.loads(event[6:]) for event in events[:-2])
-
-
-def test_usage_in_every_chunk_when_asked(server):
-    body = {
-        "messages": hello(),
-        "max_tokens": 7,
-        "stream_options": {"include_usage": True, "continuous_usage_stats": True},
-    }
-    events = [json.loads(event[6:]) for event in raw_events(server, "/v1/chat/completions", body).split("\n\n")[:-2]]
-    counts = [event["usage"]["completion_tokens"] for event in events]
-    assert counts == sorted(counts)
-    assert counts[-1] == 7
-
-
 def test_n_choices_have_one_id_and_their_own_index(client):
     answer = client.chat.completions.create(model=MODEL, messages=hello("xyz"), max_tokens=4, n=3, seed=7)
     assert [(choice.index, choice.message.content) for choice in answer.choices] == [(i, "xyz") for i in range(3)]
     assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (5, 12)
+    ids = TOKENIZER.encode("hello world")
+    for prompts in (["hello world", "hello"], [ids, ids[:1]]):
+        answer = complete(client, prompts, max_tokens=2, n=2)
+        assert [choice.text for choice in answer.choices] == ["hello world"] * 2 + ["hellohello"] * 2
+        assert answer.usage.prompt_tokens == 3
     stream = client.chat.completions.create(model=MODEL, messages=hello("xyz"), max_tokens=5, n=2, stream=True)
     texts, roles, reasons = ["", ""], [0, 0], [None, None]
     for chunk in stream:
@@ -154,18 +156,6 @@ def test_n_choices_have_one_id_and_their_own_index(client):
         reasons[choice.index] = choice.finish_reason
     assert (roles, reasons) == ([1, 1], ["length", "length"])
     assert texts[0] == texts[1]
-
-
-def test_several_prompts_and_choices(client):
-    answer = complete(client, ["ab", "cd"], max_tokens=2, n=2)
-    assert [choice.text for choice in answer.choices] == ["ab", "ab", "cd", "cd"]
-    assert answer.usage.prompt_tokens == 4
-
-
-def test_token_id_prompts(client):
-    ids = TOKENIZER.encode("hello world")
-    assert complete(client, ids, max_tokens=2).choices[0].text == "hello world"
-    assert [choice.text for choice in complete(client, [ids, ids[:1]], max_tokens=1).choices] == ["hello", "hello"]
 
 
 def test_echo_with_logprobs_as_an_evaluation_harness_asks(client):
@@ -183,6 +173,9 @@ def test_echo_with_logprobs_as_an_evaluation_harness_asks(client):
         assert choice.logprobs.tokens[:2] == ["hello", " world"]
         assert choice.logprobs.tokens[3] == "bytes:\\xe2"
         assert choice.logprobs.text_offset[:3] == [0, 5, 11]
+    parts = list(complete(client, "abc", max_tokens=4, echo=True, stream=True, logprobs=0))
+    assert "".join(part.choices[0].text for part in parts) == "abcabca"
+    assert [entry for part in parts for entry in part.choices[0].logprobs.text_offset] == list(range(7))
 
 
 def test_prompt_logprobs_as_in_vllm(client):
@@ -204,12 +197,6 @@ def test_prompt_logprobs_as_in_vllm(client):
     chat = client.chat.completions.create(model=MODEL, messages=[{"role": "user", "content": "hi"}], **more)
     assert len(chat.model_extra["prompt_logprobs"]) == chat.usage.prompt_tokens
     assert plain.model_extra.get("prompt_logprobs") is None
-
-
-def test_echo_streamed(client):
-    parts = list(complete(client, "abc", max_tokens=4, echo=True, stream=True, logprobs=0))
-    assert "".join(part.choices[0].text for part in parts) == "abcabca"
-    assert [entry for part in parts for entry in part.choices[0].logprobs.text_offset] == list(range(7))
 
 
 def test_chat_logprobs(client):
@@ -267,14 +254,6 @@ def test_a_chat_goes_on_with_its_final_message(server, client):
     tokens = httpx.post(f"{server.url}/tokenize", json=body, timeout=20).json()["tokens"]
     assert asked.usage.prompt_tokens == len(tokens)
     assert TOKENIZER.decode(tokens).endswith("it begins")
-
-
-@pytest.mark.parametrize("model", [{}, {"model": None}])
-def test_a_request_without_a_model_gets_the_served_one(server, model):
-    chat = httpx.post(f"{server.url}/v1/chat/completions", json={"messages": hello(), "max_tokens": 4, **model}).json()
-    text = httpx.post(f"{server.url}/v1/completions", json={"prompt": "abc", "max_tokens": 4, **model}).json()
-    assert (chat["model"], text["model"]) == (MODEL, MODEL)
-    assert text["choices"][0]["text"]
 
 
 def test_metrics_count_what_was_done(server, client):
@@ -406,8 +385,9 @@ def test_idle_it_does_not_spin(server):
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_token_sources_say_where_each_token_came_from(client, stream):
+def test_token_sources_say_where_each_token_came_from(server, client, stream):
     """The fake accepts two of three tokens a round, so every third is the target's own."""
+    before = server.status()["speculation"]["generated_by_source"]
     options = {"max_tokens": 8, "stream": stream, "extra_body": {"return_token_sources": True}}
     answer = client.chat.completions.create(model=MODEL, messages=hello("abcd"), **options)
     parts = [chunk.choices[0] for chunk in answer] if stream else answer.choices
@@ -415,18 +395,7 @@ def test_token_sources_say_where_each_token_came_from(client, stream):
     texts = [(part.delta if stream else part.message).content or "" for part in parts]
     assert "".join(entry["text"] for entry in sources) == "".join(texts)
     assert [entry["source"] for entry in sources] == ["draft", "draft", "target"] * 2 + ["draft", "target"]
-
-
-def test_sources_are_only_said_if_asked_for(server):
-    assert "token_sources" not in raw_events(server, "/v1/completions", {"prompt": "abc", "max_tokens": 4})
-    body = {"prompt": "abc", "max_tokens": 4, "return_token_sources": True, "echo": True}
-    chunks = [json.loads(event[6:]) for event in raw_events(server, "/v1/completions", body).split("\n\n")[:-2]]
-    said = [entry["text"] for chunk in chunks for entry in chunk["choices"][0]["token_sources"]]
-    assert "".join(said) == "abca"  # without the prompt
-
-
-def test_the_status_counts_tokens_by_source(server):
-    before = server.status()["speculation"]["generated_by_source"]
-    raw_events(server, "/v1/completions", {"prompt": "abc", "max_tokens": 6})
-    expected = {**before, "target": before["target"] + 2, "draft": before["draft"] + 4}
+    expected = {**before, "target": before["target"] + 3, "draft": before["draft"] + 5}
     server.wait_until(lambda now: now["speculation"]["generated_by_source"] == expected, 2)
+    echoed = complete(client, "abc", max_tokens=4, echo=True, extra_body={"return_token_sources": True}).choices[0]
+    assert "".join(entry["text"] for entry in echoed.token_sources) == "abca", "without the prompt"

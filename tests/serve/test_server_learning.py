@@ -214,21 +214,38 @@ def until(reading, condition, timeout_s=20):
     return value
 
 
+@pytest.fixture
+def child(tmp_path, monkeypatch):
+    """A learner of the server's that runs a shell command and is started again twice: `child(command, after_s)`."""
+    made = []
+
+    def make(command, *, after_s=(0.01, 0.01), program="sh"):
+        monkeypatch.setattr(learner_child, "RESTART_AFTER_S", after_s)
+        page = LearnerStatusPage.create(tmp_path / "page")
+        made.append(learner_child.LearnerChild([program, "-c", command], page))
+        made[0].page = page
+        return made[0]
+
+    yield make
+    made[0].end()
+
+
+def run_to_its_end(learner):
+    learner.start()
+    learner._thread.join(20)
+    assert not learner._thread.is_alive()
+    return learner.page.read()
+
+
 @pytest.mark.parametrize(("code", "num_runs"), [(0, 1), (7, 3)])
 def test_a_learner_that_exits_cleanly_is_not_restarted_and_one_that_fails_is_restarted_a_few_times(
-    code, num_runs, tmp_path, monkeypatch, caplog
+    code, num_runs, child, tmp_path, caplog
 ):
-    monkeypatch.setattr(learner_child, "RESTART_AFTER_S", (0.01, 0.01))
-    page = LearnerStatusPage.create(tmp_path / "page")
-    log = tmp_path / "log"
-    child = learner_child.LearnerChild(["sh", "-c", f"echo x >> {log}; exit {code}"], page)
-    child.start()
-    child._thread.join(20)
-    assert log.read_text() == "x\n" * num_runs
-    assert page.read().restarts == num_runs - 1
-    assert page.read().error == (f"not started again: exit code {code}" if code else "")
+    found = run_to_its_end(child(f"echo x >> {tmp_path / 'log'}; exit {code}"))
+    assert (tmp_path / "log").read_text() == "x\n" * num_runs
+    assert found.restarts == num_runs - 1
+    assert found.error == (f"not started again: exit code {code}" if code else "")
     assert f"exit code {code}" in caplog.text, "that it left is told too"
-    child.end()
 
 
 @pytest.mark.parametrize(
@@ -239,61 +256,41 @@ def test_a_learner_that_exits_cleanly_is_not_restarted_and_one_that_fails_is_res
         ("exit 1", "the draft is damaged", "the draft is damaged"),
     ],
 )
-def test_the_end_of_learners_is_told_with_what_each_had_told_itself(command, error, told, tmp_path, monkeypatch):
-    monkeypatch.setattr(learner_child, "RESTART_AFTER_S", (0.01, 0.01, 0.01))
-    page = LearnerStatusPage.create(tmp_path / "page")
-    child = learner_child.LearnerChild(["sh", "-c", command], page)
-    run_once = child._run_once
+def test_the_end_of_learners_is_told_with_what_each_had_told_itself(command, error, told, child, monkeypatch):
+    learner = child(command)
+    run_once = learner._run_once
     # Each learner clears the error when it attaches, and one that the kernel kills cannot write its own.
-    monkeypatch.setattr(child, "_run_once", lambda: (page.write(error=error), run_once())[1])
-    child.start()
-    child._thread.join(20)
-    assert (page.read().restarts, page.read().error) == (3, f"not started again: {told}"), "once"
-    child.end()
+    monkeypatch.setattr(learner, "_run_once", lambda: (learner.page.write(error=error), run_once())[1])
+    found = run_to_its_end(learner)
+    assert (found.restarts, found.error) == (2, f"not started again: {told}"), "once"
 
 
-def test_the_cause_of_the_last_end_is_told_though_that_learner_had_not_attached(tmp_path, monkeypatch):
+def test_the_cause_of_the_last_end_is_told_though_that_learner_had_not_attached(child, tmp_path):
     """Such a learner, whose settings are wrong, say, has not cleared what is told of the one before."""
-    monkeypatch.setattr(learner_child, "RESTART_AFTER_S", (0.01, 0.01))
-    page = LearnerStatusPage.create(tmp_path / "page")
     has_run = tmp_path / "has run"
-    command = f"if [ -e '{has_run}' ]; then exit 3; fi; touch '{has_run}'; kill -9 $$"
-    child = learner_child.LearnerChild(["sh", "-c", command], page)
-    child.start()
-    child._thread.join(20)
-    assert (page.read().restarts, page.read().error) == (2, "not started again: exit code 3")
-    child.end()
+    found = run_to_its_end(child(f"if [ -e '{has_run}' ]; then exit 3; fi; touch '{has_run}'; kill -9 $$"))
+    assert (found.restarts, found.error) == (2, "not started again: exit code 3")
 
 
-def test_faults_of_a_learner_that_had_run_for_long_do_not_add_up(tmp_path, monkeypatch):
-    monkeypatch.setattr(learner_child, "RESTART_AFTER_S", (0.01, 0.01))
+def test_faults_of_a_learner_that_had_run_for_long_do_not_add_up(child, monkeypatch):
     monkeypatch.setattr(learner_child, "_SETTLED_S", 0.0)
-    page = LearnerStatusPage.create(tmp_path / "page")
-    child = learner_child.LearnerChild(["sh", "-c", "exit 7"], page)
-    child.start()
-    until(lambda: page.read().restarts, lambda restarts: restarts > 4)
-    child.end()
+    learner = child("exit 7")
+    learner.start()
+    until(lambda: learner.page.read().restarts, lambda restarts: restarts > 4)
 
 
-def test_a_learner_that_ignores_sigterm_is_killed(tmp_path, monkeypatch):
+def test_a_learner_that_ignores_sigterm_is_killed(child, tmp_path, monkeypatch):
     monkeypatch.setattr(learner_child, "_GRACE_S", 0.2)
     pid = tmp_path / "pid"
-    page = LearnerStatusPage.create(tmp_path / "page")
-    looping = f"trap '' TERM; echo $$ > {pid}; for i in $(seq 600); do sleep 0.1; done"
-    child = learner_child.LearnerChild(["sh", "-c", looping], page)
-    child.start()
+    learner = child(f"trap '' TERM; echo $$ > {pid}; for i in $(seq 600); do sleep 0.1; done")
+    learner.start()
     until(lambda: pid.exists() and pid.read_text(), bool)
-    child.end()
+    learner.end()
     assert not psutil.pid_exists(int(pid.read_text()))
 
 
-def test_a_learner_whose_program_is_missing_does_not_stop_serving(tmp_path, monkeypatch):
-    monkeypatch.setattr(learner_child, "RESTART_AFTER_S", ())
-    child = learner_child.LearnerChild(["/no/such/program"], LearnerStatusPage.create(tmp_path / "page"))
-    child.start()
-    child._thread.join(20)
-    assert not child._thread.is_alive()
-    child.end()
+def test_a_learner_whose_program_is_missing_does_not_stop_serving(child):
+    run_to_its_end(child("", after_s=(), program="/no/such/program"))
 
 
 def test_a_learner_needs_a_draft_that_is_used():

@@ -160,57 +160,69 @@ def ready_route() -> Iterator[Any]:
     thread.join()
 
 
+@pytest.fixture
+def announcing(ready_route: Any, tmp_path: Path) -> Any:
+    """What announces a server that is ready: `begin(settings)` runs it in a thread; its page, learner and route."""
+    parts = SimpleNamespace(page=EngineStatusPage.create(tmp_path / "status"), learner=Learner(), route=ready_route)
+
+    def begin(*settings: str) -> threading.Thread:
+        config = load_config(None, [f"server.port={ready_route.server_address[1]}", *settings])
+        arguments: Any = (config, parts.page, parts.learner)
+        thread = threading.Thread(target=server._announce_when_ready, args=arguments, daemon=True)
+        thread.start()
+        return thread
+
+    parts.begin = begin
+    return parts
+
+
 def test_the_learner_is_started_once_the_server_answers_and_not_before(
-    ready_route: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    announcing: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    page, learner = EngineStatusPage.create(tmp_path / "status"), Learner()
-    config = load_config(None, [f"server.port={ready_route.server_address[1]}", "server.page=off"])
-    arguments: Any = (config, page, learner)
-    thread = threading.Thread(target=server._announce_when_ready, args=arguments)
-    thread.start()
+    thread = announcing.begin("server.page=off")
     time.sleep(0.1)
-    assert not learner.started.is_set(), "the engine still loads"
-    page.write(state=WorkerState.READY)
+    assert not announcing.learner.started.is_set(), "the engine still loads"
+    announcing.page.write(state=WorkerState.READY)
     time.sleep(0.1)
-    assert not learner.started.is_set(), "the engine is ready, but nobody answers requests yet"
+    assert not announcing.learner.started.is_set(), "the engine is ready, but nobody answers requests yet"
     assert capsys.readouterr().out == ""
-    ready_route.code = 200
+    announcing.route.code = 200
     thread.join(5)
-    assert learner.started.is_set()
+    assert announcing.learner.started.is_set()
     said = capsys.readouterr().out
     assert "aurora-lit serves" in said
     assert "watch it" not in said
 
 
 def test_a_server_of_all_addresses_is_ready_where_the_machine_has_no_ipv6_for_itself(
-    ready_route: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    announcing: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    page, learner = EngineStatusPage.create(tmp_path / "status"), Learner()
-    page.write(state=WorkerState.READY)
-    ready_route.code = 200
-    config = load_config(None, [f"server.port={ready_route.server_address[1]}", "server.host=::"])
-    arguments: Any = (config, page, learner)
-    thread = threading.Thread(target=server._announce_when_ready, args=arguments, daemon=True)
-    thread.start()
-    thread.join(5)
-    assert learner.started.is_set()
+    announcing.page.write(state=WorkerState.READY)
+    announcing.route.code = 200
+    announcing.begin("server.host=::").join(5)
+    assert announcing.learner.started.is_set()
     assert "http://[::]:" in capsys.readouterr().out
 
 
 def test_the_learner_is_started_even_if_nobody_can_be_told_the_url(
-    ready_route: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    announcing: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    page, learner = EngineStatusPage.create(tmp_path / "status"), Learner()
-    page.write(state=WorkerState.READY)
-    ready_route.code = 200
-    arguments: Any = (load_config(None, [f"server.port={ready_route.server_address[1]}"]), page, learner)
-
     def refuse(*_: object, **__: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(server, "print", refuse, raising=False)
-    server._announce_when_ready(*arguments)
-    assert learner.started.is_set()
+    announcing.page.write(state=WorkerState.READY)
+    announcing.route.code = 200
+    announcing.begin().join(5)
+    assert announcing.learner.started.is_set()
+
+
+def test_no_learner_is_started_if_the_engine_cannot_be_built(announcing: Any) -> None:
+    announcing.page.write(state=WorkerState.FAILED)
+    thread = announcing.begin()
+    thread.join(5)
+    assert not thread.is_alive()
+    assert not announcing.learner.started.is_set()
 
 
 def test_as_many_connections_as_the_user_may_open_are_allowed() -> None:
@@ -253,14 +265,6 @@ def test_a_server_that_is_open_to_everyone_says_so(
     with pytest.raises(SourceError):
         server.serve(load_config(None, [f"server.port={free_port()}", *settings]), backend=unstarted)
     assert ("set server.api_key" in caplog.text) is warns
-
-
-def test_no_learner_is_started_if_the_engine_cannot_be_built(tmp_path: Path) -> None:
-    page, learner = EngineStatusPage.create(tmp_path / "status"), Learner()
-    page.write(state=WorkerState.FAILED)
-    arguments: Any = (load_config(None, [f"server.port={free_port()}"]), page, learner)
-    server._announce_when_ready(*arguments)
-    assert not learner.started.is_set()
 
 
 @pytest.mark.parametrize("was_ready", [True, False])
