@@ -44,14 +44,12 @@ def lk_loss_and_gradient(
     *,
     target_lse_C: torch.Tensor,
     weight_KC: torch.Tensor,
-    top_C: torch.Tensor | None,
     decay: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Weighted loss, acceptance probability, KL divergence, and whether draft and target agree on the top token.
 
     All are [K, C]. The draft's logits are overwritten with their gradient. `target_lse_C`: log-sum-exp of the target's
-    logits over its whole vocabulary; `top_C`: the target's top token, by default that of `target_CD`; `decay`: of the
-    schedule between KL and acceptance loss.
+    logits over its whole vocabulary; `decay`: of the schedule between KL and acceptance loss.
     """
     library = native.library()
     assert library is not None
@@ -60,13 +58,12 @@ def lk_loss_and_gradient(
     assert target_CD.is_contiguous()
     assert target_CD.dtype == draft_KCD.dtype
     inputs = (target_lse_C.float().contiguous(), weight_KC.float().contiguous())
-    top_C = None if top_C is None else top_C.long().contiguous()
     loss_KC, alpha_KC, kl_KC = (torch.empty(K, C) for _ in range(3))
     match_KC = torch.empty(K, C, dtype=torch.bool)
-    rows = _LKRows(K=K, C=C, D=D, decay=decay)
-    tensors = (draft_KCD, target_CD, *inputs, top_C, loss_KC, alpha_KC, kl_KC, match_KC)
-    names = ("draft", "target", "target_lse", "weight", "top", "loss", "alpha", "kl", "match")
+    rows = _LKRows(K=K, C=C, D=D, decay=decay, top=None)  # the target's top token is that of its logits here
+    tensors = (draft_KCD, target_CD, *inputs, loss_KC, alpha_KC, kl_KC, match_KC)
+    names = ("draft", "target", "target_lse", "weight", "loss", "alpha", "kl", "match")
     for name, tensor in zip(names, tensors, strict=True):
-        setattr(rows, name, None if tensor is None else tensor.data_ptr())
+        setattr(rows, name, tensor.data_ptr())
     getattr(library, f"aurora_lk_rows_{_SUFFIXES[draft_KCD.dtype]}")(ctypes.byref(rows))
     return loss_KC, alpha_KC, kl_KC, match_KC

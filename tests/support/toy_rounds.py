@@ -15,7 +15,7 @@ from torch import Tensor
 from aurora_lit.models.target import Target
 from aurora_lit.modules.losses.batch import OnlineBatch, Rounds
 from aurora_lit.modules.losses.draft_module import DraftModule
-from aurora_lit.modules.losses.unroll import unroll, unroll_rounds
+from aurora_lit.modules.losses.unroll import StepwiseChains, unroll_rounds
 from support.tiny_models import draft_batch
 
 VERIFIED = {"argmax": 0.0, "own_draw": 0.4}
@@ -73,16 +73,16 @@ def rounds(
 def chain_states(module: DraftModule, batch: OnlineBatch) -> Tensor:
     """The draft's hidden states at every proposal, along the proposed paths [Q, K, H]."""
     traces = batch.traces
-    chains = unroll(
+    chains = StepwiseChains(
         module.draft,
         token_ids_BT=traces.token_ids_BT,
         aux_BT3H=traces.aux_BT3H,
         embedding_VH=module.embedding_VH,
-        num_steps=1,
+        needed_BT=torch.ones_like(traces.token_ids_BT, dtype=torch.bool),
     )
     return unroll_rounds(
         module.draft,
-        chains,
+        chains.root_states(),
         row_Q=batch.rounds.row_Q,
         root_Q=batch.rounds.root_Q,
         proposal_QK=batch.rounds.proposal_QK,

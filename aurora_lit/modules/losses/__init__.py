@@ -14,9 +14,9 @@ those above it:
     ppo.py           PPO with acceptance as discount: advantages, clipped policy loss, value loss
     batch.py         the batches: padded traces, and the rounds served along them
     unroll.py        the draft's chains in training: along traces, and along what rounds proposed
-    chain_losses.py  the LK and value losses of chains, ending those that are hardly reached
     policy.py        the policy terms: which rounds can be used, and their losses
-    muon.py          Muon by blocks of rows, the optimizer of the draft's matrices
     objective.py     weights of the loss's terms, and what a step reports of them
+    chain_losses.py  the LK and value losses of chains, ending those that are hardly reached
+    muon.py          Muon by blocks of rows, the optimizer of the draft's matrices
     draft_module.py  the draft as a LightningModule: its losses, optimizers and clipping
 """

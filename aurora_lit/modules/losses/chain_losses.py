@@ -20,8 +20,9 @@ import torch
 
 from aurora_lit.modules.draft.eagle3 import Eagle3Draft
 from aurora_lit.modules.draft.logit_transform import LogitTransform
-from aurora_lit.modules.losses.fused_lk import fused_lk_loss
-from aurora_lit.modules.losses.lk import LKStats
+from aurora_lit.modules.losses.fused_lk import TargetRows, fused_lk_loss
+from aurora_lit.modules.losses.lk import KL_DECAY, LKStats
+from aurora_lit.modules.losses.objective import OnlineWeights
 from aurora_lit.modules.losses.token_sample import TokenSample
 from aurora_lit.modules.losses.unroll import StepwiseChains, shift_positions
 from aurora_lit.modules.sampling.noise import noise_bits
@@ -68,10 +69,8 @@ def chain_losses(
     last_BTH: torch.Tensor,
     heads: ChainHeads,
     *,
+    weights: OnlineWeights,
     num_steps: int,
-    kl_decay: float,
-    certain_survival: float,
-    is_trained: bool,
     between_steps: Callable[[], None] = lambda: None,
 ) -> ChainLosses:
     """The LK and value losses of chains, which are at step 0.
@@ -84,23 +83,20 @@ def chain_losses(
         share_BT: weight of each position in the sums; 0: it does not count.
         last_BTH: the target's last hidden states.
         heads: the heads' rows.
+        weights: which loss, and which chains go on. With the policy loss alone only the statistics of these chains are
+            wanted, and there is no gradient but the value head's.
         num_steps: K.
-        kl_decay: of λ (modules/losses/lk.py); 0 is KL alone.
-        certain_survival: which chains go on; see `OnlineWeights`.
-        is_trained: False: there is no gradient but the value head's.
         between_steps: called after each step, forward and backward.
     """
-    K, (B, T) = num_steps, share_BT.shape
+    kl_decay = 0.0 if weights.base_loss == "kl" else KL_DECAY
+    is_trained = weights.base_loss != "none" and torch.is_grad_enabled()
+    T = share_BT.shape[1]
     share_N, last_NH = share_BT.flatten(), last_BTH.flatten(0, 1)
     next_share_N = shift_positions(share_BT, -1).flatten()
-    table_KN = {
-        name: torch.zeros(K, B * T, device=share_N.device)
-        for name in ("alpha", "kl", "match", "mask", "importance", "carry")
-    }
-    place_by_step, weight_by_step, value_by_step = [], [], []
+    found = _StepResults(num_steps, share_BT)
     lk_sum = share_N.new_zeros(())
     importance_M = torch.ones(len(chains.row_M), device=share_N.device)
-    for step in range(K):
+    for step in range(num_steps):
         place_M = chains.row_M * T + chains.target_M
         share_M = share_N[place_M]
         share_M[chains.count :] = 0.0
@@ -111,52 +107,87 @@ def chain_losses(
                 h_NH=draft.norm(chains.hidden_MH),
                 weight_DH=heads.weight_SH,
                 row_weight_N=share_M * importance_M,
-                target_h_NG=last_NH[place_M],
-                target_weight_DG=heads.target_SH,
-                target_logit_transform=heads.logit_transform,
+                target=TargetRows(
+                    h_NG=last_NH[place_M],
+                    weight_DG=heads.target_SH,
+                    logit_transform=heads.logit_transform,
+                    sample=heads.sample,
+                ),
                 kl_decay=kl_decay,
-                sample=heads.sample,
             )
         lk_sum = lk_sum + step_sum
         counted_C = (share_M > 0).nonzero()[:, 0]
-        place_C, importance_C = place_M[counted_C], importance_M[counted_C]
-        value_by_step.append(draft.compute_value(chains.hidden_MH.detach())[counted_C])
-        place_by_step.append(place_C)
-        weight_by_step.append((share_M * importance_M)[counted_C])
-        found = {"alpha": stats.alpha_N, "kl": stats.kl_N, "match": stats.top1_match_N}
-        for name, found_M in found.items():
-            table_KN[name][step, place_C] = found_M[counted_C].to(table_KN[name].dtype)
-        table_KN["mask"][step, place_C], table_KN["importance"][step, place_C] = 1.0, importance_C.float()
-        if step == K - 1:
+        place_C, importance_C, alpha_C = place_M[counted_C], importance_M[counted_C], stats.alpha_N[counted_C]
+        value_C = draft.compute_value(chains.hidden_MH.detach())[counted_C]
+        found.add(step, counted_C, place_C, stats, importance_C, (share_M * importance_M)[counted_C], value_C)
+        if step == num_steps - 1:
             break
         between_steps()
-        survival_C = importance_C * stats.alpha_N[counted_C]
+        survival_C = importance_C * alpha_C
         chance_C = torch.ones_like(survival_C)
-        if certain_survival > 0:
-            chance_C = (survival_C / certain_survival).clamp_max(1.0)
+        if weights.certain_survival > 0:
+            chance_C = (survival_C / weights.certain_survival).clamp_max(1.0)
         goes_on_C = (next_share_N[place_C] > 0) & (_uniform(last_NH[place_C], step=step) < chance_C)
         if not goes_on_C.any():
             break
-        table_KN["carry"][step, place_C] = (1 / chance_C).where(goes_on_C, 0.0).float()
+        found.table_KN["carry"][step, place_C] = (1 / chance_C).where(goes_on_C, 0.0).float()
         with torch.set_grad_enabled(is_trained):
             chains.advance(counted_C[goes_on_C])
         importance_M = torch.ones(len(chains.row_M), device=share_N.device)
-        importance_M[: chains.count] = survival_C[goes_on_C].clamp_min(certain_survival)
-    table_KBT = {name: values_KN.view(K, B, T) for name, values_KN in table_KN.items()}
-    return_KN = accepted_proposals(table_KBT["alpha"], table_KBT["carry"]).flatten(1)
-    value_sum = share_N.new_zeros(())
-    for step, (place, weight, value) in enumerate(zip(place_by_step, weight_by_step, value_by_step, strict=True)):
-        value_sum = value_sum + (weight * (value - return_KN[step, place]).square()).sum()
-    stats = LKStats(
-        alpha_N=table_KN["alpha"], kl_N=table_KN["kl"], top1_match_N=table_KN["match"] > 0, kl_decay=kl_decay
-    )
-    return ChainLosses(
-        lk_sum=lk_sum,
-        value_sum=value_sum,
-        stats=stats,
-        mask_KBT=table_KBT["mask"],
-        importance_KBT=table_KBT["importance"],
-    )
+        importance_M[: chains.count] = survival_C[goes_on_C].clamp_min(weights.certain_survival)
+    return found.losses(lk_sum, kl_decay=kl_decay)
+
+
+class _StepResults:
+    """What the steps of a batch's chains came to, by target position; 0 where a chain has no step."""
+
+    def __init__(self, num_steps: int, share_BT: torch.Tensor) -> None:
+        self._shape = (num_steps, *share_BT.shape)
+        self.table_KN = {
+            name: torch.zeros(num_steps, share_BT.numel(), device=share_BT.device)
+            for name in ("alpha", "kl", "match", "mask", "importance", "carry")
+        }
+        """`carry`: 1 / the probability with which the chain went on; 0 where it ended."""
+        self._by_step: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
+        """Places, weights and predicted values of the chains that count."""
+
+    def add(
+        self,
+        step: int,
+        counted_C: torch.Tensor,
+        place_C: torch.Tensor,
+        stats: LKStats,
+        importance_C: torch.Tensor,
+        weight_C: torch.Tensor,
+        value_C: torch.Tensor,
+    ) -> None:
+        """Add the chains of a step that count: their indices, target positions, and what was found of them."""
+        found = {"alpha": stats.alpha_N, "kl": stats.kl_N, "match": stats.top1_match_N}
+        for name, found_M in found.items():
+            self.table_KN[name][step, place_C] = found_M[counted_C].to(self.table_KN[name].dtype)
+        self.table_KN["mask"][step, place_C], self.table_KN["importance"][step, place_C] = 1.0, importance_C.float()
+        self._by_step.append((place_C, weight_C, value_C))
+
+    def losses(self, lk_sum: torch.Tensor, *, kl_decay: float) -> ChainLosses:
+        """The losses, when all steps were added."""
+        table_KBT = {name: values_KN.view(self._shape) for name, values_KN in self.table_KN.items()}
+        return_KN = accepted_proposals(table_KBT["alpha"], table_KBT["carry"]).flatten(1)
+        value_sum = lk_sum.new_zeros(())
+        for step, (place_C, weight_C, value_C) in enumerate(self._by_step):
+            value_sum = value_sum + (weight_C * (value_C - return_KN[step, place_C]).square()).sum()
+        stats = LKStats(
+            alpha_N=self.table_KN["alpha"],
+            kl_N=self.table_KN["kl"],
+            top1_match_N=self.table_KN["match"] > 0,
+            kl_decay=kl_decay,
+        )
+        return ChainLosses(
+            lk_sum=lk_sum,
+            value_sum=value_sum,
+            stats=stats,
+            mask_KBT=table_KBT["mask"],
+            importance_KBT=table_KBT["importance"],
+        )
 
 
 def _uniform(last_CH: torch.Tensor, *, step: int) -> torch.Tensor:

@@ -22,13 +22,16 @@ from aurora_lit.modules.draft.eagle3 import Eagle3Draft
 from aurora_lit.modules.draft.logit_transform import IDENTITY, LogitTransform
 from aurora_lit.modules.losses.batch import OnlineBatch, Rounds, TraceBatch
 from aurora_lit.modules.losses.chain_losses import ChainHeads, accepted_proposals, chain_losses
-from aurora_lit.modules.losses.fused_lk import fused_lk_loss
+from aurora_lit.modules.losses.fused_lk import TargetRows, fused_lk_loss
 from aurora_lit.modules.losses.lk import KL_DECAY, LKStats
 from aurora_lit.modules.losses.muon import BlockMuon
 from aurora_lit.modules.losses.objective import OnlineReport, OnlineWeights, StepReport
 from aurora_lit.modules.losses.policy import PolicyTerms, draft_index, policy_terms, sampled_share, usable_rounds
 from aurora_lit.modules.losses.token_sample import TokenSample, sample_tokens
-from aurora_lit.modules.losses.unroll import StepwiseChains, UnrolledChains, shift_positions, unroll, unroll_rounds
+from aurora_lit.modules.losses.unroll import RootStates, StepwiseChains, shift_positions, unroll, unroll_rounds
+
+_STEP_DECAY = 0.8
+"""Step j of a supervised batch has the weight _STEP_DECAY^j."""
 
 
 class DraftModule(LightningModule):
@@ -49,19 +52,17 @@ class DraftModule(LightningModule):
         head_VdH: torch.Tensor,
         logit_transform: LogitTransform = IDENTITY,
         num_steps: int = 4,
-        step_decay: float = 0.8,
         value_weight: float = 0.1,
         online: OnlineWeights | None = None,
         learning_rate: float = 1e-3,
     ) -> None:
-        """num_steps: K. step_decay: step j has the weight step_decay^j. value_weight: c_v."""
+        """num_steps: K. value_weight: c_v."""
         super().__init__()
         self.draft = draft
         self.register_buffer("embedding_VH", embedding_VH, persistent=False)
         self.register_buffer("head_VdH", head_VdH, persistent=False)
         self.logit_transform = logit_transform
         self.num_steps = num_steps
-        self.step_decay = step_decay
         self.value_weight = value_weight
         self.online = online or OnlineWeights()
         self._num_samples = 0
@@ -82,9 +83,8 @@ class DraftModule(LightningModule):
         """
         if isinstance(batch, OnlineBatch):
             return self._online_step(batch)
-        chains = self._unroll(batch, batch.weight_BT > 0)
         mask_KBT, weight_KBT = self._mask_and_weights(batch)
-        loss_sum, value_sum, stats = self._supervised_losses(batch, chains, mask_KBT, weight_KBT)
+        loss_sum, value_sum, stats = self._supervised_losses(batch, self.unroll(batch), mask_KBT, weight_KBT)
         loss = (loss_sum + self.value_weight * value_sum) / weight_KBT.sum().clamp_min(1.0)
         return StepReport(loss=loss, stats=stats, mask_KBT=mask_KBT)
 
@@ -109,7 +109,7 @@ class DraftModule(LightningModule):
             embedding_VH=self.embedding_VH,
             needed_BT=needed_BT,
         )
-        policy = self._policy_terms(usable, chains.step_0_by_root())
+        policy = self._policy_terms(usable, chains.root_states())
         live_B1 = batch.live_B[:, None]
         live_BT, replay_BT = weight_BT * live_B1, weight_BT * ~live_B1
         replay_weight = online.replay_weight * batch.replay_fraction
@@ -123,11 +123,8 @@ class DraftModule(LightningModule):
             share_BT,
             traces.last_BTH,
             self._heads(batch),
+            weights=online,
             num_steps=self.num_steps,
-            kl_decay=0.0 if online.base_loss == "kl" else KL_DECAY,
-            certain_survival=online.certain_survival,
-            # With the policy loss alone, only the statistics of these chains are wanted.
-            is_trained=online.base_loss != "none" and torch.is_grad_enabled(),
             between_steps=self.between_pieces,
         )
         mask_KBT, stats, value_loss = losses.mask_KBT, losses.stats, losses.value_sum
@@ -201,38 +198,32 @@ class DraftModule(LightningModule):
 
         needed_BT: bool, the target positions that are needed; elsewhere the result may be 0. None: those with a weight.
         """
-        return self._unroll(batch, batch.weight_BT > 0 if needed_BT is None else needed_BT).hidden_KBTH
-
-    def _unroll(self, batch: TraceBatch, needed_BT: torch.Tensor) -> UnrolledChains:
         return unroll(
             self.draft,
             token_ids_BT=batch.token_ids_BT,
             aux_BT3H=batch.aux_BT3H.to(self.draft.fc.weight.dtype),  # autocast, if it is on, casts them again
             embedding_VH=self.embedding_VH,
             num_steps=self.num_steps,
-            needed_BT=needed_BT,
+            needed_BT=batch.weight_BT > 0 if needed_BT is None else needed_BT,
         )
 
     def _mask_and_weights(self, batch: TraceBatch) -> tuple[torch.Tensor, torch.Tensor]:
         """1 where a step has a target that counts, else 0; and that target's weight. Both [K, B, T]."""
         K, ones_BT = self.num_steps, torch.ones_like(batch.weight_BT)
         mask_KBT = torch.stack([shift_positions(ones_BT, 1 + step) for step in range(K)]) * (batch.weight_BT > 0)
-        decay_K = self.step_decay ** torch.arange(K, device=ones_BT.device)
+        decay_K = _STEP_DECAY ** torch.arange(K, device=ones_BT.device)
         return mask_KBT, mask_KBT * batch.weight_BT * decay_K[:, None, None]
 
     def _supervised_losses(
         self,
         batch: TraceBatch,
-        chains: UnrolledChains,
+        hidden_KBTH: torch.Tensor,
         mask_KBT: torch.Tensor,
         weight_KBT: torch.Tensor,
-        *,
-        kl_decay: float = KL_DECAY,
     ) -> tuple[torch.Tensor, torch.Tensor, LKStats]:
         """Weighted sums of the LK loss and of the value head's squared error; statistics of every row."""
         if batch.lse_BT is None:
             raise ValueError("batch.lse_BT is None; compute it with the target's head first")
-        hidden_KBTH = chains.hidden_KBTH
         K, B, T, H = hidden_KBTH.shape
         # Only rows with a weight go through the heads, which are half of the work.
         row_R = (weight_KBT > 0).any(0).flatten().nonzero()[:, 0]
@@ -242,27 +233,27 @@ class DraftModule(LightningModule):
             h_NH=self.draft.norm(hidden_KBTH.view(K, B * T, H)[:, row_R]),
             weight_DH=self.draft.lm_head.weight,
             row_weight_N=weight_KBT.view(K, B * T)[:, row_R],
-            target_h_NG=batch.last_BTH.flatten(0, 1)[row_R],
-            target_weight_DG=self.head_VdH,
-            target_logit_transform=self.logit_transform,
-            target_lse_N=batch.lse_BT.flatten()[row_R],
-            kl_decay=kl_decay,
+            target=TargetRows(
+                h_NG=batch.last_BTH.flatten(0, 1)[row_R],
+                weight_DG=self.head_VdH,
+                logit_transform=self.logit_transform,
+                lse_N=batch.lse_BT.flatten()[row_R],
+            ),
         )
         stats = LKStats(
             alpha_N=_scatter_rows(weighted.alpha_N, row_R, B * T),
             kl_N=_scatter_rows(weighted.kl_N, row_R, B * T),
             top1_match_N=_scatter_rows(weighted.top1_match_N, row_R, B * T),
-            kl_decay=kl_decay,
         )
         value_KBT = self.draft.compute_value(hidden_KBTH.detach())
         alpha_KBT = stats.alpha_N.view(K, B, T) * (mask_KBT > 0)
         return_KBT = accepted_proposals(alpha_KBT, torch.ones_like(alpha_KBT))
         return loss_sum, ((value_KBT - return_KBT).square() * weight_KBT).sum(), stats
 
-    def _policy_terms(self, rounds: Rounds, chains: UnrolledChains) -> PolicyTerms:
+    def _policy_terms(self, rounds: Rounds, chains: RootStates) -> PolicyTerms:
         """Policy and value loss of rounds with a policy ratio."""
         if not len(rounds):
-            return PolicyTerms.none(chains.root_hidden_BTH)
+            return PolicyTerms.none(chains.hidden_BTH)
         hidden_QKH = unroll_rounds(
             self.draft,
             chains,

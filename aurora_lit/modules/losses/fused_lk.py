@@ -17,79 +17,63 @@ from aurora_lit.modules.draft.logit_transform import IDENTITY, LogitTransform
 from aurora_lit.modules.losses.lk import KL_DECAY, LKStats
 from aurora_lit.modules.losses.token_sample import TokenSample
 
+_CHUNK_ROWS = 512
+"""Rows of logits (K·C) that exist at a time, so that they stay in the CPU's cache."""
 _KERNEL_CHUNK_FACTOR = 8
 """The native kernel takes larger chunks: it has no fp32 buffers to keep in cache, and every chunk adds a pass over the
 weight's gradient."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class TargetRows:
+    """What the target would have chosen from in every row: p = exp(transform(h · weightᵀ) − lse), without gradient."""
+
+    h_NG: Tensor
+    """Its last hidden states."""
+    weight_DG: Tensor
+    """The rows of its head for the tokens of the draft's head."""
+    logit_transform: LogitTransform = IDENTITY
+    """For the same tokens."""
+    lse_N: Tensor | None = None
+    """Log-sum-exp of its logits over its whole vocabulary. None: that over the given tokens, so that p is its
+    distribution within them."""
+    sample: TokenSample | None = None
+    """What the tokens are a sample of; None: they are the draft's whole vocabulary."""
+
+    def lse(self, rows: slice, logits_CD: Tensor) -> Tensor:
+        """The log-sum-exp of some rows [C]; `logits_CD`: their logits, as the loss takes them."""
+        if self.lse_N is not None:
+            return self.lse_N[rows]
+        return logits_CD.to(torch.promote_types(logits_CD.dtype, torch.float32)).logsumexp(-1)
+
+
 def fused_lk_loss(
-    *,
-    h_NH: Tensor,
-    weight_DH: Tensor,
-    row_weight_N: Tensor,
-    target_h_NG: Tensor | None = None,
-    target_weight_DG: Tensor | None = None,
-    target_logit_transform: LogitTransform = IDENTITY,
-    target_lse_N: Tensor | None = None,
-    target_argmax_N: Tensor | None = None,
-    p_ND: Tensor | None = None,
-    matmul_dtype: torch.dtype | None = None,
-    chunk: int = 512,
-    kl_decay: float = KL_DECAY,
-    sample: TokenSample | None = None,
+    *, h_NH: Tensor, weight_DH: Tensor, row_weight_N: Tensor, target: TargetRows, kl_decay: float = KL_DECAY
 ) -> tuple[Tensor, LKStats]:
     """Σ_n w_n · lk_loss(p_n, softmax(h_n·Wᵀ)), differentiable by h_NH and weight_DH; the caller divides.
 
-    The target is given either by its last hidden states and its head's rows for the draft vocabulary, p =
-    exp(transform(target_h · target_weightᵀ) − lse), or as p_ND. It gets no gradient.
+    Matrix products have autocast's dtype if it is on, else that of h; softmax and loss are at least fp32.
 
     Args:
         h_NH: the draft's normed hidden states [N, H], or [K, N, H] for K draft steps whose row n has the same target
             row n. With steps, p is computed once for all: a quarter of the target's matrix products at K = 4.
         weight_DH: the draft's head.
         row_weight_N: w of every row [N], or [K, N]; 0 where a step has no target. Rows of weight 0 must be finite.
-        target_h_NG: the target's last hidden states.
-        target_weight_DG: the rows of the target's head for the draft vocabulary.
-        target_logit_transform: the target's, for the draft vocabulary.
-        target_lse_N: log-sum-exp of the target's logits over its whole vocabulary. Default: that over the given rows,
-            so that p is the target's distribution within them.
-        target_argmax_N: draft id of the target's argmax over its whole vocabulary, −1 if the draft does not have it.
-            Used for `top1_match_N` only. Default: the argmax within the draft vocabulary.
-        p_ND: the target's probabilities of the draft vocabulary.
-        matmul_dtype: of the matrix products; softmax and loss are at least fp32. Default: autocast's dtype if it is
-            on, else that of h.
-        chunk: rows of logits (K·C) that exist at a time, so that they stay in the CPU's cache.
+        target: of the N rows.
         kl_decay: of λ; 0 is KL alone.
-        sample: if the heads' rows are of a sample of the draft vocabulary, what it is of. D is the sample then.
 
     Returns:
         The weighted sum, and statistics of every row.
-
-    Raises:
-        ValueError: the target is given in both ways or in none.
     """
-    by_hidden = target_h_NG is not None and target_weight_DG is not None
-    if by_hidden == (p_ND is not None):
-        raise ValueError("give the target either as target_h_NG and target_weight_DG, or as p_ND")
     device_type = h_NH.device.type
-    if matmul_dtype is None:
-        autocast = torch.is_autocast_enabled(device_type)
-        matmul_dtype = torch.get_autocast_dtype(device_type) if autocast else h_NH.dtype
+    autocast = torch.is_autocast_enabled(device_type)
+    matmul_dtype = torch.get_autocast_dtype(device_type) if autocast else h_NH.dtype
     steps_shape = h_NH.shape[:-1]
     h_KNH = h_NH.reshape(-1, *h_NH.shape[-2:])
     weight_KN = row_weight_N.reshape(h_KNH.shape[:-1])
-    target = _Target(
-        h_NG=target_h_NG,
-        weight_DG=None if target_weight_DG is None else target_weight_DG.detach().to(matmul_dtype),
-        logit_transform=target_logit_transform,
-        lse_N=target_lse_N,
-        argmax_N=target_argmax_N,
-        p_ND=p_ND,
-        sample=sample,
-    )
     with torch.autocast(device_type, enabled=False):
         loss, alpha, kl, match = _FusedLK.apply(  # type: ignore[no-untyped-call]
-            h_KNH, weight_DH, weight_KN, target, matmul_dtype, chunk, kl_decay
+            h_KNH, weight_DH, weight_KN, target, matmul_dtype, kl_decay
         )
     stats = LKStats(
         alpha_N=alpha.reshape(steps_shape),
@@ -98,31 +82,6 @@ def fused_lk_loss(
         kl_decay=kl_decay,
     )
     return loss, stats
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Target:
-    """The target of every row, by hidden states and weight in the matmul dtype, or as p; see `fused_lk_loss`."""
-
-    h_NG: Tensor | None
-    weight_DG: Tensor | None
-    logit_transform: LogitTransform
-    lse_N: Tensor | None
-    argmax_N: Tensor | None
-    p_ND: Tensor | None
-    sample: TokenSample | None
-
-    def multiply(self, rows: slice, *, out_CD: Tensor) -> None:
-        """Products of the head's rows with some hidden states, before the logit transform."""
-        assert self.h_NG is not None  # checked in fused_lk_loss
-        assert self.weight_DG is not None
-        torch.mm(self.h_NG[rows].to(out_CD.dtype), self.weight_DG.t(), out=out_CD)
-
-    def lse(self, rows: slice, logits_CD: Tensor) -> Tensor:
-        """The rows' log-sum-exp [C]; `logits_CD`: their logits, as the loss takes them."""
-        if self.lse_N is not None:
-            return self.lse_N[rows]
-        return logits_CD.to(torch.promote_types(logits_CD.dtype, torch.float32)).logsumexp(-1)
 
 
 class _FusedLK(torch.autograd.Function):
@@ -134,9 +93,8 @@ class _FusedLK(torch.autograd.Function):
         h_KNH: Tensor,
         weight_DH: Tensor,
         row_weight_KN: Tensor,
-        target: _Target,
+        target: TargetRows,
         matmul_dtype: torch.dtype,
-        chunk: int,
         kl_decay: float,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         chunked = _ChunkedPass(
@@ -147,7 +105,6 @@ class _FusedLK(torch.autograd.Function):
             needs_dh=ctx.needs_input_grad[0],
             needs_dweight=ctx.needs_input_grad[1],
             matmul_dtype=matmul_dtype,
-            chunk=chunk,
             kl_decay=kl_decay,
         )
         chunked.run()
@@ -162,7 +119,7 @@ class _FusedLK(torch.autograd.Function):
         scale = grads[0]
         dh = None if dh_KNH is None else dh_KNH * scale.to(dh_KNH.dtype)
         dweight = None if dweight_DH is None else dweight_DH * scale.to(dweight_DH.dtype)
-        return dh, dweight, None, None, None, None, None
+        return dh, dweight, None, None, None, None
 
 
 class _ChunkedPass:
@@ -176,12 +133,11 @@ class _ChunkedPass:
         h_KNH: Tensor,
         weight_DH: Tensor,
         row_weight_KN: Tensor,
-        target: _Target,
+        target: TargetRows,
         *,
         needs_dh: bool,
         needs_dweight: bool,
         matmul_dtype: torch.dtype,
-        chunk: int,
         kl_decay: float,
     ) -> None:
         K, N, H = h_KNH.shape
@@ -190,6 +146,7 @@ class _ChunkedPass:
         self._target, self._kl_decay, self._math_dtype = target, kl_decay, math_dtype
         self._h_KNH = h_KNH.detach().to(matmul_dtype)
         self._weight_DH = weight_DH.detach().to(matmul_dtype)
+        self._target_weight_DG = target.weight_DG.detach().to(matmul_dtype)
         self._row_weight_KN = row_weight_KN.detach().to(math_dtype)
 
         self.loss = torch.zeros((), dtype=math_dtype, device=device)
@@ -200,10 +157,8 @@ class _ChunkedPass:
         self.dweight_DH = torch.zeros(D, H, dtype=math_dtype, device=device) if needs_dweight else None
         self._dweight_of_chunk_DH = torch.empty(D, H, dtype=matmul_dtype, device=device) if needs_dweight else None
 
-        self._uses_kernel = target.p_ND is None and lk_kernel.is_supported(
-            torch.empty(0, D, dtype=matmul_dtype, device=device)
-        )
-        rows = _KERNEL_CHUNK_FACTOR * chunk if self._uses_kernel else chunk
+        self._uses_kernel = lk_kernel.is_supported(torch.empty(0, D, dtype=matmul_dtype, device=device))
+        rows = _KERNEL_CHUNK_FACTOR * _CHUNK_ROWS if self._uses_kernel else _CHUNK_ROWS
         self._max_rows = size = min(max(1, rows // K), N)
         self._draft_KCD = torch.empty(K, size, D, dtype=matmul_dtype, device=device)
         self._target_CD = torch.empty(size, D, dtype=matmul_dtype, device=device)
@@ -224,21 +179,17 @@ class _ChunkedPass:
                 self._run_torch(rows)
 
     def _run_kernel(self, rows: slice) -> None:
-        C = rows.stop - rows.start
-        target_CD = self._target_CD[:C]
-        self._target.multiply(rows, out_CD=target_CD)
+        target_CD = self._multiply_target(rows)
         if not self._target.logit_transform.is_identity:
             target_CD.copy_(self._target.logit_transform(target_CD.to(self._math_dtype)))
         if self._target.sample is not None:
             self._target.sample.raise_logits(target_CD)
         h_MH, draft_KCD = self._multiply_draft(rows)
-        argmax_N = self._target.argmax_N
         loss_KC, self.alpha_KN[:, rows], self.kl_KN[:, rows], self.match_KN[:, rows] = lk_kernel.lk_loss_and_gradient(
             draft_KCD,
             target_CD,
             target_lse_C=self._target.lse(rows, target_CD),
             weight_KC=self._row_weight_KN[:, rows],
-            top_C=None if argmax_N is None else argmax_N[rows],
             decay=self._kl_decay,
         )
         self.loss += loss_KC.sum()
@@ -247,7 +198,7 @@ class _ChunkedPass:
     def _run_torch(self, rows: slice) -> None:
         p_CD, p_log_p_C = self._target_distribution(rows)
         p_sum_C = p_CD.sum(-1)
-        top_p_C = p_CD.argmax(-1) if self._target.argmax_N is None else self._target.argmax_N[rows]
+        top_p_C = p_CD.argmax(-1)
 
         # q = softmax(z). The log-sum-exp of z follows from q at its largest entry, which saves a pass.
         h_MH, draft_KCD = self._multiply_draft(rows)
@@ -281,17 +232,18 @@ class _ChunkedPass:
     def _target_distribution(self, rows: slice) -> tuple[Tensor, Tensor]:
         """p [C, D] and Σ p·log p [C]."""
         C = rows.stop - rows.start
-        p_CD, log_p_CD, target_CD = self._p_CD[:C], self._log_p_CD[:C], self._target_CD[:C]
-        if self._target.p_ND is not None:
-            p_CD.copy_(self._target.p_ND[rows])
-            return p_CD, torch.xlogy(p_CD, p_CD).sum(-1)
-        self._target.multiply(rows, out_CD=target_CD)
-        log_p_CD.copy_(self._target.logit_transform(target_CD.to(self._math_dtype)))
+        p_CD, log_p_CD = self._p_CD[:C], self._log_p_CD[:C]
+        log_p_CD.copy_(self._target.logit_transform(self._multiply_target(rows).to(self._math_dtype)))
         if self._target.sample is not None:
             self._target.sample.raise_logits(log_p_CD)
         log_p_CD.sub_(self._target.lse(rows, log_p_CD)[:, None])
         torch.exp(log_p_CD, out=p_CD)
         return p_CD, torch.linalg.vecdot(p_CD, log_p_CD)
+
+    def _multiply_target(self, rows: slice) -> Tensor:
+        """Products of the target's head with the chunk's hidden states [C, D] in the buffer, before the transform."""
+        target_CD = self._target_CD[: rows.stop - rows.start]
+        return torch.mm(self._target.h_NG[rows].to(target_CD.dtype), self._target_weight_DG.t(), out=target_CD)
 
     def _multiply_draft(self, rows: slice) -> tuple[Tensor, Tensor]:
         """The chunk's hidden states [K·C, H], and its logits [K, C, D] in the buffer."""

@@ -26,18 +26,13 @@ from aurora_lit.modules.draft.eagle3 import Eagle3Draft
 
 
 @dataclass(frozen=True, kw_only=True)
-class UnrolledChains:
-    """The chains of the positions of traces, along the traces' own tokens."""
+class RootStates:
+    """Step 0 of the chains of traces, by root position: what chains along other tokens go on from."""
 
-    hidden_KBTH: torch.Tensor
-    """The draft's hidden states by target position: index m of every step proposes the token after position m, and is
-    compared with the target's distribution at position m."""
-    root_hidden_BTH: torch.Tensor
-    """Hidden states of step 0 by root position."""
-    root_key_BGTD: torch.Tensor
-    """Keys of step 0, the past that every chain attends to."""
-    root_value_BGTD: torch.Tensor
-    """Values of step 0."""
+    hidden_BTH: torch.Tensor
+    key_BGTD: torch.Tensor
+    """The past that every chain attends to."""
+    value_BGTD: torch.Tensor
 
 
 def unroll(
@@ -47,8 +42,8 @@ def unroll(
     aux_BT3H: torch.Tensor,
     embedding_VH: torch.Tensor,
     num_steps: int,
-    needed_BT: torch.Tensor | None = None,
-) -> UnrolledChains:
+    needed_BT: torch.Tensor,
+) -> torch.Tensor:
     """Run chains of `num_steps` steps along the tokens of traces.
 
     Args:
@@ -57,38 +52,33 @@ def unroll(
         aux_BT3H: the target's three hidden states.
         embedding_VH: the target's input embedding.
         num_steps: K.
-        needed_BT: bool, the target positions that the caller needs. Chains that reach none of them do not run; hidden
-            states at other positions may be 0. None: all.
+        needed_BT: bool, the target positions that the caller needs. Chains that reach none of them do not run.
+
+    Returns:
+        The draft's hidden states by target position [K, B, T, H]: index m of every step proposes the token after
+        position m, and is compared with the target's distribution at position m. 0 at some that are not needed.
     """
-    B, T = token_ids_BT.shape
+    T = token_ids_BT.shape[1]
     draft.extend_positions(T + num_steps)
-    device = token_ids_BT.device
     embeds_BTH = nn.functional.embedding(token_ids_BT, embedding_VH)
     features_BTH = draft.combine_hidden_states(aux_BT3H)
-    positions_BT = torch.arange(T, device=device).expand(B, T)
+    positions_BT = torch.arange(T, device=token_ids_BT.device).expand(len(token_ids_BT), T)
     query, key, value = draft.project_qkv(shift_positions(embeds_BTH, -1), features_BTH, positions_BT)
-    root_BR = positions_BT if needed_BT is None else _chain_roots(needed_BT, num_steps)
-    if needed_BT is not None:
-        query = query.gather(2, root_BR[:, None, :, None].expand(-1, query.shape[1], -1, query.shape[3]))
-    causal_B1RT = torch.zeros(*root_BR.shape, T, device=device)
-    causal_B1RT = causal_B1RT.masked_fill(positions_BT[:, None] > root_BR[..., None], float("-inf"))[:, None]
+    root_BR = _chain_roots(needed_BT, num_steps)
+    query = query.gather(2, root_BR[:, None, :, None].expand(-1, query.shape[1], -1, query.shape[3]))
+    past_B1RT = _past_mask(root_BR, T)
     chain = [(key, value)]
     hidden_BRH = draft.complete_layer(
-        _chain_attention(query, chain, causal_B1RT), _gather_positions(features_BTH, root_BR)
+        _chain_attention(query, chain, past_B1RT), _gather_positions(features_BTH, root_BR)
     )
     steps = [hidden_BRH]
     for step in range(1, num_steps):
         next_BRH = _gather_positions(embeds_BTH, (root_BR + 1 + step).clamp_max(T - 1))
         query, key, value = draft.project_qkv(next_BRH, hidden_BRH, root_BR + step)
         chain.append((key, value))
-        hidden_BRH = draft.complete_layer(_chain_attention(query, chain, causal_B1RT), hidden_BRH)
+        hidden_BRH = draft.complete_layer(_chain_attention(query, chain, past_B1RT), hidden_BRH)
         steps.append(hidden_BRH)
-    return UnrolledChains(
-        hidden_KBTH=torch.stack([_scatter_positions(each, root_BR + 1 + step, T) for step, each in enumerate(steps)]),
-        root_hidden_BTH=steps[0] if needed_BT is None else _scatter_positions(steps[0], root_BR, T),
-        root_key_BGTD=chain[0][0],
-        root_value_BGTD=chain[0][1],
-    )
+    return torch.stack([_scatter_positions(each, root_BR + 1 + step, T) for step, each in enumerate(steps)])
 
 
 class StepwiseChains:
@@ -165,17 +155,14 @@ class StepwiseChains:
         self._chain.append((key[0].transpose(0, 1), value[0].transpose(0, 1)))
         self.hidden_MH = draft.complete_layer(self._attend(query[0].transpose(0, 1)), hidden_MH)
 
-    def step_0_by_root(self) -> UnrolledChains:
-        """What `unroll_rounds` needs, of the present step, which must be 0; no hidden states by target position."""
+    def root_states(self) -> RootStates:
+        """What `unroll_rounds` needs, of the present step, which must be 0."""
         assert self.step == 0
         B, T, H = self._embeds_BTH.shape
         place_N = (self.row_M * T + self._root_M)[: self.count]
-        root_hidden_NH = self.hidden_MH.new_zeros(B * T, H).index_copy(0, place_N, self.hidden_MH[: self.count])
-        return UnrolledChains(
-            hidden_KBTH=self.hidden_MH.new_zeros(0, B, T, H),
-            root_hidden_BTH=root_hidden_NH.view(B, T, H),
-            root_key_BGTD=self.root_key_BGTD,
-            root_value_BGTD=self.root_value_BGTD,
+        hidden_NH = self.hidden_MH.new_zeros(B * T, H).index_copy(0, place_N, self.hidden_MH[: self.count])
+        return RootStates(
+            hidden_BTH=hidden_NH.view(B, T, H), key_BGTD=self.root_key_BGTD, value_BGTD=self.root_value_BGTD
         )
 
     def _inputs(
@@ -214,27 +201,45 @@ class StepwiseChains:
         """Attention of the present step [M, N·D], in fp32 at least; here the chains of a trace lie side by side."""
         B, _, T, _ = self.root_key_BGTD.shape
         dtype = torch.promote_types(query_MND.dtype, torch.float32)
-        row_N, root_N = self.row_M[: self.count], self._root_M[: self.count]
-        count_B = torch.bincount(row_N, minlength=B)
-        rank_N = torch.arange(self.count, device=count_B.device) - (count_B.cumsum(0) - count_B)[row_N]
-        R = int(count_B.max())
-        place_N = row_N * R + rank_N
+        rows = _RowsOfTraces(self.row_M[: self.count], num_traces=B)
 
-        def by_trace(x_M: torch.Tensor) -> torch.Tensor:
+        def by_trace(x_MXD: torch.Tensor) -> torch.Tensor:
             """[M, X, D] → [B, X, R, D]."""
-            x_N = x_M[: self.count].to(dtype)
-            padded = x_N.new_zeros(B * R, *x_N.shape[1:]).index_copy(0, place_N, x_N)
-            return padded.view(B, R, *x_N.shape[1:]).transpose(1, 2)
+            return rows.by_trace(x_MXD[: self.count].to(dtype)).transpose(1, 2)
 
-        root_BR = root_N.new_zeros(B * R).index_copy(0, place_N, root_N).view(B, R)
-        is_later_BRT = torch.arange(T, device=root_BR.device) > root_BR[..., None]
-        mask_B1RT = torch.zeros(B, R, T, device=root_BR.device).masked_fill(is_later_BRT, float("-inf"))[:, None]
+        past_B1RT = _past_mask(rows.by_trace(self._root_M[: self.count]), T)
         # Not in bf16: these shapes differ from batch to batch.
-        with torch.autocast(root_BR.device.type, enabled=False):
+        with torch.autocast(query_MND.device.type, enabled=False):
             chain = [(self.root_key_BGTD.to(dtype), self.root_value_BGTD.to(dtype))]
             chain += [(by_trace(key), by_trace(value)) for key, value in self._chain]
-            attended_BRC = _chain_attention(by_trace(query_MND), chain, mask_B1RT)
-        return attended_BRC.flatten(0, 1)[_padded(place_N)].to(query_MND.dtype)
+            attended_BRC = _chain_attention(by_trace(query_MND), chain, past_B1RT)
+        return attended_BRC.flatten(0, 1)[_padded(rows.place_N)].to(query_MND.dtype)
+
+
+class _RowsOfTraces:
+    """Rows that belong to traces, laid side by side by trace, so that those of a trace share its keys."""
+
+    def __init__(self, trace_N: torch.Tensor, *, num_traces: int) -> None:
+        """trace_N: int64, the trace of each row, in any order."""
+        count_B = torch.bincount(trace_N, minlength=num_traces)
+        order_N = trace_N.argsort(stable=True)
+        rank_N = torch.empty_like(trace_N)
+        first_N = (count_B.cumsum(0) - count_B)[trace_N[order_N]]
+        rank_N[order_N] = torch.arange(len(trace_N), device=trace_N.device) - first_N
+        self._shape = (num_traces, int(count_B.max()))
+        self.place_N = trace_N * self._shape[1] + rank_N
+        """Of each row, in [B, R] flattened."""
+
+    def by_trace(self, x_N: torch.Tensor) -> torch.Tensor:
+        """[N, …] → [B, R, …], with zeros where a trace has fewer rows."""
+        B, R = self._shape
+        return x_N.new_zeros(B * R, *x_N.shape[1:]).index_copy(0, self.place_N, x_N).view(B, R, *x_N.shape[1:])
+
+
+def _past_mask(root_BR: torch.Tensor, T: int) -> torch.Tensor:
+    """Added to the scores of step 0 [B, 1, R, T]: a chain attends to the positions up to its root."""
+    is_later_BRT = torch.arange(T, device=root_BR.device) > root_BR[..., None]
+    return torch.zeros(*root_BR.shape, T, device=root_BR.device).masked_fill(is_later_BRT, float("-inf"))[:, None]
 
 
 def _padded(index_N: torch.Tensor) -> torch.Tensor:
@@ -276,7 +281,7 @@ def _scatter_positions(x_BRH: torch.Tensor, index_BR: torch.Tensor, T: int) -> t
 
 def unroll_rounds(
     draft: Eagle3Draft,
-    chains: UnrolledChains,
+    roots: RootStates,
     *,
     row_Q: torch.Tensor,
     root_Q: torch.Tensor,
@@ -288,36 +293,22 @@ def unroll_rounds(
     Rows, roots and proposals are as in `Rounds` (modules/losses/batch.py). After a round's last proposal, the result
     is arbitrary.
     """
-    B, T, H = chains.root_hidden_BTH.shape
+    B, T, _ = roots.hidden_BTH.shape
     draft.extend_positions(T + proposal_QK.shape[1])
-    device = row_Q.device
-    # The rounds of a trace are laid side by side, so that they share its keys.
-    count_B = torch.bincount(row_Q, minlength=B)
-    order_Q = row_Q.argsort(stable=True)
-    rank_Q = torch.empty_like(row_Q)
-    rank_Q[order_Q] = torch.arange(len(row_Q), device=device) - (count_B.cumsum(0) - count_B)[row_Q[order_Q]]
-    R = int(count_B.max())
-    index_Q = row_Q * R + rank_Q
-
-    def by_trace(x_Q: torch.Tensor) -> torch.Tensor:
-        """[Q, …] → [B, R, …]."""
-        rest = x_Q.shape[1:]
-        return x_Q.new_zeros(B * R, *rest).index_copy(0, index_Q, x_Q).view(B, R, *rest)
-
+    rows = _RowsOfTraces(row_Q, num_traces=B)
     start_Q = root_Q - 1  # the draft position that receives the root's token
-    start_BR = by_trace(start_Q)
-    hidden_BRH = by_trace(chains.root_hidden_BTH[row_Q, start_Q])
-    is_later_BRT = torch.arange(T, device=device) > start_BR[..., None]
-    mask_B1RT = torch.zeros(B, R, T, device=device).masked_fill(is_later_BRT, float("-inf"))[:, None]
-    embeds_BRKH = nn.functional.embedding(by_trace(proposal_QK).clamp_min(0), embedding_VH)
-    chain = [(chains.root_key_BGTD, chains.root_value_BGTD)]
+    start_BR = rows.by_trace(start_Q)
+    hidden_BRH = rows.by_trace(roots.hidden_BTH[row_Q, start_Q])
+    past_B1RT = _past_mask(start_BR, T)
+    embeds_BRKH = nn.functional.embedding(rows.by_trace(proposal_QK).clamp_min(0), embedding_VH)
+    chain = [(roots.key_BGTD, roots.value_BGTD)]
     steps = [hidden_BRH]
     for step in range(1, proposal_QK.shape[1]):
         query, key, value = draft.project_qkv(embeds_BRKH[:, :, step - 1], hidden_BRH, start_BR + step)
         chain.append((key, value))
-        hidden_BRH = draft.complete_layer(_chain_attention(query, chain, mask_B1RT), hidden_BRH)
+        hidden_BRH = draft.complete_layer(_chain_attention(query, chain, past_B1RT), hidden_BRH)
         steps.append(hidden_BRH)
-    return torch.stack(steps, dim=2).flatten(0, 1)[index_Q]
+    return torch.stack(steps, dim=2).flatten(0, 1)[rows.place_N]
 
 
 def _chain_attention(

@@ -1,18 +1,22 @@
 """The fused loss equals its definition in value, gradient and statistics; the closed forms equal enumeration."""
 
+from dataclasses import replace
+from typing import Any
+
 import pytest
 import torch
 
 from aurora_lit.kernels import lk_loss as lk_loss_kernel
 from aurora_lit.kernels import native
-from aurora_lit.modules.losses.fused_lk import fused_lk_loss
+from aurora_lit.modules.losses import fused_lk
+from aurora_lit.modules.losses.fused_lk import TargetRows, fused_lk_loss
 from aurora_lit.modules.losses.lk import acceptance_given_token, lk_loss, overlap
 from aurora_lit.modules.sampling.noise import gumbel
 
 N, H, G, D, V, K = 13, 5, 7, 11, 16, 3
 
 
-def _case(*, steps: int | None = None, dtype: torch.dtype = torch.float64, seed: int = 0) -> dict[str, torch.Tensor]:
+def _case(*, steps: int | None = None, dtype: torch.dtype = torch.float64, seed: int = 0) -> dict[str, Any]:
     """Hidden states and heads; the draft vocabulary is the first D of V target tokens, so p sums to less than 1."""
     gen = torch.Generator().manual_seed(seed)
 
@@ -25,26 +29,29 @@ def _case(*, steps: int | None = None, dtype: torch.dtype = torch.float64, seed:
         "h_NH": randn(*lead, H).requires_grad_(),
         "weight_DH": randn(D, H).requires_grad_(),
         "row_weight_N": torch.rand(*lead, generator=gen, dtype=torch.float64).to(dtype),
-        "target_h_NG": target_h,
-        "target_weight_DG": target_head[:D],
-        "target_lse_N": (target_h @ target_head.T).logsumexp(-1),
+        "target": TargetRows(h_NG=target_h, weight_DG=target_head[:D], lse_N=(target_h @ target_head.T).logsumexp(-1)),
     }
 
 
-def _target_p(case: dict[str, torch.Tensor]) -> torch.Tensor:
-    return (case["target_h_NG"] @ case["target_weight_DG"].T - case["target_lse_N"][:, None]).exp()
+def _target_p(case: dict[str, Any]) -> torch.Tensor:
+    target = case["target"]
+    p: torch.Tensor = (target.h_NG @ target.weight_DG.T - target.lse_N[:, None]).exp()
+    return p
 
 
-def _reference(case: dict[str, torch.Tensor]) -> torch.Tensor:
+def _reference(case: dict[str, Any]) -> torch.Tensor:
     q = (case["h_NH"] @ case["weight_DH"].T).softmax(-1)
     return (case["row_weight_N"] * lk_loss(_target_p(case), q)).sum()
 
 
 @pytest.mark.parametrize("steps", [None, K])
 @pytest.mark.parametrize("chunk", [1, 6, 256])
-def test_fused_loss_and_gradients_equal_autograd_of_the_definition(steps: int | None, chunk: int) -> None:
+def test_fused_loss_and_gradients_equal_autograd_of_the_definition(
+    steps: int | None, chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fused_lk, "_CHUNK_ROWS", chunk)
     case = _case(steps=steps)
-    loss, stats = fused_lk_loss(**case, chunk=chunk)
+    loss, stats = fused_lk_loss(**case)
     expected = _reference(case)
     torch.testing.assert_close(loss, expected, rtol=1e-10, atol=1e-12)
     got = torch.autograd.grad(3 * loss, [case["h_NH"], case["weight_DH"]])
@@ -87,41 +94,11 @@ def test_gradients_equal_finite_differences_with_a_constant_kl_share() -> None:
         torch.testing.assert_close(got[index], numeric, rtol=1e-5, atol=1e-7)
 
 
-def test_materialised_p_gives_the_same_as_hidden_states_and_logsumexp() -> None:
+def test_without_a_log_sum_exp_the_targets_distribution_is_that_within_the_given_rows() -> None:
     case = _case()
-    loss, stats = fused_lk_loss(**case)
-    by_p, stats_by_p = fused_lk_loss(
-        h_NH=case["h_NH"], weight_DH=case["weight_DH"], row_weight_N=case["row_weight_N"], p_ND=_target_p(case)
-    )
-    torch.testing.assert_close(loss, by_p)
-    torch.testing.assert_close(stats.kl_N, stats_by_p.kl_N)
-
-
-def test_zero_probabilities_of_a_truncated_target_are_allowed() -> None:
-    case = _case()
-    p = _target_p(case)
-    p[:, ::2] = 0
-    args = {"h_NH": case["h_NH"], "weight_DH": case["weight_DH"], "row_weight_N": case["row_weight_N"]}
-    loss, _ = fused_lk_loss(**args, p_ND=p)
-    expected = (args["row_weight_N"] * lk_loss(p, (args["h_NH"] @ args["weight_DH"].T).softmax(-1))).sum()
-    torch.testing.assert_close(loss, expected)
-
-
-def test_a_target_given_in_both_ways_or_none_is_refused() -> None:
-    case = _case()
-    with pytest.raises(ValueError, match="p_ND"):
-        fused_lk_loss(**case, p_ND=_target_p(case))
-    with pytest.raises(ValueError, match="p_ND"):
-        fused_lk_loss(h_NH=case["h_NH"], weight_DH=case["weight_DH"], row_weight_N=case["row_weight_N"])
-
-
-def test_given_target_argmax_decides_the_match() -> None:
-    case = _case()
-    q_top = (case["h_NH"] @ case["weight_DH"].T).argmax(-1)
-    _, stats = fused_lk_loss(**case, target_argmax_N=q_top)
-    assert stats.top1_match_N.all()
-    _, stats = fused_lk_loss(**case, target_argmax_N=torch.full_like(q_top, -1))
-    assert not stats.top1_match_N.any()
+    within = replace(case["target"], lse_N=(case["target"].h_NG @ case["target"].weight_DG.T).logsumexp(-1))
+    loss, _ = fused_lk_loss(**{**case, "target": replace(case["target"], lse_N=None)})
+    torch.testing.assert_close(loss, _reference({**case, "target": within}))
 
 
 def test_bfloat16_products_stay_close_and_gradients_keep_their_own_type() -> None:
@@ -221,9 +198,9 @@ def test_a_token_that_the_draft_does_not_propose_is_not_accepted() -> None:
 
 
 @pytest.mark.skipif(native.library() is None, reason="no C++ compiler, or AURORA_LIT_NATIVE=0")
-@pytest.mark.parametrize("with_argmax", [False, True])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_the_native_kernel_equals_torch(with_argmax: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_native_kernel_equals_torch(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fused_lk, "_CHUNK_ROWS", 3)
     K, N, D, H, G = 3, 21, 48, 24, 16
     gen = torch.Generator().manual_seed(3)
     target_h, target_weight = torch.randn(N, G, generator=gen), torch.randn(D, G, generator=gen)
@@ -236,17 +213,9 @@ def test_the_native_kernel_equals_torch(with_argmax: bool, dtype: torch.dtype, m
         monkeypatch.setattr(lk_loss_kernel, "is_supported", lambda logits, uses_kernel=uses_kernel: uses_kernel)
         h = torch.randn(K, N, H, generator=torch.Generator().manual_seed(5)).requires_grad_()
         weight = torch.randn(D, H, generator=torch.Generator().manual_seed(6)).requires_grad_()
-        loss, stats = fused_lk_loss(
-            h_NH=h,
-            weight_DH=weight,
-            row_weight_N=row_weight,
-            target_h_NG=target_h,
-            target_weight_DG=target_weight,
-            target_lse_N=lse,
-            target_argmax_N=torch.arange(N) - 1 if with_argmax else None,
-            matmul_dtype=dtype,
-            chunk=3,
-        )
+        target = TargetRows(h_NG=target_h, weight_DG=target_weight, lse_N=lse)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
+            loss, stats = fused_lk_loss(h_NH=h, weight_DH=weight, row_weight_N=row_weight, target=target)
         loss.backward()
         results.append((loss, stats.alpha_N, stats.kl_N, stats.top1_match_N, h.grad, weight.grad))
     for ours, expected in zip(*(result[:4] for result in results), strict=True):
