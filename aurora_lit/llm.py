@@ -337,8 +337,7 @@ def _body(kind: type[_Body], params: SamplingParams, **more: Any) -> _Body:
         return kind.model_validate({**given, **more})
     except ValidationError as error:
         in_body = [{**each, "loc": ("body", *each["loc"])} for each in error.errors()]
-        message, _, param, code = explain(in_body, content_type="application/json")
-        raise RequestError(message, param=param, code=code) from error
+        raise explain(in_body, content_type="application/json") from error
 
 
 def _listed(value: Any) -> Any:

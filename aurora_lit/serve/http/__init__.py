@@ -11,6 +11,7 @@ May import: models/tokenizer.py, tool_calls/, ipc/. Start with routes.py. The fi
     body.py           what all request bodies share
     structured_fields.py  their fields for structured outputs
     tool_fields.py    their fields for tools, calls and results
+    message_fields.py  their fields for a conversation: messages, and how the prompt is rendered
     schema.py         request bodies: every field and its range; no field is silently ignored
     tool_use.py       what tools mean for a request's prompt, grammar and answer
     tokenize.py       checked body → Call: chat template, tokens, limits

@@ -6,6 +6,7 @@ framework's HTTP errors (404, 405, 413) and any other exception (500).
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -17,53 +18,23 @@ from starlette.exceptions import HTTPException
 
 from aurora_lit.errors import RequestError
 from aurora_lit.serve.http.body import Strict, shorten
-from aurora_lit.serve.http.schema import (
-    ChatRequest,
-    CompletionRequest,
-    DetokenizeRequest,
-    Message,
-    StreamOptions,
-    TextPart,
-    TokenizeRequest,
-)
-from aurora_lit.serve.http.structured_fields import JSONSchemaFormat, ResponseFormat, StructuredOutputs
-from aurora_lit.serve.http.tool_fields import CalledFunction, CalledTool, Function, FunctionName, NamedTool, Tool
 
 RETRY_AFTER_S = 1
 MAX_BODY_BYTES = 16 * 2**20
 _TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
-_MODELS: tuple[type[Strict], ...] = (
-    ChatRequest,
-    CompletionRequest,
-    TokenizeRequest,
-    DetokenizeRequest,
-    Message,
-    StreamOptions,
-    TextPart,
-    ResponseFormat,
-    JSONSchemaFormat,
-    StructuredOutputs,
-    Tool,
-    Function,
-    NamedTool,
-    FunctionName,
-    CalledTool,
-    CalledFunction,
-)
 _MAPPINGS = ("metadata", "logit_bias", "chat_template_kwargs")
 """Fields whose keys are the client's."""
-_FIELDS = frozenset(field.alias or name for model in _MODELS for name, field in model.model_fields.items())
 
 
-def error_body(message: str, *, status: int, param: str | None = None, code: str | None = None) -> dict[str, Any]:
+def error_body(error: RequestError) -> dict[str, Any]:
     """OpenAI's error body; the type follows from the HTTP status."""
-    kind = _TYPES.get(status, "server_error" if status >= 500 else "invalid_request_error")
-    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+    kind = _TYPES.get(error.status, "server_error" if error.status >= 500 else "invalid_request_error")
+    return {"error": {"message": error.message, "type": kind, "param": error.param, "code": error.code}}
 
 
-def error_event(message: str, *, status: int, param: str | None = None, code: str | None = None) -> str:
+def error_event(error: RequestError) -> str:
     """The same as one complete server-sent event, for a stream that has begun."""
-    return f"data: {json.dumps(error_body(message, status=status, param=param, code=code))}\n\n"
+    return f"data: {json.dumps(error_body(error))}\n\n"
 
 
 def install_error_handlers(app: FastAPI, *, on_error: Callable[[int], None], needs_key: bool) -> None:
@@ -72,46 +43,36 @@ def install_error_handlers(app: FastAPI, *, on_error: Callable[[int], None], nee
     on_error: called with the HTTP status of every error response. needs_key: an API key is set, for /openapi.json.
     """
 
-    def respond(
-        message: str,
-        status: int,
-        param: str | None = None,
-        code: str | None = None,
-        headers: Mapping[str, str] | None = None,
-    ) -> JSONResponse:
-        on_error(status)
-        more = {"Retry-After": str(RETRY_AFTER_S)} if status in (429, 503) else {}
-        body = error_body(message, status=status, param=param, code=code)
-        return JSONResponse(body, status_code=status, headers={**more, **(headers or {})})
+    def respond(error: RequestError, headers: Mapping[str, str] | None = None) -> JSONResponse:
+        on_error(error.status)
+        more = {"Retry-After": str(RETRY_AFTER_S)} if error.status in (429, 503) else {}
+        return JSONResponse(error_body(error), status_code=error.status, headers={**more, **(headers or {})})
 
     async def on_request_error(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, RequestError)
-        headers = {"WWW-Authenticate": "Bearer"} if error.status == 401 else {}
-        return respond(error.message, error.status, error.param, error.code, headers)
+        return respond(error, {"WWW-Authenticate": "Bearer"} if error.status == 401 else None)
 
     async def on_invalid_body(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, RequestValidationError)
         unread = _why_unread(request, error.__cause__)
-        return respond(*unread or explain(error.errors(), content_type=request.headers.get("content-type")))
+        return respond(unread or explain(error.errors(), content_type=request.headers.get("content-type")))
 
     async def on_http_error(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, HTTPException)
         unread = _why_unread(request, error.__cause__) if error.status_code == 400 else None
         if unread is not None:
-            return respond(*unread)
-        detail = str(error.detail)
-        if error.status_code == 413:
-            detail = f"the body is larger than {MAX_BODY_BYTES >> 20} MiB; send a smaller one"
-        text = {
-            404: f"{request.method} {request.url.path} does not exist; see /docs",
-            405: f"{request.url.path} does not answer {request.method}; see /docs",
-        }.get(error.status_code, detail)
-        code = {404: "not_found", 405: "method_not_allowed", 413: "request_too_large"}.get(error.status_code)
+            return respond(unread)
+        message, code = {
+            404: (f"{request.method} {request.url.path} does not exist; see /docs", "not_found"),
+            405: (f"{request.url.path} does not answer {request.method}; see /docs", "method_not_allowed"),
+            413: (f"the body is larger than {MAX_BODY_BYTES >> 20} MiB; send a smaller one", "request_too_large"),
+        }.get(error.status_code, (str(error.detail), None))
         param = "body" if error.status_code in (400, 413) else None
-        return respond(text, error.status_code, param, code, error.headers)
+        return respond(RequestError(message, param=param, code=code, status=error.status_code), error.headers)
 
     async def on_other_error(request: Request, error: Exception) -> JSONResponse:
-        return respond("internal error; the server's log has the details", 500, None, "internal_error")
+        message = "internal error; the server's log has the details"
+        return respond(RequestError(message, code="internal_error", status=500))
 
     app.add_exception_handler(RequestError, on_request_error)
     app.add_exception_handler(RequestValidationError, on_invalid_body)
@@ -160,55 +121,67 @@ def _document(app: FastAPI, *, needs_key: bool) -> None:
     app.openapi = openapi  # type: ignore[method-assign]
 
 
-def explain(errors: list[Any] | Any, *, content_type: str | None) -> tuple[str, int, str | None, str | None]:
-    """Message, status, param and code for pydantic's list of errors; only the most specific error is reported."""
+def explain(errors: list[Any] | Any, *, content_type: str | None) -> RequestError:
+    """What pydantic's list of errors comes to; only the most specific error is reported."""
     media_type = (content_type or "").partition(";")[0].strip().lower()
     if media_type != "application/json" and not media_type.endswith("+json"):
         shown = shorten(content_type) if content_type else "missing"
-        return f"content-type is {shown}; send application/json", 400, "content-type", "invalid_content_type"
+        message = f"content-type is {shown}; send application/json"
+        return RequestError(message, param="content-type", code="invalid_content_type")
     # Each branch of a union (such as prompt) reports an error; the one that got furthest into the value is best, and
     # then one of a branch for such a value.
     error = max(errors, key=_specificity)
     # Names of union branches ("list[str]") are not fields. The name of an unknown field is the last part.
-    named = _FIELDS | ({error["loc"][-1]} if error["type"] == "extra_forbidden" else set())
+    named = _field_names() | ({error["loc"][-1]} if error["type"] == "extra_forbidden" else set())
     location = [part for part in error["loc"][1:] if isinstance(part, int) or part in named]
     if error["type"] == "json_invalid":
         detail = error.get("ctx", {}).get("error", "")
-        return f"body is no valid JSON: {detail} at character {error['loc'][-1]}", 400, "body", "invalid_json"
+        message = f"body is no valid JSON: {detail} at character {error['loc'][-1]}"
+        return RequestError(message, param="body", code="invalid_json")
     if not location:
-        return "body must be a JSON object", 400, "body", "invalid_type"
+        return RequestError("body must be a JSON object", param="body", code="invalid_type")
     where = str(location[0]) + "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in location[1:])
     if error["type"] == "extra_forbidden":
-        return f"{where} is unknown or not supported; leave it out", 400, where, "unsupported_parameter"
+        message = f"{where} is unknown or not supported; leave it out"
+        return RequestError(message, param=where, code="unsupported_parameter")
     if error["type"] == "missing":
-        return f"{where} is missing", 400, where, "missing_parameter"
+        return RequestError(f"{where} is missing", param=where, code="missing_parameter")
     key = f"[{shorten(error['loc'][-1])}]" if where in _MAPPINGS and error["loc"][-1] != where else ""
     detail = str(error["msg"]).removeprefix("Value error, ")
-    return f"{where}{key}={shorten(error.get('input'))}: {detail[:1].lower()}{detail[1:]}", 400, where, "invalid_value"
+    message = f"{where}{key}={shorten(error.get('input'))}: {detail[:1].lower()}{detail[1:]}"
+    return RequestError(message, param=where, code="invalid_value")
 
 
-def _why_unread(request: Request, cause: BaseException | None) -> tuple[str, int, str, str] | None:
-    """Message, status, param and code for a body that could not be read because of `cause`.
+def _why_unread(request: Request, cause: BaseException | None) -> RequestError | None:
+    """The error of a body that could not be read because of `cause`.
 
     None: it was read, or `explain` knows more, such as where its JSON ends.
     """
     headers = request.headers
     if "upgrade" in headers and "upgrade" in headers.get("connection", "").lower():  # the HTTP parser drops its body
         message = f"upgrade is {shorten(headers['upgrade'])}; send HTTP/1.1 without that header"
-        return message, 400, "upgrade", "unsupported_upgrade"
+        return RequestError(message, param="upgrade", code="unsupported_upgrade")
     encoding = headers.get("content-encoding", "identity")
     if isinstance(cause, (ValueError, RecursionError)) and encoding != "identity":
         message = f"content-encoding is {shorten(encoding)}; send the body uncompressed"
-        return message, 400, "content-encoding", "invalid_content_encoding"
-    if isinstance(cause, json.JSONDecodeError):
+        return RequestError(message, param="content-encoding", code="invalid_content_encoding")
+    if isinstance(cause, json.JSONDecodeError) or not isinstance(cause, (RecursionError, ValueError)):
         return None
+    message = f"body is no valid JSON: {str(cause).partition(';')[0]}"  # such as an integer of thousands of digits
     if isinstance(cause, UnicodeDecodeError):
-        return "body is not UTF-8; send UTF-8", 400, "body", "invalid_json"
-    if isinstance(cause, RecursionError):
-        return "body is nested too deeply; send fewer levels of lists and objects", 400, "body", "invalid_json"
-    if isinstance(cause, ValueError):  # such as an integer of thousands of digits
-        return f"body is no valid JSON: {str(cause).partition(';')[0]}", 400, "body", "invalid_json"
-    return None
+        message = "body is not UTF-8; send UTF-8"
+    elif isinstance(cause, RecursionError):
+        message = "body is nested too deeply; send fewer levels of lists and objects"
+    return RequestError(message, param="body", code="invalid_json")
+
+
+@functools.cache
+def _field_names() -> frozenset[str]:
+    """The fields of all bodies and of their parts, as requests name them."""
+    models = [Strict]
+    for model in models:
+        models += model.__subclasses__()
+    return frozenset(field.alias or name for model in models for name, field in model.model_fields.items())
 
 
 def _specificity(error: Any) -> tuple[Any, ...]:

@@ -205,7 +205,7 @@ class GenerationRoutes:
                 deltas = await _next_deltas(pending, clock, latencies)
         except RequestError as error:
             self._metrics.refuse(error.status)
-            yield error_event(error.message, status=error.status, param=error.param, code=error.code)
+            yield error_event(error)
         except ClientDisconnected:
             return
         finally:

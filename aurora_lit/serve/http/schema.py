@@ -1,8 +1,9 @@
 """The bodies of POST /v1/chat/completions and /v1/completions: every field and its range.
 
 No field is silently ignored: an unsupported one is refused by name, unless its value means "not used" (NEUTRAL).
-Structured outputs and tools have files of their own (structured_fields.py, tool_fields.py). Leaves out checks that
-need a tokenizer or the model's limits (serve/http/tokenize.py) and the wording of error bodies (serve/http/errors.py).
+Structured outputs, tools and conversations have files of their own (structured_fields.py, tool_fields.py,
+message_fields.py). Leaves out checks that need a tokenizer or the model's limits (serve/http/tokenize.py) and the
+wording of error bodies (serve/http/errors.py).
 """
 
 from __future__ import annotations
@@ -10,17 +11,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BeforeValidator, Field, ValidationInfo, WithJsonSchema, field_validator, model_validator
+from pydantic import Field, WithJsonSchema, model_validator
 
 from aurora_lit.errors import RequestError
 from aurora_lit.request import MAX_DOMAIN_CHARACTERS, SamplingParams
 from aurora_lit.serve.http.body import Strict, at_most, drop_neutral, shorten
+from aurora_lit.serve.http.message_fields import Messages, Templated
 from aurora_lit.serve.http.structured_fields import Structured
-from aurora_lit.serve.http.tool_fields import CalledTool, ToolChoosing, Tools
+from aurora_lit.serve.http.tool_fields import ToolChoosing, Tools
 
 MAX_LOGPROBS = 20
 MAX_CHOICES = 128
-MAX_MESSAGES = 4096
 MAX_STOPS = 16
 MAX_TOKEN_IDS = 1024
 """Of stop_token_ids, and of logit_bias."""
@@ -53,23 +54,11 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = {
 }
 """Fields of other servers that clients send, with the values that have no effect."""
 
-NEUTRAL_IN_MESSAGE: Mapping[str, tuple[Any, ...]] = {
-    "annotations": (None, []),
-    "audio": (None,),
-    "function_call": (None,),
-    "reasoning": (None,),
-    "reasoning_content": (None,),
-    "refusal": (None,),
-    "type": (None, "text"),
-}
-"""The same for fields of a message: clients send back messages as they received them. lm_eval adds a type to each."""
-
-_RESERVED_VARIABLES = frozenset(
-    ("add_generation_prompt", "chat_template", "continue_final_message", "conversation", "documents", "max_length")
-    + ("messages", "padding", "return_assistant_tokens_mask", "return_dict", "return_tensors", "tokenize")
-    + ("tokenizer_kwargs", "tools", "truncation")
+_PARAMS = (
+    *("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "min_tokens"),
+    *("include_stop_str_in_output", "skip_special_tokens", "ignore_eos", "speculate"),
 )
-"""Names in `chat_template_kwargs` that are no variables of a template, or are set by other fields."""
+"""Fields that the engine reads as they are. Its defaults are those of OpenAI's API."""
 Text = Annotated[str, Field(max_length=MAX_STOP_CHARACTERS, min_length=1)]
 TokenId = Annotated[int, Field(ge=0, lt=_INT64)]
 Bias = Annotated[float, Field(ge=-100, le=100)]
@@ -77,74 +66,6 @@ Bias = Annotated[float, Field(ge=-100, le=100)]
 PromptText = Annotated[str, WithJsonSchema({"type": "string", "minLength": 1})]
 # A list may have millions of members, so validation ends at the first that is wrong.
 Prompts = Annotated[list[T], Field(json_schema_extra={"minItems": 1}, fail_fast=True)]
-
-
-class TextPart(Strict):
-    """One text part of a message."""
-
-    type: Literal["text"]
-    text: str
-
-
-TextParts = Annotated[list[TextPart], Field(fail_fast=True)]
-
-
-class Message(Strict):
-    """One turn of a conversation."""
-
-    role: Literal["system", "developer", "user", "assistant", "tool"]
-    name: str | None = None
-    tool_calls: Annotated[list[CalledTool], Field(fail_fast=True)] | None = None
-    tool_call_id: str | None = None
-    content: Annotated[str | TextParts | None, Field(validate_default=True)] = None
-    parsed: Any = None
-    """What openai's parse() read from an answer. It has no effect: the client sends it back with the answer."""
-    provider_specific_fields: Any = None
-    """LiteLLM's, likewise."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _drop_neutral_fields(cls, body: Any) -> Any:
-        drop_neutral(body, {"reasoning_effort": (None, "none")})  # other efforts are refused as those fields are
-        return drop_neutral(body, NEUTRAL_IN_MESSAGE, inside="messages")
-
-    @field_validator("tool_calls", "tool_call_id")
-    @classmethod
-    def _check_role(cls, value: Any, info: ValidationInfo) -> Any:
-        role = "assistant" if info.field_name == "tool_calls" else "tool"
-        if value and info.data.get("role") != role:
-            raise ValueError(f"is only for role {role}; leave it out")
-        return value
-
-    @field_validator("content")
-    @classmethod
-    def _check_content(cls, value: Any, info: ValidationInfo) -> Any:
-        if value is None and not info.data.get("tool_calls"):
-            raise ValueError("may be left out only where an assistant has tool_calls; send a text")
-        return value
-
-    @property
-    def text(self) -> str:
-        """The content as one string; parts are joined by line breaks."""
-        if isinstance(self.content, list):
-            return "\n".join(part.text for part in self.content)
-        return self.content or ""
-
-
-def _drop_neutral_in_each(messages: Any) -> Any:
-    """As each message does itself, but a fault has the number of its message."""
-    if not isinstance(messages, list) or len(messages) > MAX_MESSAGES:
-        return messages
-    return [
-        drop_neutral(message, NEUTRAL_IN_MESSAGE, inside=f"messages[{index}]") for index, message in enumerate(messages)
-    ]
-
-
-Messages = Annotated[
-    list[Message],
-    Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True),
-    BeforeValidator(_drop_neutral_in_each),
-]
 
 
 class StreamOptions(Strict):
@@ -246,12 +167,11 @@ class Sampling(Structured):
     def sampling_params(
         self, *, max_tokens: int, vocab_size: int, logprobs: int | None, echoed_logprobs: int | None = None
     ) -> SamplingParams:
-        """The engine's sampling parameters; null means the default of OpenAI's API.
+        """The engine's sampling parameters; null means their default.
 
         logprobs, echoed_logprobs: alternatives per token of the answer, and of a prompt that is part of it.
         """
         of_prompt = [number for number in (self.prompt_logprobs, echoed_logprobs) if number is not None]
-        stop = [self.stop] if isinstance(self.stop, str) else self.stop or []
         for token_id in self.stop_token_ids or ():
             if token_id >= vocab_size:
                 raise RequestError(
@@ -263,60 +183,19 @@ class Sampling(Structured):
                 "lower it or raise max_tokens",
                 param="min_tokens",
             )
+        given = {name: value for name in _PARAMS if (value := getattr(self, name)) is not None}
         return SamplingParams(
+            **given,
             max_tokens=max_tokens,
-            min_tokens=_or(self.min_tokens, 0),
-            temperature=_or(self.temperature, 1.0),
             top_k=max(0, _or(self.top_k, 0)),
-            top_p=_or(self.top_p, 1.0),
-            min_p=_or(self.min_p, 0.0),
-            repetition_penalty=_or(self.repetition_penalty, 1.0),
-            presence_penalty=_or(self.presence_penalty, 0.0),
-            frequency_penalty=_or(self.frequency_penalty, 0.0),
             logit_bias=_token_keys(self.logit_bias or {}, vocab_size),
             seed=None if self.seed == -1 else self.seed,  # as in vLLM and llama.cpp
-            stop=tuple(stop),
+            stop=tuple([self.stop] if isinstance(self.stop, str) else self.stop or ()),
             stop_token_ids=tuple(self.stop_token_ids or ()),
-            include_stop_str_in_output=bool(self.include_stop_str_in_output),
-            skip_special_tokens=_or(self.skip_special_tokens, True),
-            ignore_eos=bool(self.ignore_eos),
             logprobs=logprobs,
             prompt_logprobs=max(of_prompt, default=None),
-            speculate=_or(self.speculate, True),
             structured_outputs=None if self.structure is None else self.structure[1],
         )
-
-
-class Templated(Strict):
-    """The fields of a conversation that say how its prompt is rendered."""
-
-    add_generation_prompt: bool | None = None
-    continue_final_message: bool | None = None
-    chat_template_kwargs: dict[str, Any] | None = None
-
-    @model_validator(mode="after")
-    def _check_template_fields(self) -> Templated:
-        if self.continue_final_message and self.add_generation_prompt is not False:
-            raise RequestError(
-                "continue_final_message=true needs add_generation_prompt=false, since no new turn begins",
-                param="continue_final_message",
-            )
-        for name in self.chat_template_kwargs or ():
-            if name in _RESERVED_VARIABLES or not name.isidentifier():
-                raise RequestError(
-                    f"chat_template_kwargs: {shorten(name)} is no variable that may be set; leave it out",
-                    param="chat_template_kwargs",
-                )
-        return self
-
-    @property
-    def template_options(self) -> dict[str, Any]:
-        """Arguments of `Tokenizer.apply_chat_template`."""
-        return {
-            **(self.chat_template_kwargs or {}),
-            "add_generation_prompt": self.add_generation_prompt is not False,
-            "continue_final_message": bool(self.continue_final_message),
-        }
 
 
 class ChatRequest(Sampling, Templated, ToolChoosing):

@@ -24,14 +24,8 @@ from aurora_lit.request import Request, SamplingParams
 from aurora_lit.serve.http.answer_stream import DEFAULT_OPTIONS, AnswerOptions
 from aurora_lit.serve.http.body import shorten
 from aurora_lit.serve.http.detokenizer import decode
-from aurora_lit.serve.http.schema import (
-    ChatRequest,
-    CompletionRequest,
-    Message,
-    Sampling,
-    Templated,
-    token_limit,
-)
+from aurora_lit.serve.http.message_fields import Message, Templated
+from aurora_lit.serve.http.schema import ChatRequest, CompletionRequest, Sampling, token_limit
 from aurora_lit.serve.http.tool_fields import Tool
 from aurora_lit.serve.http.tool_use import ToolUse, template_tools, tool_use, turns_of
 from aurora_lit.tool_calls.formats import in_first_user_turn

@@ -18,7 +18,8 @@ from aurora_lit.errors import RequestError
 from aurora_lit.grammars.definition import Fault, fault_of
 from aurora_lit.models.tokenizer import Tokenizer, special_ids
 from aurora_lit.request import StructuredOutputsParams
-from aurora_lit.serve.http.schema import ChatRequest, Message
+from aurora_lit.serve.http.message_fields import Message
+from aurora_lit.serve.http.schema import ChatRequest
 from aurora_lit.serve.http.tool_fields import NamedTool, Tool
 from aurora_lit.tool_calls.formats import ToolFormat, Turn, format_of, without_template
 from aurora_lit.tool_calls.grammar import ANY_OBJECT, grammar_of_calls

@@ -247,7 +247,7 @@ class PendingCall:
         self._num_unfinished = len(call.requests)
         """Requests that the worker still works on, as far as is known."""
         self._client_disconnected = self._has_failed = False
-        self._updates: deque[tuple[float, tuple[TextDelta, ...] | Failure]] = deque()
+        self._updates: deque[tuple[float, tuple[TextDelta, ...] | RequestError]] = deque()
         """Each after time.monotonic() when it arrived."""
         self.arrived_s = 0.0
         """When what `next` returned last had arrived; a client that reads slowly takes it later."""
@@ -269,16 +269,16 @@ class PendingCall:
         if isinstance(update, Failure):
             if from_worker:  # otherwise the worker may still work on the call, so it must be cancelled
                 self._end(self._num_unfinished)
-            self._add(update)
+            self._add(RequestError(update.message, param=update.param, code=update.code, status=update.status))
             return
         try:
             deltas, stopped = self._answer.add(update)
         except RequestError as error:
-            self._add(Failure(message=error.message, param=error.param, code=error.code, status=error.status))
+            self._add(error)
             return
         except Exception as error:  # raised from here, it would make LitServe stop to deliver responses at all
             _log.exception("call %s failed", self._call.call_id)
-            self._add(Failure(message=f"the request failed: {error}", code="engine_error"))
+            self._add(RequestError(f"the request failed: {error}", code="engine_error", status=500))
             return
         for index in stopped:
             self._cancel((self._call.call_id, CancelRequest(index)))
@@ -291,7 +291,7 @@ class PendingCall:
         self._num_unfinished -= num_choices
         self._worker_client.num_sequences -= num_choices
 
-    def _add(self, update: tuple[TextDelta, ...] | Failure) -> None:
+    def _add(self, update: tuple[TextDelta, ...] | RequestError) -> None:
         self._updates.append((time.monotonic(), update))
         self._has_news.set()
 
@@ -303,9 +303,9 @@ class PendingCall:
             self._has_news.clear()
             await self._has_news.wait()
         self.arrived_s, update = self._updates.popleft()
-        if isinstance(update, Failure):
+        if isinstance(update, RequestError):
             self._has_failed = True
-            raise RequestError(update.message, param=update.param, code=update.code, status=update.status)
+            raise update
         return update
 
     async def wait(self, seconds: float) -> None:
@@ -316,7 +316,7 @@ class PendingCall:
     def take_ready(self) -> tuple[TextDelta, ...]:
         """The deltas of all rounds that have arrived and were not taken; a failure after them is left to `next`."""
         ready: tuple[TextDelta, ...] = ()
-        while self._updates and not isinstance(deltas := self._updates[0][1], Failure):
+        while self._updates and not isinstance(deltas := self._updates[0][1], RequestError):
             ready += deltas
             self._updates.popleft()
         return ready

@@ -16,7 +16,8 @@ from support import ROOT
 
 from aurora_lit.errors import RequestError
 from aurora_lit.serve.http.body import Strict
-from aurora_lit.serve.http.schema import NEUTRAL, NEUTRAL_IN_MESSAGE, ChatRequest, Message
+from aurora_lit.serve.http.message_fields import NEUTRAL_IN_MESSAGE, Message
+from aurora_lit.serve.http.schema import NEUTRAL, ChatRequest
 
 TURN = {"role": "user", "content": "Hello"}
 

@@ -19,14 +19,8 @@ from aurora_lit.models.tokenizer import tokenizer_json
 from aurora_lit.request import Request
 from aurora_lit.serve.http import tokenize
 from aurora_lit.serve.http.answer_stream import AnswerStream
-from aurora_lit.serve.http.schema import (
-    MAX_MESSAGES,
-    ChatRequest,
-    CompletionRequest,
-    DetokenizeRequest,
-    Message,
-    TokenizeRequest,
-)
+from aurora_lit.serve.http.message_fields import MAX_MESSAGES, Message
+from aurora_lit.serve.http.schema import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 from aurora_lit.serve.http.structured_fields import StructuredOutputs
 from aurora_lit.serve.http.tokenize import Limits, longest_token, prepare_chat, prepare_completion, render
 from aurora_lit.serve.http.tool_fields import Tool
