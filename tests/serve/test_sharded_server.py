@@ -138,10 +138,9 @@ def test_answers_are_those_of_a_whole_target_swaps_reach_both_ranks_and_a_stoppe
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("strategy", ["fsdp", "tensor_parallel"])
-def test_it_learns_while_it_serves(strategy, servers):
+def test_it_learns_while_it_serves(servers):
     """At every order the ranks know the same draft, or they would have ended (test_sharding.py)."""
-    server = start(servers, strategy)
+    server = start(servers, "tensor_parallel")
     swaps, number = servers.status()["draft"]["swaps"], 0
     ends = time.monotonic() + 240  # patience, no claim: two ranks and a learner may share two busy cores
     while servers.status()["draft"]["swaps"] == swaps:
@@ -158,9 +157,15 @@ def test_it_learns_while_it_serves(strategy, servers):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("strategy", ["fsdp", "tensor_parallel"])
-@pytest.mark.parametrize(("lost_rank", "number"), [(0, signal.SIGKILL), (1, signal.SIGKILL), (0, signal.SIGSTOP)])
-@pytest.mark.parametrize("busy", [True, False])
+@pytest.mark.parametrize(
+    ("strategy", "lost_rank", "number", "busy"),
+    [
+        ("fsdp", 0, signal.SIGKILL, True),
+        ("tensor_parallel", 1, signal.SIGKILL, True),
+        ("fsdp", 1, signal.SIGKILL, False),
+        ("tensor_parallel", 0, signal.SIGSTOP, False),
+    ],
+)
 def test_a_lost_rank_ends_the_server(strategy, lost_rank, number, busy, servers):
     server = start(servers, strategy, "learn.enabled=false")
     status = servers.status()
@@ -182,9 +187,8 @@ def test_a_lost_rank_ends_the_server(strategy, lost_rank, number, busy, servers)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("strategy", ["fsdp", "tensor_parallel"])
-def test_sigterm_lets_running_requests_finish_on_all_ranks(strategy, servers):
-    server = start(servers, strategy, "learn.enabled=false", "server.drain_s=100")  # other work may slow it down
+def test_sigterm_lets_running_requests_finish_on_all_ranks(servers):
+    server = start(servers, "fsdp", "learn.enabled=false", "server.drain_s=100")  # other work may slow it down
     family = servers.family(server)
     texts: list[str] = []
     clients = [

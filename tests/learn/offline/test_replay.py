@@ -588,9 +588,8 @@ def test_one_process_in_a_job_of_several_tasks_is_not_refused(recorded: list[str
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("machines", [1, 2])
-def test_two_processes_learn_what_one_learns(machines: int, recorded: list[str], tmp_path: Path) -> None:
-    """On one machine, and as they would on two, which here are one."""
+def test_two_processes_learn_what_one_learns(recorded: list[str], tmp_path: Path) -> None:
+    """As they would on two machines, which here are one."""
     script = ROOT / "aurora_lit" / "replay.py"
     fabric = Path(sys.executable).with_name("fabric")
 
@@ -636,7 +635,7 @@ def test_two_processes_learn_what_one_learns(machines: int, recorded: list[str],
         draft = load_draft(out / "draft", TargetHead(Target.load(_source(tmp_path), precision="fp32")))
         return json.loads((out / "replay.json").read_text()), draft.state_dict()
 
-    (one, alone), (two, together) = replayed(1, 1), replayed(2, machines)
+    (one, alone), (two, together) = replayed(1, 1), replayed(2, 2)
     assert one["published"] >= 1
     assert (one["traces"], one["steps"], one["positions"]) == (two["traces"], two["steps"], two["positions"])
     for arm in ("static", "learning"):

@@ -107,7 +107,9 @@ def test_pairs_are_the_same_whatever_is_proposed(by: str, temperature: float) ->
 
 
 @pytest.mark.skipif(native.library() is None, reason="torch takes a row at a time; test_choice.py compares both")
-@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize(
+    "name", [name if name == "all" else pytest.param(name, marks=pytest.mark.slow) for name in OPTIONS]
+)
 def test_pairs_with_options_have_the_law_of_their_definition(name: str) -> None:
     """Also with penalties that count the first token at the second, whether it was a proposal or not."""
     params, count = OPTIONS[name], torch.zeros(V * V)
