@@ -10,8 +10,12 @@ crash_points (kills a process at every step it takes on disk).
 Learning: live_traces (traces as a tiny engine makes them), learner_harness, replay_harness.
 """
 
+import asyncio
+import functools
 import os
+from collections.abc import Awaitable, Callable
 from pathlib import Path
+from typing import Any
 
 TESTS = Path(__file__).resolve().parents[1]
 ROOT = TESTS.parent
@@ -20,3 +24,13 @@ ROOT = TESTS.parent
 def child_environment(**more: str) -> dict[str, str]:
     """The environment of a test's own processes: they find the package and this folder, and use one thread."""
     return {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{TESTS}", "OMP_NUM_THREADS": "1", **more}
+
+
+def in_loop(test: Callable[..., Awaitable[None]]) -> Callable[..., None]:
+    """Run an asynchronous test in an event loop of its own."""
+
+    @functools.wraps(test)
+    def run(*arguments: Any, **fixtures: Any) -> None:
+        asyncio.run(test(*arguments, **fixtures))
+
+    return run

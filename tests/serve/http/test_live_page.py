@@ -13,6 +13,7 @@ from typing import Any
 
 import httpx
 import pytest
+from support import in_loop
 from support.fake_server import FakeServer
 
 from aurora_lit.config import load_config, shows_page
@@ -60,47 +61,41 @@ async def after(stream: AsyncIterator[str], count: int) -> list[tuple[str, Any]]
     return [parsed(await asyncio.wait_for(anext(stream), 5)) for _ in range(count)]
 
 
-def test_a_viewer_gets_the_past_and_then_each_sample_once(reports, monkeypatch) -> None:
+@in_loop
+async def test_a_viewer_gets_the_past_and_then_each_sample_once(reports, monkeypatch) -> None:
     monkeypatch.setattr(live_page, "SAMPLE_S", 0.02)
     monkeypatch.setattr(live_page, "IDLE_SAMPLE_S", 0.02)
     page = LivePage(reports, dict)
-
-    async def watch() -> None:
-        async with page.sampling():
-            await asyncio.sleep(0.2)
-            stream = page.messages()
-            (name, history), *samples = await after(stream, 6)
-            assert name == "history"
-            assert history.keys() == {"points", "events", "report", "first_lengths"}
-            assert len(history["points"]) > 3
-            assert [name for name, _ in samples] == ["sample"] * 5
-            assert all(each.keys() == {"point", "events", "report", "first_lengths"} for _, each in samples)
-            versions = [event["version"] for _, each in [(name, history), *samples] for event in each["events"]]
-            assert versions == [f"draft-{number:06}" for number in range(2, len(versions) + 2)]
-            assert samples[-1][1]["report"]["draft"]["version"] == versions[-1]
-            times = [point["time"] for point in history["points"]] + [each["point"]["time"] for _, each in samples]
-            assert times == sorted(times)
-            await stream.aclose()
-
-    asyncio.run(watch())
+    async with page.sampling():
+        await asyncio.sleep(0.2)
+        stream = page.messages()
+        (name, history), *samples = await after(stream, 6)
+        assert name == "history"
+        assert history.keys() == {"points", "events", "report", "first_lengths"}
+        assert len(history["points"]) > 3
+        assert [name for name, _ in samples] == ["sample"] * 5
+        assert all(each.keys() == {"point", "events", "report", "first_lengths"} for _, each in samples)
+        versions = [event["version"] for _, each in [(name, history), *samples] for event in each["events"]]
+        assert versions == [f"draft-{number:06}" for number in range(2, len(versions) + 2)]
+        assert samples[-1][1]["report"]["draft"]["version"] == versions[-1]
+        times = [point["time"] for point in history["points"]] + [each["point"]["time"] for _, each in samples]
+        assert times == sorted(times)
+        await stream.aclose()
     assert page.num_viewers == 0
 
 
-def test_one_sampler_serves_all_viewers(reports, monkeypatch) -> None:
+@in_loop
+async def test_one_sampler_serves_all_viewers(reports, monkeypatch) -> None:
     monkeypatch.setattr(live_page, "SAMPLE_S", 0.05)
     page = LivePage(reports, dict)
-
-    async def watch() -> None:
-        async with page.sampling():
-            streams = [page.messages() for _ in range(8)]
-            for stream in streams:
-                await after(stream, 1)
-            before = reports.count
-            seen = await asyncio.gather(*(after(stream, 4) for stream in streams))
-            assert reports.count - before == 4
-            assert all(each == seen[0] for each in seen)
-
-    asyncio.run(watch())
+    async with page.sampling():
+        streams = [page.messages() for _ in range(8)]
+        for stream in streams:
+            await after(stream, 1)
+        before = reports.count
+        seen = await asyncio.gather(*(after(stream, 4) for stream in streams))
+        assert reports.count - before == 4
+        assert all(each == seen[0] for each in seen)
 
 
 class FakeClock:
@@ -131,72 +126,63 @@ class FakeClock:
 
 
 @pytest.mark.parametrize("asleep_too", [7, FakeClock.CLOCK_MONOTONIC])
-def test_times_are_right_after_the_machine_has_slept_and_once_the_clock_is_set(
+@in_loop
+async def test_times_are_right_after_the_machine_has_slept_and_once_the_clock_is_set(
     asleep_too: int, reports, monkeypatch
 ) -> None:
     clock = FakeClock(asleep_too=asleep_too)
     monkeypatch.setattr(live_page, "time", clock)
     page = LivePage(reports, dict)
+    stream = page.messages()
+    ((name, history),) = await after(stream, 1)
+    clock.pass_s(28_800, asleep=True)
+    page._sample()
+    ((name, sample),) = await after(stream, 1)
+    assert (name, sample["point"]["time"]) == ("sample", 29_800)
+    clock.pass_s(10)
+    clock.now_s -= 20_000
+    page._sample()
+    ((name, history),) = await after(stream, 1)
+    assert name == "history", "a viewer's older times are corrected too"
+    assert [point["time"] for point in history["points"]] == [-19_000, 9_800, 9_810]
+    assert [event["time"] for event in history["events"]] == [9_800, 9_810]
+    clock.pass_s(1)
+    page._sample()
+    ((name, sample),) = await after(stream, 1)
+    assert (name, sample["point"]["time"]) == ("sample", 9_811)
+    await stream.aclose()
 
-    async def watch() -> None:
+
+@in_loop
+async def test_a_slow_viewer_misses_samples_and_no_event(reports, monkeypatch) -> None:
+    monkeypatch.setattr(live_page, "SAMPLE_S", 0.01)
+    page = LivePage(reports, dict)
+    async with page.sampling():
+        slow, quick = page.messages(), page.messages()
+        ((_, history),) = await after(slow, 1)
+        await after(slow, 1)
+        await after(quick, 12)
+        ((_, sample),) = await after(slow, 1)
+        numbers = [event["number"] for event in sample["events"]]
+        assert numbers == list(range(numbers[0], numbers[0] + len(numbers)))
+        assert len(numbers) > 5
+        assert sample["point"]["time"] > history["points"][-1]["time"]
+
+
+@in_loop
+async def test_without_viewers_the_status_is_read_rarely(reports, monkeypatch) -> None:
+    monkeypatch.setattr(live_page, "SAMPLE_S", 0.01)
+    page = LivePage(reports, dict)
+    async with page.sampling():
+        await asyncio.sleep(0.1)
+        assert reports.count == 1
         stream = page.messages()
-        ((name, history),) = await after(stream, 1)
-        clock.pass_s(28_800, asleep=True)
-        page._sample()
-        ((name, sample),) = await after(stream, 1)
-        assert (name, sample["point"]["time"]) == ("sample", 29_800)
-        clock.pass_s(10)
-        clock.now_s -= 20_000
-        page._sample()
-        ((name, history),) = await after(stream, 1)
-        assert name == "history", "a viewer's older times are corrected too"
-        assert [point["time"] for point in history["points"]] == [-19_000, 9_800, 9_810]
-        assert [event["time"] for event in history["events"]] == [9_800, 9_810]
-        clock.pass_s(1)
-        page._sample()
-        ((name, sample),) = await after(stream, 1)
-        assert (name, sample["point"]["time"]) == ("sample", 9_811)
+        await after(stream, 3)
         await stream.aclose()
-
-    asyncio.run(watch())
-
-
-def test_a_slow_viewer_misses_samples_and_no_event(reports, monkeypatch) -> None:
-    monkeypatch.setattr(live_page, "SAMPLE_S", 0.01)
-    page = LivePage(reports, dict)
-
-    async def watch() -> None:
-        async with page.sampling():
-            slow, quick = page.messages(), page.messages()
-            ((_, history),) = await after(slow, 1)
-            await after(slow, 1)
-            await after(quick, 12)
-            ((_, sample),) = await after(slow, 1)
-            numbers = [event["number"] for event in sample["events"]]
-            assert numbers == list(range(numbers[0], numbers[0] + len(numbers)))
-            assert len(numbers) > 5
-            assert sample["point"]["time"] > history["points"][-1]["time"]
-
-    asyncio.run(watch())
-
-
-def test_without_viewers_the_status_is_read_rarely(reports, monkeypatch) -> None:
-    monkeypatch.setattr(live_page, "SAMPLE_S", 0.01)
-    page = LivePage(reports, dict)
-
-    async def watch() -> None:
-        async with page.sampling():
-            await asyncio.sleep(0.1)
-            assert reports.count == 1
-            stream = page.messages()
-            await after(stream, 3)
-            await stream.aclose()
-            await asyncio.sleep(0.05)
-            before = reports.count
-            await asyncio.sleep(0.1)
-            assert reports.count == before
-
-    asyncio.run(watch())
+        await asyncio.sleep(0.05)
+        before = reports.count
+        await asyncio.sleep(0.1)
+        assert reports.count == before
 
 
 def test_streams_end_when_the_server_shuts_down_or_the_sampler_fails(reports) -> None:

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from support import in_loop
 from support.fake_engine import tiny_tokenizer
 
 from aurora_lit.ipc.engine_status import EngineStatusPage, WorkerState
@@ -131,7 +132,8 @@ def test_tokens_that_arrive_together_share_the_time_since_the_last_ones(
 
 
 @pytest.mark.parametrize(("is_on", "between", "whole"), [(False, [0.5, 0.5], 2), (True, [15.5, 15.5], 32)])
-def test_a_client_that_reads_late_changes_no_latency_unless_messages_are_sent_on_a_clock(
+@in_loop
+async def test_a_client_that_reads_late_changes_no_latency_unless_messages_are_sent_on_a_clock(
     is_on: bool,
     between: list[float],
     whole: float,
@@ -149,28 +151,24 @@ def test_a_client_that_reads_late_changes_no_latency_unless_messages_are_sent_on
     page.beat()
     silent_client: Any = SimpleNamespace(receive=receive)
     send_clock: Any = SimpleNamespace(is_on=is_on, wait_s=lambda: 0.0)
+    client = worker_client.WorkerClient(status=page, max_queue=1, tokenizer=tokenizer)
+    client.connect(spec)
+    pending = client.start(call, silent_client, on_close=lambda failed: None)
 
-    async def run() -> None:
-        client = worker_client.WorkerClient(status=page, max_queue=1, tokenizer=tokenizer)
-        client.connect(spec)
-        pending = client.start(call, silent_client, on_close=lambda failed: None)
+    def arrive(at_s: float) -> None:
+        clock.now = 100 + at_s
+        update = (("c", (Delta(index=0, token_ids=tuple(tokenizer.encode("x"))),)),)
+        spec.response_buffer[RESPONSES_UID].response_queue.append([update, "OK"])
 
-        def arrive(at_s: float) -> None:
-            clock.now = 100 + at_s
-            update = (("c", (Delta(index=0, token_ids=tuple(tokenizer.encode("x"))),)),)
-            spec.response_buffer[RESPONSES_UID].response_queue.append([update, "OK"])
-
-        arrive(1)
-        await routes._next_deltas(pending, send_clock, recorder)
-        arrive(1.5)
-        arrive(2)
-        clock.now = 132
-        num_tokens = 0
-        while num_tokens < 2:
-            num_tokens += len(await routes._next_deltas(pending, send_clock, recorder))
-        pending.close()
-
-    asyncio.run(run())
+    arrive(1)
+    await routes._next_deltas(pending, send_clock, recorder)
+    arrive(1.5)
+    arrive(2)
+    clock.now = 132
+    num_tokens = 0
+    while num_tokens < 2:
+        num_tokens += len(await routes._next_deltas(pending, send_clock, recorder))
+    pending.close()
     recorder.end()
     assert found == {"first_token": [1], "between_tokens": between, "whole_request": [whole]}
 

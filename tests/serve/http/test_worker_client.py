@@ -5,6 +5,7 @@ import time
 from types import SimpleNamespace
 
 import pytest
+from support import in_loop
 from support.fake_engine import tiny_tokenizer
 
 from aurora_lit.errors import RequestError
@@ -73,6 +74,10 @@ def deliver(spec, updates):
     spec.response_buffer[RESPONSES_UID].response_queue.append([updates, "OK"])
 
 
+def begin(worker_client, call=CALL):
+    return worker_client.start(call, FakeClient(), on_close=lambda failed: None)
+
+
 def ids(text):
     return tuple(TOKENIZER.encode(text))
 
@@ -81,50 +86,44 @@ def sent_messages(spec):
     return [message for _, message in spec.sent]
 
 
-def test_a_finished_call_leaves_nothing_and_sends_no_cancel(worker_client, spec):
-    async def run():
-        ends = []
-        pending = worker_client.start(CALL, FakeClient(), on_close=ends.append)
-        deltas = (Delta(index=0, token_ids=ids("x"), finish_reason="length"),)
-        deliver(spec, (("ended before", deltas), ("c", deltas)))
-        assert (await pending.next())[0].text == "x"
-        pending.close()
-        pending.close()
-        assert ends == [False]
-
-    asyncio.run(run())
+@in_loop
+async def test_a_finished_call_leaves_nothing_and_sends_no_cancel(worker_client, spec):
+    ends = []
+    pending = worker_client.start(CALL, FakeClient(), on_close=ends.append)
+    deltas = (Delta(index=0, token_ids=ids("x"), finish_reason="length"),)
+    deliver(spec, (("ended before", deltas), ("c", deltas)))
+    assert (await pending.next())[0].text == "x"
+    pending.close()
+    pending.close()
+    assert ends == [False]
     assert (worker_client.num_calls, worker_client.num_sequences) == (0, 0)
     assert spec.response_buffer.keys() <= {RESPONSES_UID}
     assert sent_messages(spec) == [CALL]
 
 
-def test_what_is_ready_is_taken_at_once_and_a_failure_after_it_is_left_to_next(worker_client, spec):
-    async def run():
-        pending = worker_client.start(CALL, FakeClient(), on_close=lambda failed: None)
-        assert pending.take_ready() == ()
-        for text in ("a", "b"):
-            deliver(spec, (("c", (Delta(index=0, token_ids=ids(text)),)),))
-        deliver(spec, (("c", Failure(message="as asked")),))
-        assert [delta.text for delta in pending.take_ready()] == ["a", "b"]
-        assert pending.take_ready() == ()
-        with pytest.raises(RequestError, match="as asked"):
-            await pending.next()
-        pending.close()
-
-    asyncio.run(run())
+@in_loop
+async def test_what_is_ready_is_taken_at_once_and_a_failure_after_it_is_left_to_next(worker_client, spec):
+    pending = begin(worker_client)
+    assert pending.take_ready() == ()
+    for text in ("a", "b"):
+        deliver(spec, (("c", (Delta(index=0, token_ids=ids(text)),)),))
+    deliver(spec, (("c", Failure(message="as asked")),))
+    assert [delta.text for delta in pending.take_ready()] == ["a", "b"]
+    assert pending.take_ready() == ()
+    with pytest.raises(RequestError, match="as asked"):
+        await pending.next()
+    pending.close()
 
 
-def test_a_damaged_message_fails_every_waiting_call_and_frees_its_slots(worker_client, spec):
-    async def run():
-        ends = []
-        pending = worker_client.start(CALL, FakeClient(), on_close=ends.append)
-        deliver(spec, Failure(message="damaged", code="engine_error"))
-        with pytest.raises(RequestError, match="damaged"):
-            await pending.next()
-        pending.close()
-        assert ends == [True]
-
-    asyncio.run(run())
+@in_loop
+async def test_a_damaged_message_fails_every_waiting_call_and_frees_its_slots(worker_client, spec):
+    ends = []
+    pending = worker_client.start(CALL, FakeClient(), on_close=ends.append)
+    deliver(spec, Failure(message="damaged", code="engine_error"))
+    with pytest.raises(RequestError, match="damaged"):
+        await pending.next()
+    pending.close()
+    assert ends == [True]
     assert sent_messages(spec) == [CALL, CANCEL], "the worker still works on the call"
 
 
@@ -154,19 +153,17 @@ def test_calls_that_are_being_prepared_have_places_in_the_queue(worker_client):
     prepare(2)
 
 
-def test_a_full_queue_is_told_before_prompts_are_tokenized(worker_client):
-    async def run():
-        pending = worker_client.start(CALL, FakeClient(), on_close=lambda failed: None)
-        with worker_client.places(num_prompts=1, num_choices=1):
-            pass
-        with pytest.raises(RequestError, match="the queue is full: 1 choices") as caught:
-            worker_client.places(num_prompts=1, num_choices=2).__enter__()
-        assert (caught.value.status, caught.value.code) == (429, "queue_full")
-        pending.close()
-        with worker_client.places(num_prompts=1, num_choices=2):
-            pass
-
-    asyncio.run(run())
+@in_loop
+async def test_a_full_queue_is_told_before_prompts_are_tokenized(worker_client):
+    pending = begin(worker_client)
+    with worker_client.places(num_prompts=1, num_choices=1):
+        pass
+    with pytest.raises(RequestError, match="the queue is full: 1 choices") as caught:
+        worker_client.places(num_prompts=1, num_choices=2).__enter__()
+    assert (caught.value.status, caught.value.code) == (429, "queue_full")
+    pending.close()
+    with worker_client.places(num_prompts=1, num_choices=2):
+        pass
 
 
 def call_with_stop(*stop, num_choices):
@@ -175,72 +172,61 @@ def call_with_stop(*stop, num_choices):
     return Call(call_id="c", requests=requests)
 
 
-def test_a_stop_string_cancels_that_request_at_once_and_what_is_still_on_its_way_is_dropped(worker_client, spec):
+@in_loop
+async def test_a_stop_string_cancels_that_request_at_once_and_what_is_still_on_its_way_is_dropped(worker_client, spec):
     call = call_with_stop("c", num_choices=2)
-
-    async def run():
-        pending = worker_client.start(call, FakeClient(), on_close=lambda failed: None)
-        deliver(spec, (("c", (Delta(index=0, token_ids=ids("abcd")), Delta(index=1, token_ids=ids("xy")))),))
-        assert spec.sent[1:] == [("c", CancelRequest(0))], "although nobody has read the text yet"
-        deliver(spec, (("c", (Delta(index=0, token_ids=ids("efgh")),)),))
-        deliver(spec, (("c", (Delta(index=1, token_ids=ids("zc"), finish_reason="length"),)),))
-        first, second = await pending.next(), await pending.next()
-        assert [(delta.text, delta.token_ids, delta.finish_reason) for delta in first] == [
-            ("ab", ids("abc"), "stop"),
-            ("xy", ids("xy"), None),
-        ]
-        assert [(delta.index, delta.text, delta.finish_reason) for delta in second] == [(1, "z", "stop")]
-        pending.close()
-
-    asyncio.run(run())
+    pending = begin(worker_client, call)
+    deliver(spec, (("c", (Delta(index=0, token_ids=ids("abcd")), Delta(index=1, token_ids=ids("xy")))),))
+    assert spec.sent[1:] == [("c", CancelRequest(0))], "although nobody has read the text yet"
+    deliver(spec, (("c", (Delta(index=0, token_ids=ids("efgh")),)),))
+    deliver(spec, (("c", (Delta(index=1, token_ids=ids("zc"), finish_reason="length"),)),))
+    first, second = await pending.next(), await pending.next()
+    assert [(delta.text, delta.token_ids, delta.finish_reason) for delta in first] == [
+        ("ab", ids("abc"), "stop"),
+        ("xy", ids("xy"), None),
+    ]
+    assert [(delta.index, delta.text, delta.finish_reason) for delta in second] == [(1, "z", "stop")]
+    pending.close()
     assert sent_messages(spec) == [call, CancelRequest(0)], "the worker has ended both, so nothing is left to cancel"
 
 
-def test_a_choice_that_has_ended_leaves_the_queue_although_nobody_reads(worker_client, spec):
-    async def run():
-        pending = worker_client.start(call_with_stop("c", num_choices=2), FakeClient(), on_close=lambda failed: None)
-        assert worker_client.num_sequences == 2
-        deliver(spec, (("c", (Delta(index=0, token_ids=ids("abc")), Delta(index=1, token_ids=ids("x")))),))
-        assert worker_client.num_sequences == 1, "a stop string has ended the first"
-        deliver(spec, (("c", (Delta(index=1, token_ids=ids("y"), finish_reason="length"),)),))
-        assert worker_client.num_sequences == 0
-        pending.close()
-
-    asyncio.run(run())
+@in_loop
+async def test_a_choice_that_has_ended_leaves_the_queue_although_nobody_reads(worker_client, spec):
+    pending = begin(worker_client, call_with_stop("c", num_choices=2))
+    assert worker_client.num_sequences == 2
+    deliver(spec, (("c", (Delta(index=0, token_ids=ids("abc")), Delta(index=1, token_ids=ids("x")))),))
+    assert worker_client.num_sequences == 1, "a stop string has ended the first"
+    deliver(spec, (("c", (Delta(index=1, token_ids=ids("y"), finish_reason="length"),)),))
+    assert worker_client.num_sequences == 0
+    pending.close()
     assert worker_client.num_sequences == 0
 
 
-def test_a_closed_call_holds_nothing_although_its_connection_stays(worker_client, spec):
-    async def run():
-        pending = worker_client.start(call_with_stop(num_choices=1), FakeClient(), on_close=lambda failed: None)
-        (watcher,) = worker_client._disconnect_watchers
-        deliver(spec, (("c", (Delta(index=0, token_ids=ids("x")),)),))
-        pending.close()
-        await asyncio.wait([watcher])
-        assert worker_client._disconnect_watchers == set()
-        assert not pending._updates
-
-    asyncio.run(run())
+@in_loop
+async def test_a_closed_call_holds_nothing_although_its_connection_stays(worker_client, spec):
+    pending = begin(worker_client, call_with_stop(num_choices=1))
+    (watcher,) = worker_client._disconnect_watchers
+    deliver(spec, (("c", (Delta(index=0, token_ids=ids("x")),)),))
+    pending.close()
+    await asyncio.wait([watcher])
+    assert worker_client._disconnect_watchers == set()
+    assert not pending._updates
 
 
-def test_a_call_that_the_worker_fails_leaves_the_queue_although_nobody_reads(worker_client, spec):
-    async def run():
-        pending = worker_client.start(call_with_stop(num_choices=2), FakeClient(), on_close=lambda failed: None)
-        deliver(spec, (("c", Failure(message="as asked")),))
-        assert worker_client.num_sequences == 0
-        pending.close()
-
-    asyncio.run(run())
+@in_loop
+async def test_a_call_that_the_worker_fails_leaves_the_queue_although_nobody_reads(worker_client, spec):
+    pending = begin(worker_client, call_with_stop(num_choices=2))
+    deliver(spec, (("c", Failure(message="as asked")),))
+    assert worker_client.num_sequences == 0
+    pending.close()
     assert worker_client.num_sequences == 0
 
 
-def test_a_call_that_is_closed_after_one_choice_has_stopped_is_cancelled_whole(worker_client, spec):
-    async def run():
-        pending = worker_client.start(call_with_stop("c", num_choices=2), FakeClient(), on_close=lambda failed: None)
-        deliver(spec, (("c", (Delta(index=0, token_ids=ids("c")),)),))
-        pending.close()
-
-    asyncio.run(run())
+@in_loop
+async def test_a_call_that_is_closed_after_one_choice_has_stopped_is_cancelled_whole(worker_client, spec):
+    pending = begin(worker_client, call_with_stop("c", num_choices=2))
+    deliver(spec, (("c", (Delta(index=0, token_ids=ids("c")),)),))
+    pending.close()
     assert sent_messages(spec)[1:] == [CancelRequest(0), CANCEL]
 
 
@@ -251,82 +237,72 @@ def test_a_call_that_is_closed_after_one_choice_has_stopped_is_cancelled_whole(w
         (Delta(index=0, token_ids=(-1,)),),  # the tokenizer raises OverflowError
     ],
 )
-def test_a_choice_that_fails_fails_its_call_alone_and_the_others_are_cancelled(worker_client, spec, update):
-    async def run():
-        pending = worker_client.start(call_with_stop(num_choices=2), FakeClient(), on_close=lambda failed: None)
-        deliver(spec, (("c", update),))
-        with pytest.raises(RequestError) as caught:
-            await pending.next()
-        assert (caught.value.status, caught.value.code) == (500, "engine_error")
-        pending.close()
-
-    asyncio.run(run())
+@in_loop
+async def test_a_choice_that_fails_fails_its_call_alone_and_the_others_are_cancelled(worker_client, spec, update):
+    pending = begin(worker_client, call_with_stop(num_choices=2))
+    deliver(spec, (("c", update),))
+    with pytest.raises(RequestError) as caught:
+        await pending.next()
+    assert (caught.value.status, caught.value.code) == (500, "engine_error")
+    pending.close()
     assert sent_messages(spec)[1:] == [CANCEL]
 
 
-def test_a_client_that_leaves_before_the_response_starts_is_cleaned_up_too(worker_client, spec):
-    async def run():
-        client = FakeClient()
-        pending = worker_client.start(CALL, client, on_close=lambda failed: None)
-        client.disconnect()
-        with pytest.raises(ClientDisconnected):
-            await pending.next()
-
-    asyncio.run(run())
+@in_loop
+async def test_a_client_that_leaves_before_the_response_starts_is_cleaned_up_too(worker_client, spec):
+    client = FakeClient()
+    pending = worker_client.start(CALL, client, on_close=lambda failed: None)
+    client.disconnect()
+    with pytest.raises(ClientDisconnected):
+        await pending.next()
     assert (worker_client.num_calls, worker_client.num_sequences) == (0, 0)
     assert spec.response_buffer.keys() <= {RESPONSES_UID}
     assert sent_messages(spec) == [CALL, CANCEL]
 
 
-def test_a_queue_that_breaks_leaves_nothing(worker_client, spec):
+@in_loop
+async def test_a_queue_that_breaks_leaves_nothing(worker_client, spec):
     def broken(item):
         raise BrokenPipeError
 
-    async def run():
-        spec.request_queue.put = broken
-        with pytest.raises(BrokenPipeError):
-            worker_client.start(CALL, FakeClient(), on_close=lambda failed: None)
-
-    asyncio.run(run())
+    spec.request_queue.put = broken
+    with pytest.raises(BrokenPipeError):
+        begin(worker_client)
     assert (worker_client.num_calls, worker_client.num_sequences) == (0, 0)
     assert spec.response_buffer.keys() <= {RESPONSES_UID}
 
 
-def test_a_silent_worker_gives_waiting_calls_an_error(worker_client, page, spec, short_timeouts):
-    async def run():
-        async with worker_client.watch_worker():
-            page.beat()
-            pending = worker_client.start(CALL, FakeClient(), on_close=lambda failed: None)
-            began = time.monotonic()
-            with pytest.raises(RequestError) as caught:
-                await pending.next()
-            assert 0.2 < time.monotonic() - began < 5
-            assert (caught.value.status, caught.value.code) == (503, "engine_dead")
-            assert "gave no sign of life" in str(caught.value), "it may come back: nobody need restart it"
-            pending.close()
-            assert sent_messages(spec) == [CALL, CANCEL], "if the worker comes back, it has nothing to do"
-            assert "no sign of life" in worker_client.unavailable_reason()
-            with pytest.raises(RequestError, match="cannot serve"):
-                worker_client.start(CALL, FakeClient(), on_close=lambda failed: None)
-            page.beat()
-            assert worker_client.unavailable_reason() is None, "the worker is back, so the server serves again"
-
-    asyncio.run(run())
+@in_loop
+async def test_a_silent_worker_gives_waiting_calls_an_error(worker_client, page, spec, short_timeouts):
+    async with worker_client.watch_worker():
+        page.beat()
+        pending = begin(worker_client)
+        began = time.monotonic()
+        with pytest.raises(RequestError) as caught:
+            await pending.next()
+        assert 0.2 < time.monotonic() - began < 5
+        assert (caught.value.status, caught.value.code) == (503, "engine_dead")
+        assert "gave no sign of life" in str(caught.value), "it may come back: nobody need restart it"
+        pending.close()
+        assert sent_messages(spec) == [CALL, CANCEL], "if the worker comes back, it has nothing to do"
+        assert "no sign of life" in worker_client.unavailable_reason()
+        with pytest.raises(RequestError, match="cannot serve"):
+            begin(worker_client)
+        page.beat()
+        assert worker_client.unavailable_reason() is None, "the worker is back, so the server serves again"
 
 
-def test_a_server_that_was_suspended_gives_its_worker_time_to_beat_again(worker_client, page, spec, short_timeouts):
-    async def run():
-        async with worker_client.watch_worker():
-            page.beat()
-            pending = worker_client.start(CALL, FakeClient(), on_close=lambda failed: None)
-            await asyncio.sleep(0.02)
-            time.sleep(0.5)  # this process stands still, as the worker does
-            assert worker_client.unavailable_reason() is not None
-            await asyncio.sleep(0.02)
-            assert worker_client.unavailable_reason() is None
-            with pytest.raises(RequestError) as caught:  # but not for ever
-                await pending.next()
-            assert caught.value.code == "engine_dead"
-            pending.close()
-
-    asyncio.run(run())
+@in_loop
+async def test_a_server_that_was_suspended_gives_its_worker_time(worker_client, page, spec, short_timeouts):
+    async with worker_client.watch_worker():
+        page.beat()
+        pending = begin(worker_client)
+        await asyncio.sleep(0.02)
+        time.sleep(0.5)  # this process stands still, as the worker does
+        assert worker_client.unavailable_reason() is not None
+        await asyncio.sleep(0.02)
+        assert worker_client.unavailable_reason() is None
+        with pytest.raises(RequestError) as caught:  # but not for ever
+            await pending.next()
+        assert caught.value.code == "engine_dead"
+        pending.close()
