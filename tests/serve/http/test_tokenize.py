@@ -22,11 +22,17 @@ from aurora_lit.serve.http.answer_stream import AnswerStream
 from aurora_lit.serve.http.message_fields import MAX_MESSAGES, Message
 from aurora_lit.serve.http.schema import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 from aurora_lit.serve.http.structured_fields import StructuredOutputs
-from aurora_lit.serve.http.tokenize import Limits, longest_token, prepare_chat, prepare_completion, render
+from aurora_lit.serve.http.tokenize import Limits, Prepared, longest_token, prepare_chat, prepare_completion, render
 from aurora_lit.serve.http.tool_fields import Tool
 
 TOKENIZER = tiny_tokenizer()
 LIMITS = Limits(max_seq_len=64, vocab_size=len(TOKENIZER), longest_token=longest_token(TOKENIZER))
+TURN: Any = [{"role": "user", "content": "hello"}]
+
+
+def prepare(body: ChatRequest | CompletionRequest, *, limits: Limits = LIMITS, **how: Any) -> Prepared:
+    how = {"call_id": "c", "tokenizer": TOKENIZER, "limits": limits, **how}
+    return prepare_chat(body, **how) if isinstance(body, ChatRequest) else prepare_completion(body, **how)
 
 
 @pytest.mark.parametrize(
@@ -41,10 +47,10 @@ LIMITS = Limits(max_seq_len=64, vocab_size=len(TOKENIZER), longest_token=longest
     ],
 )
 def test_a_stream_and_a_stop_string_need_each_rounds_tokens_at_once(fields: dict[str, Any], whole: bool) -> None:
-    chat = ChatRequest(messages=[{"role": "user", "content": "hello"}], **fields)
+    chat = ChatRequest(messages=TURN, **fields)
     text = CompletionRequest(prompt="hello", **fields)
-    assert prepare_chat(chat, call_id="c", tokenizer=TOKENIZER, limits=LIMITS).call.is_answered_whole == whole
-    assert prepare_completion(text, call_id="c", tokenizer=TOKENIZER, limits=LIMITS).call.is_answered_whole == whole
+    assert prepare(chat).call.is_answered_whole == whole
+    assert prepare(text).call.is_answered_whole == whole
 
 
 @pytest.mark.parametrize(("fields", "asking"), [({}, [1, None, 1, None]), ({"stream": True}, [1, 1, 1, 1])])
@@ -52,7 +58,7 @@ def test_only_the_first_choice_reads_a_whole_prompt_for_its_logprobs(
     fields: dict[str, Any], asking: list[int | None]
 ) -> None:
     text = CompletionRequest(prompt=["hello", "world"], n=2, echo=True, logprobs=1, **fields)
-    call = prepare_completion(text, call_id="c", tokenizer=TOKENIZER, limits=LIMITS).call
+    call = prepare(text).call
     assert [request.params.prompt_logprobs for request in call.requests] == asking
     assert {request.params.logprobs for request in call.requests} == {1}
 
@@ -76,9 +82,9 @@ def test_log_probabilities_of_a_chat_are_limited(
     """An answer whose length is left open counts as 50 tokens here, and a chat's prompt once."""
     monkeypatch.setattr(tokenize, "MAX_LOGPROBS_OF_CALL", 50)
     monkeypatch.setattr(tokenize, "_TOKENS_OF_OPEN_ANSWER", 50)
-    chat = ChatRequest(messages=[{"role": "user", "content": "hello"}], **fields)
+    chat = ChatRequest(messages=TURN, **fields)
     limits = replace(LIMITS, max_seq_len=1100)
-    prepared = prepare_chat(chat, call_id="c", tokenizer=TOKENIZER, limits=limits)
+    prepared = prepare(chat, limits=limits)
     assert prepared.num_prompt_tokens == 3
     if not field:
         tokenize.check_logprobs(chat, prepared)
@@ -91,17 +97,16 @@ def test_log_probabilities_of_a_chat_are_limited(
 def test_reasoning_effort_none_turns_thinking_off_in_the_template() -> None:
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = "{{ enable_thinking is defined and enable_thinking is false }} {{ reasoning_effort }}"
-    turns: Any = [{"role": "user", "content": "hello"}]
     for fields, text in (
         ({}, "False "),
         ({"reasoning_effort": None}, "False "),
         ({"reasoning_effort": "none"}, "True none"),
         ({"reasoning_effort": "none", "chat_template_kwargs": {"enable_thinking": True}}, "False none"),
     ):
-        chat = ChatRequest(messages=turns, **fields)  # type: ignore[arg-type]
+        chat = ChatRequest(messages=TURN, **fields)  # type: ignore[arg-type]
         assert render(chat.messages, chat, tokenizer=tokenizer) == text
     with pytest.raises(RequestError, match="reasoning_effort='low' is not supported; leave it out") as refused:
-        ChatRequest(messages=turns, reasoning_effort="low")
+        ChatRequest(messages=TURN, reasoning_effort="low")
     assert refused.value.code == "unsupported_parameter"
     assert CompletionRequest(prompt="hello", reasoning_effort="none")
 
@@ -120,7 +125,7 @@ def test_log_probabilities_of_echoed_prompts_are_limited(monkeypatch: pytest.Mon
     monkeypatch.setattr(tokenize, "MAX_LOGPROBS_OF_CALL", 99)
     for echo in (False, True):
         text = CompletionRequest(prompt=[[1] * 9] * 5, echo=echo, logprobs=1, max_tokens=1)
-        prepared = prepare_completion(text, call_id="c", tokenizer=TOKENIZER, limits=LIMITS)
+        prepared = prepare(text)
         if not echo:
             tokenize.check_logprobs(text, prepared)
             continue
@@ -132,7 +137,7 @@ def test_log_probabilities_of_echoed_prompts_are_limited(monkeypatch: pytest.Mon
 @pytest.mark.parametrize(("seed", "expected"), [(7, [7, 8]), (-2, [2**63 - 2, 2**63 - 1]), (-1, [None, None])])
 def test_a_seed_of_minus_one_is_none(seed: int, expected: list[int | None]) -> None:
     text = CompletionRequest(prompt="hello", n=2, seed=seed)
-    call = prepare_completion(text, call_id="c", tokenizer=TOKENIZER, limits=LIMITS).call
+    call = prepare(text).call
     assert [request.params.seed for request in call.requests] == expected
 
 
@@ -141,19 +146,19 @@ def test_text_that_is_a_token_without_a_row_in_the_model_is_refused() -> None:
     limits = replace(LIMITS, vocab_size=TOKENIZER.convert_tokens_to_ids("<|toolong|>"))
     for prompt in ("hello <|toolong|>", ["hello", "<|toolong|> world"]):
         with pytest.raises(RequestError, match=r"prompt: this model has no token .<\|toolong\|>") as refused:
-            prepare_completion(CompletionRequest(prompt=prompt), call_id="c", tokenizer=TOKENIZER, limits=limits)
+            prepare(CompletionRequest(prompt=prompt), limits=limits)
         assert refused.value.param == "prompt"
     chat = ChatRequest(messages=[{"role": "user", "content": "<|toolong|>"}])
     with pytest.raises(RequestError, match="messages: this model has no token"):
-        prepare_chat(chat, call_id="c", tokenizer=TOKENIZER, limits=limits)
-    prepare_chat(chat, call_id="c", tokenizer=TOKENIZER, limits=LIMITS)
+        prepare(chat, limits=limits)
+    prepare(chat)
 
 
 @pytest.mark.parametrize("name", ["max_tokens", "max_completion_tokens"])
 def test_too_many_tokens_are_told_under_the_name_that_was_sent(name: str) -> None:
-    chat = ChatRequest(messages=[{"role": "user", "content": "hello"}], **{name: 1000})
+    chat = ChatRequest(messages=TURN, **{name: 1000})
     with pytest.raises(RequestError, match=f"^{name}=1000 is too many") as refused:
-        prepare_chat(chat, call_id="c", tokenizer=TOKENIZER, limits=LIMITS)
+        prepare(chat)
     assert refused.value.param == name
 
 
@@ -163,17 +168,17 @@ def test_too_long_is_said_in_the_words_by_which_litellm_knows_it(num_words: int,
     content = "hello " * num_words
     chat = ChatRequest(messages=[{"role": "user", "content": content}], **fields)
     with pytest.raises(RequestError, match=said) as refused:
-        prepare_chat(chat, call_id="c", tokenizer=TOKENIZER, limits=LIMITS)
+        prepare(chat)
     assert refused.value.code == "context_length_exceeded"
     with pytest.raises(RequestError, match=said):
-        prepare_completion(CompletionRequest(prompt=content, **fields), call_id="c", tokenizer=TOKENIZER, limits=LIMITS)
+        prepare(CompletionRequest(prompt=content, **fields))
 
 
-@pytest.mark.parametrize("prompt", [[None] * 1000, [1] * 999 + [-1], [[1], [-1] * 999]])
-def test_a_long_list_of_what_is_no_prompt_is_refused_at_its_first_mistake(prompt: list[Any]) -> None:
-    with pytest.raises(ValidationError) as refused:
-        CompletionRequest(prompt=prompt)
-    assert refused.value.error_count() <= 4, "one for each form that a prompt may have"
+def test_a_long_list_of_what_is_no_prompt_is_refused_at_its_first_mistake() -> None:
+    for prompt in ([None] * 1000, [1] * 999 + [-1], [[1], [-1] * 999]):
+        with pytest.raises(ValidationError) as refused:
+            CompletionRequest.model_validate({"prompt": prompt})
+        assert refused.value.error_count() <= 4, "one for each form that a prompt may have"
 
 
 @pytest.mark.parametrize(
@@ -324,9 +329,6 @@ def test_tools_reach_a_template_that_knows_no_system_role() -> None:
     for given in (tools, ()):
         with pytest.raises(RequestError, match="messages: the chat template refuses them: no system role"):
             render(own.messages, own, tools=given, tokenizer=tokenizer)
-
-
-TURN = [{"role": "user", "content": "hello"}]
 
 
 def requests(**fields: Any) -> list[Request]:
