@@ -24,8 +24,9 @@ from aurora_lit.config import load_config
 from aurora_lit.kernels import huge_pages
 from aurora_lit.kernels.packed_linear import PackedLinear
 from aurora_lit.machine import use_threads
+from aurora_lit.models.interface import Target
+from aurora_lit.models.loading import load_target
 from aurora_lit.models.source import find_target
-from aurora_lit.models.target import Target
 
 CONTEXT = 100
 UNTIMED = 8
@@ -46,7 +47,7 @@ def main() -> None:
     for column in ("precision", "weights, MB", "reading alone, GB/s", "the pass, ms", "share of bandwidth"):
         table.add_column(column, justify="right")
     for precision in arguments.precisions:
-        target = Target.load(folder, precision=precision)
+        target = load_target(folder, precision=precision)
         weights = weight_bytes(target)
         buffer = huge_pages.empty(weights // 4, torch.float32).fill_(1.0)
         step = one_token(target)
@@ -65,7 +66,7 @@ def main() -> None:
 
 def weight_bytes(target: Target) -> int:
     """Bytes of all packed linear layers, the head included; the embedding adds one row, which is negligible."""
-    packed = [module.packed for module in target.model.modules() if isinstance(module, PackedLinear)]
+    packed = [module.packed for module in target.in_torch.model.modules() if isinstance(module, PackedLinear)]
     return sum(weight.numel() * weight.element_size() for weight in packed)
 
 

@@ -186,7 +186,7 @@ def main() -> None:
     with torch.no_grad():
         print_times(3 * target.hidden_size, target.kv_dtype)
         prompts = [
-            pooled(target.forward_uncached(torch.tensor([prompt.token_ids]))[0][0].bfloat16(), prompt.domain)
+            pooled(target.in_torch.forward_uncached(torch.tensor([prompt.token_ids]))[0][0].bfloat16(), prompt.domain)
             for prompt in encoded
         ]
     lengths = sorted(prompt.num_tokens for prompt in prompts)

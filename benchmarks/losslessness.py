@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM
 from aurora_lit.config import AuroraConfig, draft_folder, load_config
 from aurora_lit.drafts.checkpoint import load_draft, read_config
 from aurora_lit.learn.pretrain.prompts import encode_prompt, read_prompts
-from aurora_lit.models.packed_target import safetensors_digest
+from aurora_lit.models.loading import safetensors_digest
 from aurora_lit.models.source import find_target
 from aurora_lit.modules.draft.eagle3 import Eagle3Draft
 from aurora_lit.request import Request, SamplingParams

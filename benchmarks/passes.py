@@ -23,9 +23,10 @@ from rich.table import Table
 
 from aurora_lit.config import load_config
 from aurora_lit.kernels.decoder import PASS_PARTS
+from aurora_lit.models.interface import Target
 from aurora_lit.models.kv_cache import KVCache
+from aurora_lit.models.loading import load_target
 from aurora_lit.models.source import find_target
-from aurora_lit.models.target import Target
 
 ROUNDS = 3  # the shapes take turns
 SHOWN_PARTS = (*PASS_PARTS[:2], "head")
@@ -104,7 +105,7 @@ def main() -> None:
     for column in ("precision", "pass", "total", *SHOWN_PARTS, "rest", "ms a token"):
         table.add_column(column, justify="right")
     for name in arguments.precisions:
-        passes = Passes(Target.load(folder, precision=name), rows=rows, capacity=capacity)
+        passes = Passes(load_target(folder, precision=name), rows=rows, capacity=capacity)
         measured: dict[Shape, list[dict[str, float]]] = defaultdict(list)
         for _ in range(ROUNDS):
             for shape in shapes:

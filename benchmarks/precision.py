@@ -22,8 +22,9 @@ from rich.table import Table
 from aurora_lit.bench.prompts import load_prompts
 from aurora_lit.config import load_config
 from aurora_lit.machine import use_threads
+from aurora_lit.models.interface import Target
+from aurora_lit.models.loading import load_target
 from aurora_lit.models.source import find_target
-from aurora_lit.models.target import Target
 from aurora_lit.serve.worker.load_models import load_tokenizer
 
 WIDTHS = (1, 5, 128)
@@ -46,7 +47,7 @@ def main() -> None:
     prompts = load_prompts(
         arguments.prompts, limit=arguments.limit, tokenizer=load_tokenizer(config), max_prompt_tokens=512
     )
-    targets = {name: Target.load(folder, precision=name) for name in ["fp32", *arguments.precisions]}
+    targets = {name: load_target(folder, precision=name) for name in ["fp32", *arguments.precisions]}
     exact = targets["fp32"]
     kinds = [(name, as_prompt) for name in targets for as_prompt in (False, True)]
     divergence, same, positions = dict.fromkeys(kinds, 0.0), dict.fromkeys(kinds, 0), 0

@@ -34,7 +34,7 @@ from aurora_lit.config import AuroraConfig, load_config
 from aurora_lit.ipc.learner_status import LEARNER_STATUS_NAME, LearnerStatusPage
 from aurora_lit.kernels import native
 from aurora_lit.learn.pretrain.prompts import encode_prompt, read_prompts
-from aurora_lit.models.target import Target
+from aurora_lit.models.interface import Target
 from aurora_lit.request import Request
 from aurora_lit.serve.worker.build import build_worker
 from aurora_lit.serve.worker.load_models import load_shard, load_tokenizer

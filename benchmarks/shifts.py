@@ -86,7 +86,7 @@ def embed(
             continue
         target = target or load_target(config)
         with torch.no_grad():
-            aux_1T3H, _ = target.forward_uncached(torch.tensor([prompt.token_ids]))
+            aux_1T3H, _ = target.in_torch.forward_uncached(torch.tensor([prompt.token_ids]))
         mean_E = pool_prompt(aux_1T3H[0].bfloat16(), len(prompt.token_ids))
         if mean_E is not None:
             kinds.setdefault(prompt.domain, []).append(mean_E)

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 if TYPE_CHECKING:
-    from aurora_lit.models.target import Target
+    from aurora_lit.models.interface import Target
 
 # Models are imported by the fixtures that need them: tests of settings and commands start without torch.
 
@@ -47,9 +47,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def target(folder: Path) -> Target:
     """The model in `folder`, in fp32."""
-    from aurora_lit.models.target import Target
+    from aurora_lit.models.loading import load_target
 
-    return Target.load(folder, precision="fp32")
+    return load_target(folder, precision="fp32")
 
 
 @pytest.fixture(scope="module")

@@ -27,7 +27,7 @@ from aurora_lit.kernels import native
 from aurora_lit.settings import AuroraConfig
 
 if TYPE_CHECKING:
-    from aurora_lit.models.target import Target
+    from aurora_lit.models.interface import Target
 
 README = ROOT / "README.md"
 DOCUMENTS = [README, ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]

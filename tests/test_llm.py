@@ -23,7 +23,7 @@ from aurora_lit.config import AuroraConfig
 from aurora_lit.errors import AuroraError, RequestError
 from aurora_lit.grammars.matcher import Grammar, GrammarCompiler
 from aurora_lit.llm import LLM
-from aurora_lit.models.target import Target
+from aurora_lit.models.interface import Target
 from aurora_lit.models.tokenizer import tokenizer_json
 from aurora_lit.request import Request, SamplingParams, StructuredOutputsParams
 from aurora_lit.serve.engine.engine import Engine
@@ -245,7 +245,7 @@ def test_prompt_logprobs_are_the_targets(llm: LLM, target: Target) -> None:
     first, *rest = answer.prompt_logprobs
     assert first is None
     with torch.no_grad():
-        logits_BTV = target.model(torch.tensor([answer.prompt_token_ids]), use_cache=False).logits
+        logits_BTV = target.in_torch.model(torch.tensor([answer.prompt_token_ids]), use_cache=False).logits
         expected_TV = logits_BTV[0].log_softmax(-1)
     for place, known in enumerate(rest):
         assert known is not None

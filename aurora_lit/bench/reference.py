@@ -11,8 +11,8 @@ from transformers import AutoModelForCausalLM
 
 from aurora_lit.bench.prompts import Answer, BenchPrompt, PromptRun
 from aurora_lit.config import AuroraConfig
+from aurora_lit.models.loading import model_dtype
 from aurora_lit.models.source import find_target, loading_error
-from aurora_lit.models.target import model_dtype
 
 
 def load_reference(

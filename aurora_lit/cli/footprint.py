@@ -18,7 +18,7 @@ from transformers import PretrainedConfig
 from aurora_lit.cli.model_sizes import draft_parameters, draft_shape, model_sizes
 from aurora_lit.config import AuroraConfig, resolved_memory_scope
 from aurora_lit.models.kv_cache import cache_bytes, head_dim_of, kv_heads_of, padded_positions
-from aurora_lit.models.target import model_dtype
+from aurora_lit.models.loading import model_dtype
 from aurora_lit.serve.engine.slot_allocator import slot_capacity
 from aurora_lit.serve.worker.load_models import uses_draft
 

@@ -23,7 +23,7 @@ from aurora_lit.drafts.initial import DRAFT_VOCABULARY_SIZE
 from aurora_lit.errors import ConfigError, SourceError
 from aurora_lit.models.kv_cache import head_dim_of
 from aurora_lit.models.source import OWN_CODE, needs_own_code
-from aurora_lit.models.target import aux_layer_ids, decoder_layers
+from aurora_lit.models.torch_target import aux_layer_ids, decoder_layers
 from aurora_lit.modules.draft.eagle3 import Eagle3Config, Eagle3Draft
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from aurora_lit.kernels.packed_linear import PackedLinear
-from aurora_lit.models.target import Target
+from aurora_lit.models.torch_target import TorchTarget
 from aurora_lit.modules.draft.eagle3 import Eagle3Config, Eagle3Draft
 
 DRAFT_VOCABULARY_SIZE = 16_384
@@ -29,7 +29,7 @@ def choose_vocabulary(counts_V: torch.Tensor, size: int, *, always: Iterable[int
 
 
 def initial_draft(
-    target: Target,
+    target: TorchTarget,
     draft_token_ids: torch.Tensor,
     *,
     num_key_value_heads: int | None = None,
@@ -68,7 +68,7 @@ def initial_draft(
     return draft
 
 
-def _copy_last_layer(target: Target, draft: Eagle3Draft) -> None:
+def _copy_last_layer(target: TorchTarget, draft: Eagle3Draft) -> None:
     """Copy weights of matching shape from the last decoder layer, by the names of Llama-like models."""
     base: Any = target.model.base_model
     last = getattr(base, "layers", [None])[-1]

@@ -2,7 +2,7 @@
 
 `Decoder` holds pointers into tensors that it keeps alive.
 
-Leaves out: which models qualify (models/fused_layers.py).
+Leaves out: which models qualify (models/families.py).
 
 Shapes: B sequences, T positions of each, N = B·T positions or fewer, C columns of a tree, R = B + 1, H hidden size,
 S slots, L slot capacity, D head size, P positions of the rotary tables, M moves.
@@ -42,17 +42,18 @@ class Matrix(ctypes.Structure):
         return Matrix(linear.packed.data_ptr(), bias, linear.out_features, linear.in_features)
 
 
-_MATRICES = ("query", "key", "value", "output", "gate", "up", "down")
+MATRICES = ("query", "key", "value", "output", "gate", "up", "down")
+"""A layer's linear layers, in the order of DecoderLayer in decoder.hpp."""
+NORMS = ("norm_embeds", "norm_attention", "norm_mlp", "norm_query", "norm_key")
+"""A layer's norms, likewise; the first and the last two may be absent."""
 
 
 class _Layer(ctypes.Structure):
     """DecoderLayer in decoder.hpp."""
 
     _fields_ = (
-        ("norm_embeds", ctypes.c_void_p),
-        ("norm_attention", ctypes.c_void_p),
-        ("norm_mlp", ctypes.c_void_p),
-        *((name, Matrix) for name in _MATRICES),
+        *((name, ctypes.c_void_p) for name in NORMS),
+        *((name, Matrix) for name in MATRICES),
         ("keys", ctypes.c_void_p),
         ("values", ctypes.c_void_p),
     )
@@ -82,12 +83,16 @@ class DecoderCall(ctypes.Structure):
 
 @dataclass(frozen=True, kw_only=True)
 class LayerWeights:
-    """One layer; norms are fp32 vectors [H]."""
+    """One layer; norms are fp32 vectors, contiguous: [H], those of queries and keys [D]."""
 
     norm_embeds: torch.Tensor | None = None
     """EAGLE-3's draft layer only: norm of the embedding, which is concatenated with the hidden state."""
     norm_attention: torch.Tensor
     norm_mlp: torch.Tensor
+    norm_query: torch.Tensor | None = None
+    """Of each head of the queries, before it is rotated; None: they are not normed."""
+    norm_key: torch.Tensor | None = None
+    """The same of the keys."""
     query: PackedLinear
     key: PackedLinear
     value: PackedLinear
@@ -253,9 +258,9 @@ class Decoder:
         records = (_Layer * len(self._layers))()
         for record, layer, key, value in zip(records, self._layers, keys, values, strict=True):
             assert key.dtype == value.dtype == self._kv_dtype
-            for name in ("norm_embeds", "norm_attention", "norm_mlp"):
+            for name in NORMS:
                 setattr(record, name, _address(getattr(layer, name)))
-            for name in _MATRICES:
+            for name in MATRICES:
                 setattr(record, name, Matrix.of(getattr(layer, name)))
             record.keys, record.values = key.data_ptr(), value.data_ptr()
         return records
@@ -266,6 +271,6 @@ def _address(tensor: torch.Tensor | None) -> int | None:
 
 
 def _checked(layer: LayerWeights) -> LayerWeights:
-    for norm in (layer.norm_embeds, layer.norm_attention, layer.norm_mlp):
+    for norm in (getattr(layer, name) for name in NORMS):
         assert norm is None or (norm.dtype == torch.float32 and norm.is_contiguous())
     return layer

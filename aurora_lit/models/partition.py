@@ -34,7 +34,7 @@ from aurora_lit.kernels.packed_linear import PackedLinear
 from aurora_lit.kernels.weight_format import WeightFormat
 from aurora_lit.models.kv_cache import kv_heads_of
 from aurora_lit.models.shard_reader import ShardReader, partition_slices
-from aurora_lit.models.target import decoder_layers
+from aurora_lit.models.torch_target import decoder_layers
 
 _MLP_UNIT = 32
 """An MLP is partitioned in multiples of this many columns: a block of outputs of the kernels."""

@@ -1,64 +1,32 @@
-"""Whether a model can be run over our KV cache as `Target` runs it, told on eight tokens before anything is served.
+"""Whether `TorchTarget` can run a model over our KV cache, told on eight tokens before anything is served.
 
 The wrapper relies on what transformers' families have in common: every layer attends through the attention interface, a
 layer keeps keys and values from one pass to the next and nothing else, and logits are the head's output times a factor.
 A family without one of these would answer wrongly, so it is refused.
 
-Leaves out whether fused layers agree with a model's own (`Target.fuse_layers`).
+Leaves out whether native layers agree with a model's own (`native_target`).
 
 Shapes: B sequences, T positions, V vocabulary.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any
 
 import torch
 from torch import nn
 
 from aurora_lit.errors import SourceError
 from aurora_lit.models.attention import ATTENTION_NAME, KVCacheView, attention_interface
-from aurora_lit.models.kv_cache import KVCache
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+from aurora_lit.models.interface import Target
+from aurora_lit.models.torch_target import TorchTarget
 
 _PROBE_NAME = "aurora_lit_mask_probe"
 """Name of the attention that compares masks with what it is told."""
 
 
-class _Target(Protocol):
-    """What is needed of a `Target`."""
-
-    model: PreTrainedModel
-    vocab_size: int
-    hidden_size: int
-    num_layers: int
-    max_positions: int
-    kv_dtype: torch.dtype
-    logit_factor: float
-
-    @property
-    def device(self) -> torch.device: ...
-    def make_kv_cache(self, *, num_slots: int, capacity: int) -> KVCache: ...
-    def forward(
-        self,
-        ids_BT: torch.Tensor,
-        *,
-        kv_cache: KVCache,
-        slots_B: torch.Tensor,
-        starts_B: torch.Tensor,
-        num_prompts: int = 0,
-    ) -> tuple[torch.Tensor, torch.Tensor]: ...
-    def forward_uncached(self, ids_BT: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]: ...
-    def run_layers(
-        self, *, input_ids: torch.Tensor, kv_cache_view: KVCacheView
-    ) -> tuple[torch.Tensor, torch.Tensor]: ...
-    def logits(self, last_BTH: torch.Tensor) -> torch.Tensor: ...
-
-
 @torch.no_grad()
-def check_target(target: _Target, *, compares_attention: bool = True) -> None:
+def check_target(target: TorchTarget, *, compares_attention: bool = True) -> None:
     """Compare `target` with its model's own forward pass, and set its logit factor (Cohere, Granite).
 
     Where a layer has a window that only its mask has (PhiMoE), positions are limited to those that it does not affect.
@@ -121,14 +89,14 @@ def check_target(target: _Target, *, compares_attention: bool = True) -> None:
     target.max_positions = min([target.max_positions, *_windows_of_masks_alone(target)])
 
 
-def probe_states(target: _Target, *, num_prompts: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+def probe_states(target: Target, *, num_prompts: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
     """`target.forward` on two sequences of four tokens, the last `num_prompts` of which are prompts."""
     probe, kv_cache = _probe_inputs(target), target.make_kv_cache(num_slots=2, capacity=4)
     ids_BT = probe.pop("ids_BT")
     return target.forward(ids_BT, kv_cache=kv_cache, num_prompts=num_prompts, **probe)
 
 
-def _probe_inputs(target: _Target) -> dict[str, torch.Tensor]:
+def _probe_inputs(target: Target) -> dict[str, torch.Tensor]:
     """Two sequences of four tokens, for a cache of two slots."""
     device = target.device
     return {
@@ -138,7 +106,7 @@ def _probe_inputs(target: _Target) -> dict[str, torch.Tensor]:
     }
 
 
-def _attended_layers(target: _Target) -> set[int]:
+def _attended_layers(target: TorchTarget) -> set[int]:
     """The layers whose attention used the KV cache in one pass."""
     probe, kv_cache = _probe_inputs(target), target.make_kv_cache(num_slots=2, capacity=4)
     view = KVCacheView(kv_cache, slots_B=probe["slots_B"], starts_B=probe["starts_B"])
@@ -146,7 +114,7 @@ def _attended_layers(target: _Target) -> set[int]:
     return view.attended_layers
 
 
-def _logits_in_passes(target: _Target) -> torch.Tensor:
+def _logits_in_passes(target: TorchTarget) -> torch.Tensor:
     """The probe's logits [B, T, V] if its last two tokens come in passes of their own."""
     probe, kv_cache = _probe_inputs(target), target.make_kv_cache(num_slots=2, capacity=4)
     last = []
@@ -156,7 +124,7 @@ def _logits_in_passes(target: _Target) -> torch.Tensor:
     return target.logits(torch.cat(last, dim=1))
 
 
-def _logits_of_own_attention(target: _Target) -> torch.Tensor:
+def _logits_of_own_attention(target: TorchTarget) -> torch.Tensor:
     """The model's logits [B, T, V] by its own attention, which may add a bias or a mask of its own."""
     target.model.set_attn_implementation("eager")
     try:
@@ -166,7 +134,7 @@ def _logits_of_own_attention(target: _Target) -> torch.Tensor:
     return logits_BTV
 
 
-def _windows_of_masks_alone(target: _Target) -> list[int]:
+def _windows_of_masks_alone(target: TorchTarget) -> list[int]:
     """Sizes of windows, and of chunks, that the model's masks have and its attention is not told."""
     from transformers import AttentionInterface, AttentionMaskInterface
 

@@ -27,7 +27,7 @@ from aurora_lit.kernels import native
 from aurora_lit.learn.data.online_batcher import informativeness
 from aurora_lit.learn.offline import copies
 from aurora_lit.learn.offline.replay import read_traces
-from aurora_lit.models.target import Target
+from aurora_lit.models.loading import load_target
 from aurora_lit.modules.domains.controller import DomainController
 from aurora_lit.modules.domains.detector import acceptance_rate
 from aurora_lit.request import Source
@@ -44,7 +44,7 @@ needs_kernels = pytest.mark.skipif(native.library() is None, reason="there is no
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A stream of two phases that repeat their prompts, as `bench stream` records it, and a starting draft."""
     folder = tmp_path_factory.mktemp("ablation")
-    target = Target.load(save_model("llama", folder / "target", num_hidden_layers=4), precision="fp32")
+    target = load_target(save_model("llama", folder / "target", num_hidden_layers=4), precision="fp32")
     save_draft(random_draft(target), folder / "start", dtype=torch.float32)
     traffic = TraceLogWriter(folder / "traces" / "traffic", kind="traffic", shard_positions=500)
     for number, (domain, seed) in enumerate((("chat", 0), ("code", 1))):
@@ -231,7 +231,7 @@ def test_results_of_another_draft_or_recording_are_not_taken_for_these(
     options = {"every": 6, "steps_per_request": 0.2}
     run(tmp_path / "own", out, "static", **options)
     if change == "draft":
-        target = Target.load(tmp_path / "own" / "target", precision="fp32")
+        target = load_target(tmp_path / "own" / "target", precision="fp32")
         save_draft(random_draft(target, seed=7), tmp_path / "own" / "start", dtype=torch.float32)
     else:
         traces = list(read_traces(tmp_path / "own" / "traces" / "measure"))

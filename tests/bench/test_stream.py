@@ -20,7 +20,7 @@ from aurora_lit.cli.main import main
 from aurora_lit.drafts.checkpoint import save_draft
 from aurora_lit.errors import AuroraError, ConfigError
 from aurora_lit.learn.offline.replay import read_traces
-from aurora_lit.models.target import Target
+from aurora_lit.models.loading import load_target
 from aurora_lit.traces.log import read_index
 
 
@@ -127,7 +127,7 @@ def test_a_stream_is_recorded_and_resumed(stream: Path, tmp_path: Path, monkeypa
     monkeypatch.setattr("aurora_lit.bench.stream._SHARD_POSITIONS", 150)
     folder = save_model("llama", tmp_path / "target", num_hidden_layers=4, vocab_size=len(tiny_tokenizer()))
     tiny_tokenizer().save_pretrained(folder)
-    target = Target.load(folder, precision="fp32")
+    target = load_target(folder, precision="fp32")
     save_draft(random_draft(target), tmp_path / "start", dtype=torch.float32)
     out = tmp_path / "out"
 
@@ -166,7 +166,7 @@ def test_a_stream_is_recorded_and_resumed(stream: Path, tmp_path: Path, monkeypa
     assert any(t.explored_R.any() for t in traffic), "as on a live server"
     for trace in traffic:  # slots were reused since, yet each trace has its own states
         with torch.no_grad():
-            aux_1T3H, last_1TH = target.forward_uncached(trace.token_ids_T.long()[None])
+            aux_1T3H, last_1TH = target.in_torch.forward_uncached(trace.token_ids_T.long()[None])
         torch.testing.assert_close(trace.aux_T3H.float(), aux_1T3H[0], atol=0.05, rtol=0.02)
         start = trace.answer_start - 1
         torch.testing.assert_close(trace.last_TH[start:].float(), last_1TH[0, start:], atol=0.05, rtol=0.02)

@@ -13,7 +13,7 @@ from support.tiny_models import random_draft, save_model
 
 from aurora_lit.drafts.checkpoint import save_draft
 from aurora_lit.errors import ConfigError
-from aurora_lit.models.target import Target
+from aurora_lit.models.loading import load_target
 from aurora_lit.request import PLANS
 from benchmarks import one_process
 from benchmarks.one_process import Turn, build_arms, parse_arm, row
@@ -24,7 +24,7 @@ def overrides(tmp_path: Path) -> list[str]:
     """Settings of a tiny target and a draft of random weights."""
     folder = save_model("llama", tmp_path / "target", num_hidden_layers=4, vocab_size=len(tiny_tokenizer()))
     tiny_tokenizer().save_pretrained(folder)
-    save_draft(random_draft(Target.load(folder, precision="fp32")), tmp_path / "draft", dtype=torch.float32)
+    save_draft(random_draft(load_target(folder, precision="fp32")), tmp_path / "draft", dtype=torch.float32)
     return [
         f"target.source={folder}",
         "target.precision=fp32",

@@ -16,7 +16,7 @@ from aurora_lit.config import DEFAULT_CONFIG, AuroraConfig, load_config
 from aurora_lit.drafts.initial import initial_draft
 from aurora_lit.errors import ConfigError
 from aurora_lit.kernels import native
-from aurora_lit.models.target import Target
+from aurora_lit.models.loading import load_target
 from aurora_lit.modules.draft.eagle3 import Eagle3Draft
 
 
@@ -153,7 +153,7 @@ def test_each_process_of_the_servers_own_learner_has_a_gpu() -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_table_equals_what_a_model_has(family: str, tmp_path: Path) -> None:
     """Weights, KV cache and an untrained draft, on a tiny model of every family."""
-    target = Target.load(save_model(family, tmp_path, num_hidden_layers=3), precision="fp32")
+    target = load_target(save_model(family, tmp_path, num_hidden_layers=3), precision="fp32")
     config = load_config(
         None,
         [
@@ -173,7 +173,7 @@ def test_the_table_equals_what_a_model_has(family: str, tmp_path: Path) -> None:
     slots = target.make_kv_cache(num_slots=3, capacity=64 + 16 + 1)
     kept = sum(tensor.nbytes for tensor in (*slots.keys_SGCQPE, *slots.values_SGMDE))
     assert lines["keys and values"] == kept
-    wanted = initial_draft(target, torch.arange(target.vocab_size), max_positions=64)
+    wanted = initial_draft(target.in_torch, torch.arange(target.vocab_size), max_positions=64)
     text = tiny_config(family, num_hidden_layers=3).get_text_config()
     own = Eagle3Draft(draft_shape(config, text))
     assert {n: p.shape for n, p in own.named_parameters()} == {n: p.shape for n, p in wanted.named_parameters()}

@@ -19,7 +19,8 @@ from aurora_lit.drafts import checkpoint as checkpoint_module
 from aurora_lit.drafts.checkpoint import load_draft, save_draft
 from aurora_lit.durable import exchange
 from aurora_lit.errors import CheckpointError
-from aurora_lit.models.target import Target
+from aurora_lit.models.interface import Target
+from aurora_lit.models.loading import load_target
 from aurora_lit.modules.draft.eagle3 import Eagle3Draft
 
 H, V, VD, HEADS, GROUPS, DIM, WIDE = 64, VOCAB, VOCAB - 3, 2, 1, 32, 80
@@ -67,7 +68,7 @@ CONFIG = {
 
 @pytest.fixture(scope="module")
 def target(tmp_path_factory: pytest.TempPathFactory) -> Target:
-    return Target.load(save_model("llama", tmp_path_factory.mktemp("llama")), precision="fp32")
+    return load_target(save_model("llama", tmp_path_factory.mktemp("llama")), precision="fp32")
 
 
 @pytest.fixture

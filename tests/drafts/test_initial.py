@@ -15,16 +15,17 @@ from support.tiny_models import (
 )
 
 from aurora_lit.drafts.initial import choose_vocabulary, initial_draft
-from aurora_lit.models.target import Target
+from aurora_lit.models.interface import Target
+from aurora_lit.models.loading import load_target
 
 
 def test_a_draft_starts_from_the_targets_last_layer(target: Target, folder: Path) -> None:
     ids = torch.tensor([1, 4, 30, 60])
-    draft = initial_draft(target, ids)
-    layer, size = target.model.base_model.layers[-1], target.hidden_size
+    draft = initial_draft(target.in_torch, ids)
+    layer, size = target.in_torch.model.base_model.layers[-1], target.hidden_size
     assert draft.draft_token_ids.tolist() == ids.tolist()
     assert torch.equal(draft.lm_head.weight, target.head_rows(ids))
-    assert torch.equal(draft.norm.weight, target.model.base_model.norm.weight)
+    assert torch.equal(draft.norm.weight, target.in_torch.model.base_model.norm.weight)
     assert torch.equal(draft.midlayer.hidden_norm.weight, layer.input_layernorm.weight)
     assert torch.equal(draft.midlayer.post_attention_layernorm.weight, layer.post_attention_layernorm.weight)
     assert draft.config.aux_layer_ids == target.aux_layer_ids
@@ -41,8 +42,8 @@ def test_a_draft_starts_from_the_targets_last_layer(target: Target, folder: Path
 
 def test_heads_that_share_keys_in_the_target_start_with_them(tmp_path: Path) -> None:
     folder = save_model("llama", tmp_path, num_attention_heads=4, num_key_value_heads=2)
-    target = Target.load(folder, precision="fp32")
-    draft, plain = initial_draft(target, torch.arange(40)), reference_model(folder).model.layers[-1].self_attn
+    target = load_target(folder, precision="fp32")
+    draft, plain = initial_draft(target.in_torch, torch.arange(40)), reference_model(folder).model.layers[-1].self_attn
     for name, shared in (("q", 1), ("k", 2), ("v", 2)):
         own_GDH = getattr(plain, f"{name}_proj").weight.view(-1, 32, 64)
         made_QDH = getattr(draft.midlayer.self_attn, f"{name}_proj").weight.view(4, 32, 128)[..., 64:]
@@ -52,8 +53,8 @@ def test_heads_that_share_keys_in_the_target_start_with_them(tmp_path: Path) -> 
 
 @pytest.mark.parametrize("family", ["llama", "gemma", "mixtral", "gpt2"])
 def test_a_draft_can_start_on_any_family(family: str, tmp_path: Path) -> None:
-    target = Target.load(save_model(family, tmp_path), precision="fp32")
-    draft = initial_draft(target, torch.arange(40), intermediate_size=None)
+    target = load_target(save_model(family, tmp_path), precision="fp32")
+    draft = initial_draft(target.in_torch, torch.arange(40), intermediate_size=None)
     given = run(make_engine(target, draft, max_draft_tokens=2), [request("a", (1, 2, 3), max_tokens=4)])
     assert given["a"].token_ids == run(make_engine(target), [request("a", (1, 2, 3), max_tokens=4)])["a"].token_ids
 

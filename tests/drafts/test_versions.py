@@ -21,13 +21,14 @@ from aurora_lit.drafts.checkpoint import load_draft
 from aurora_lit.drafts.store import DraftStore
 from aurora_lit.drafts.versions import version_number
 from aurora_lit.errors import CheckpointError
-from aurora_lit.models.target import Target
+from aurora_lit.models.interface import Target
+from aurora_lit.models.loading import load_target
 from aurora_lit.modules.draft.eagle3 import Eagle3Draft
 
 
 @pytest.fixture(scope="module")
 def target(tmp_path_factory: pytest.TempPathFactory) -> Target:
-    return Target.load(save_model("llama", tmp_path_factory.mktemp("llama")), precision="fp32")
+    return load_target(save_model("llama", tmp_path_factory.mktemp("llama")), precision="fp32")
 
 
 @pytest.fixture(scope="module")

@@ -72,14 +72,14 @@ from aurora_lit.serve.worker.build import build_engine
 overrides = ["target.source={folder}", "draft.checkpoint=null", "learn.enabled=false", "engine.max_seq_len=256"]
 for _ in range({count}):
     engine, _ = build_engine(load_config(None, overrides))
-print(engine.target.supports_trees)
+print(engine.target.has_native_decoder)
 {doctors_check()}"""
 
 
 def check_beside_an_engine(result: Finished) -> dict[str, str]:
     """What doctor said after the engine had been built, without kernels."""
-    supports_trees, check = result.stdout.splitlines()
-    assert supports_trees == "False", f"it works without kernels\n{result.stderr}"
+    has_native_decoder, check = result.stdout.splitlines()
+    assert has_native_decoder == "False", f"it works without kernels\n{result.stderr}"
     found: dict[str, str] = json.loads(check)
     assert found["state"] == "warn"
     return found
@@ -155,8 +155,8 @@ def test_a_precision_that_needs_them_is_refused_with_the_reason(
     code = f"""
 {doctors_check(f"target.precision={precision}")}
 from pathlib import Path
-from aurora_lit.models.target import Target
-Target.load(Path("{model}"), precision="{precision}")
+from aurora_lit.models.loading import load_target
+load_target(Path("{model}"), precision="{precision}")
 """
     result = run(code, compiler(MAKES_GARBAGE))
     last_line = result.stderr.strip().splitlines()[-1]

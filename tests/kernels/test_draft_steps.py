@@ -19,7 +19,8 @@ from aurora_lit.kernels import native
 from aurora_lit.kernels.decoder import Matrix
 from aurora_lit.kernels.draft_steps import SHARE_CLASSES, Drafted, Prices, Weighing, doubles
 from aurora_lit.kernels.matmul import ColumnDraws
-from aurora_lit.models.target import Target
+from aurora_lit.models.interface import Target
+from aurora_lit.models.loading import load_target
 from aurora_lit.modules.sampling.noise import gumbel
 from aurora_lit.serve.speculation.drafter import Drafter, DraftInputs
 from aurora_lit.serve.speculation.planner import extends_chain
@@ -34,7 +35,7 @@ ROUNDS = ([9, 120, 1], [12, 121, 4], [13, 122, 9])
 
 @pytest.fixture(scope="module", params=["fp32", "bf16"])
 def target(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Target:
-    return Target.load(save_model("llama", tmp_path_factory.mktemp("llama")), precision=request.param)
+    return load_target(save_model("llama", tmp_path_factory.mktemp("llama")), precision=request.param)
 
 
 class GrowingSequences:
@@ -42,7 +43,7 @@ class GrowingSequences:
 
     def __init__(self, target: Target, *, num_drafters: int) -> None:
         self.target, self.ids_BT = target, torch.randint(0, VOCAB, (3, 130), generator=torch.Generator().manual_seed(1))
-        self.features_BTF, _ = target.forward_uncached(self.ids_BT)
+        self.features_BTF, _ = target.in_torch.forward_uncached(self.ids_BT)
         self.tokens_SL = torch.zeros(5, CAPACITY + 1, dtype=torch.int64)
         draft = random_draft(target)
         self.drafters = [
@@ -135,7 +136,7 @@ def test_a_chain_that_reads_the_heads_copy_first_proposes_what_the_head_does(
     """One sequence reads the copy, eight do not. Where they differ, the head has hardly a preference."""
     vocab, count = 4000, 8
     folder = save_model("llama", tmp_path_factory.mktemp("wide"), vocab_size=vocab)
-    target = Target.load(folder, precision="bf16")
+    target = load_target(folder, precision="bf16")
     tokens_SL = torch.randint(0, vocab, (count, 9), generator=torch.Generator().manual_seed(2))
     drafter = Drafter(random_draft(target, draft_vocab_size=vocab - 3), target, tokens_SL=tokens_SL, capacity=8)
     gen, same = torch.Generator().manual_seed(5), 0
@@ -470,8 +471,8 @@ def test_no_native_steps_with_an_embedding_that_is_not_a_plain_table(target: Tar
 
     embedding = target.embedding
     scaled = Scaled(*embedding.weight.shape, _weight=embedding.weight)  # type: ignore[misc,arg-type]
-    target.model.set_input_embeddings(scaled)  # type: ignore[no-untyped-call]
+    target._embedding = scaled
     try:
         assert not GrowingSequences(target, num_drafters=1).drafters[0].is_native
     finally:
-        target.model.set_input_embeddings(embedding)  # type: ignore[no-untyped-call]
+        target._embedding = embedding

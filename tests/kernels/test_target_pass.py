@@ -10,9 +10,9 @@ from support.tiny_models import VOCAB, save_model
 
 from aurora_lit.kernels import native
 from aurora_lit.kernels.matmul import ColumnDraws
+from aurora_lit.models.interface import Target
 from aurora_lit.models.kv_cache import keys_by_position, values_by_position
-from aurora_lit.models.packed_target import load_target
-from aurora_lit.models.target import Target
+from aurora_lit.models.loading import load_target
 
 pytestmark = pytest.mark.skipif(native.library() is None, reason="no C++ compiler, or AURORA_LIT_NATIVE=0")
 
@@ -33,7 +33,7 @@ def target(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     precision, *packed = request.param.split(maxsplit=1)
     if packed:
         return load_target(folder, precision=precision, cache_dir=tmp_path_factory.mktemp("cache"))
-    return Target.load(folder, precision=precision)
+    return load_target(folder, precision=precision)
 
 
 @pytest.mark.parametrize(("drawn", "skips_prompts_last"), [(False, False), (True, False), (False, True)])
@@ -150,8 +150,8 @@ def test_a_token_outside_the_vocabulary_is_refused_and_nothing_is_computed(targe
 
 def test_what_one_call_cannot_do_is_left_to_separate_calls(tmp_path: Path) -> None:
     """Layers that are not fused; and a head whose logits are changed afterwards."""
-    gemma = Target.load(save_model("gemma", tmp_path / "gemma"), precision="fp32")
-    capped = Target.load(save_model("llama", tmp_path / "llama"), precision="fp32")
+    gemma = load_target(save_model("gemma", tmp_path / "gemma"), precision="fp32")
+    capped = load_target(save_model("llama", tmp_path / "llama"), precision="fp32")
     capped.logit_transform = capped.logit_transform.__class__(bias_V=None, softcap=5.0)
     for target in (gemma, capped):
         kv_cache = target.make_kv_cache(num_slots=1, capacity=CAPACITY)

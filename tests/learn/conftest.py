@@ -11,7 +11,8 @@ from support.live_traces import serve, some_requests
 from support.tiny_models import save_model, trained_draft
 
 from aurora_lit.learn.data.target_head import TargetHead
-from aurora_lit.models.target import Target
+from aurora_lit.models.interface import Target
+from aurora_lit.models.loading import load_target
 from aurora_lit.modules.draft.eagle3 import Eagle3Draft
 from aurora_lit.traces.record import Trace
 
@@ -23,7 +24,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def target(folder: Path) -> Target:
-    return Target.load(folder, precision="fp32")
+    return load_target(folder, precision="fp32")
 
 
 @pytest.fixture(scope="session")

@@ -30,7 +30,9 @@ from aurora_lit.drafts.initial import initial_draft
 from aurora_lit.errors import SourceError
 from aurora_lit.learn.data.target_head import TargetHead
 from aurora_lit.models.attention import ATTENTION_NAME
-from aurora_lit.models.target import Target
+from aurora_lit.models.interface import Target
+from aurora_lit.models.loading import load_target
+from aurora_lit.models.target_check import check_target
 from aurora_lit.modules.draft.eagle3 import Eagle3Draft
 from aurora_lit.modules.losses.lk import lk_loss
 from aurora_lit.modules.losses.policy import draft_index
@@ -68,7 +70,7 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     folder = save_model(request.param, tmp_path_factory.mktemp(request.param), num_hidden_layers=4)
     gen = torch.Generator().manual_seed(3)
     prompts = [torch.randint(0, VOCAB, (length,), generator=gen).tolist() for length in LENGTHS]
-    return FamilyCase(target=Target.load(folder, precision="fp32"), model=reference_model(folder), prompts=prompts)
+    return FamilyCase(target=load_target(folder, precision="fp32"), model=reference_model(folder), prompts=prompts)
 
 
 def test_greedy_output_equals_transformers_and_a_draft_learns_to_predict_it(case: FamilyCase) -> None:
@@ -120,8 +122,8 @@ def test_a_new_drafts_norms_equal_those_that_the_target_applies(
     family: str, offset: float | None, tmp_path: Path
 ) -> None:
     """Gemma multiplies by one plus the weight, and its norm before the MLP has another name."""
-    target = Target.load(save_model(family, tmp_path), precision="fp32")
-    draft, base = initial_draft(target, torch.arange(40)), target.model.base_model
+    target = load_target(save_model(family, tmp_path), precision="fp32")
+    draft, base = initial_draft(target.in_torch, torch.arange(40)), target.in_torch.model.base_model
     layer = base.layers[-1]
     assert torch.equal(draft.midlayer.hidden_norm.weight, layer.input_layernorm.weight + (offset or 0.0))
     if offset is None:  # one norm for attention and MLP, and a final one of another name
@@ -137,14 +139,16 @@ def test_a_model_whose_layers_bypass_the_attention_interface_is_refused(family: 
     shape = {"vocab_size": VOCAB, "hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 2}
     AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **shape)).save_pretrained(tmp_path)
     with pytest.raises(SourceError, match="in . of . layers .* does not attend .*choose a model"):
-        Target.load(tmp_path, precision="fp32")
+        load_target(tmp_path, precision="fp32")
 
 
 def test_a_model_that_computes_its_logits_in_another_way_is_refused(tmp_path: Path) -> None:
-    target = Target.load(save_model("llama", tmp_path), precision="fp32")
-    target.model.register_forward_hook(lambda module, args, out: out.__setitem__("logits", out.logits.square()) or out)
+    target = load_target(save_model("llama", tmp_path), precision="fp32").in_torch
+    target.in_torch.model.register_forward_hook(
+        lambda module, args, out: out.__setitem__("logits", out.logits.square()) or out
+    )
     with pytest.raises(SourceError, match="LlamaForCausalLM computes its logits"):
-        target.check()
+        check_target(target)
 
 
 def test_the_layers_of_a_model_with_a_vision_tower_are_those_of_its_language_model(tmp_path: Path) -> None:
@@ -156,10 +160,10 @@ def test_the_layers_of_a_model_with_a_vision_tower_are_those_of_its_language_mod
     tokens = {"mm_tokens_per_image": 4, "image_token_index": 60, "boi_token_index": 59, "eoi_token_index": 58}
     config = AutoConfig.for_model("gemma3", text_config=text, vision_config=vision, **tokens)
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
-    target = Target.load(tmp_path, precision="fp32")
+    target = load_target(tmp_path, precision="fp32")
     ids_BT = torch.tensor([[1, 2, 3]])
-    expected = target.model(input_ids=ids_BT, output_hidden_states=True).hidden_states
-    aux_BT3H, _ = target.forward_uncached(ids_BT)
+    expected = target.in_torch.model(input_ids=ids_BT, output_hidden_states=True).hidden_states
+    aux_BT3H, _ = target.in_torch.forward_uncached(ids_BT)
     torch.testing.assert_close(aux_BT3H, torch.cat([expected[i] for i in target.aux_layer_ids], dim=-1))
 
 
@@ -181,19 +185,19 @@ def test_a_model_whose_hidden_states_are_of_another_shape_is_refused(
         shape |= {"activation_sparsity_pattern": [0.0] * 4}
     AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **shape, **own)).save_pretrained(tmp_path)
     with pytest.raises(SourceError, match=r"shapes \[\[.* hidden_size=64 means .*; choose another model"):
-        Target.load(tmp_path, precision="fp32")
+        load_target(tmp_path, precision="fp32")
 
 
 def test_keys_whose_shape_contradicts_the_configuration_are_refused_before_they_are_written(tmp_path: Path) -> None:
     with pytest.raises(SourceError, match="keys of 2 heads of size 32, but its configuration says 1 heads of size 32"):
-        Target.load(save_model("gpt_neox", tmp_path, num_key_value_heads=1), precision="fp32")
+        load_target(save_model("gpt_neox", tmp_path, num_key_value_heads=1), precision="fp32")
 
 
 def test_longrope_models_are_served_up_to_their_original_length(tmp_path: Path) -> None:
     """Once one sequence is longer, Phi-3's long models rotate every sequence of the batch differently."""
     rope = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 16, "long_factor": [4.0] * 16}
     folder = save_model("phi3", tmp_path, rope_parameters=rope, original_max_position_embeddings=128)
-    assert Target.load(folder, precision="fp32").max_positions == 128
+    assert load_target(folder, precision="fp32").max_positions == 128
 
 
 @pytest.mark.parametrize(
@@ -212,13 +216,15 @@ def test_contexts_end_with_a_window_that_a_mask_alone_has(
     shape |= {"vocab_size": VOCAB, "num_attention_heads": 4, "num_key_value_heads": 2, "pad_token_id": None}
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **shape, **own)).save_pretrained(tmp_path)
-    target = Target.load(tmp_path, precision="fp32")
+    target = load_target(tmp_path, precision="fp32").in_torch
     assert target.max_positions == served
     ids_BT = torch.randint(1, VOCAB, (1, min(served, 40)))
-    target.model.set_attn_implementation("eager")
-    expected_BTV = target.model(input_ids=ids_BT).logits
-    target.model.set_attn_implementation(ATTENTION_NAME)
-    torch.testing.assert_close(target.logits(target.forward_uncached(ids_BT)[1]), expected_BTV, rtol=1e-4, atol=1e-4)
+    target.in_torch.model.set_attn_implementation("eager")
+    expected_BTV = target.in_torch.model(input_ids=ids_BT).logits
+    target.in_torch.model.set_attn_implementation(ATTENTION_NAME)
+    torch.testing.assert_close(
+        target.logits(target.in_torch.forward_uncached(ids_BT)[1]), expected_BTV, rtol=1e-4, atol=1e-4
+    )
 
 
 @pytest.mark.parametrize(
@@ -248,4 +254,4 @@ def test_a_model_with_states_or_attention_of_its_own_is_refused(
             parameter.add_(spread * torch.randn(parameter.shape, generator=generator))
     model.save_pretrained(tmp_path)
     with pytest.raises(SourceError, match=reason):
-        Target.load(tmp_path, precision=precision)
+        load_target(tmp_path, precision=precision)

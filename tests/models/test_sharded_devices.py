@@ -18,9 +18,11 @@ from transformers import AutoModelForCausalLM
 
 from aurora_lit.distributed import Op, Order, Ranks
 from aurora_lit.kernels import native
+from aurora_lit.models.loading import load_target
 from aurora_lit.models.partition import VocabParallelEmbedding
 from aurora_lit.models.sharded_target import ShardedTarget
-from aurora_lit.models.target import Target
+from aurora_lit.models.target_check import check_target
+from aurora_lit.models.torch_target import TorchTarget
 
 
 class OneRank(Ranks):
@@ -54,16 +56,16 @@ def sharded(folder: Path, ranks: OneRank) -> ShardedTarget:
     embedding = model.get_input_embeddings()
     parallel = VocabParallelEmbedding(embedding, embedding.weight, first=0, ranks=ranks)
     model.set_input_embeddings(parallel)
-    target = ShardedTarget(model, ranks, kv_dtype=torch.float32, hidden_dtype=torch.float32, kv_heads=1)
-    target.check()
-    return target
+    shard = TorchTarget(model, kv_dtype=torch.float32)
+    check_target(shard)
+    return ShardedTarget(shard, ranks, all_kv_heads=1)
 
 
 @pytest.mark.process
 def test_orders_are_carried_out_on_the_device_of_each_rank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(native, "library", lambda: None)
     folder = save_model("llama", tmp_path, num_hidden_layers=3)
-    whole = Target.load(folder, precision="fp32")
+    whole = load_target(folder, precision="fp32")
     prefix = tuple(i % (VOCAB - 1) + 1 for i in range(20))
     requests = [
         request("first", (*prefix, 3), max_tokens=4),

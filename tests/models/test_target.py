@@ -25,13 +25,14 @@ from aurora_lit.kernels import native
 from aurora_lit.kernels.packed_linear import PackedLinear
 from aurora_lit.kernels.weight_format import WeightFormat
 from aurora_lit.models import source as source_module
-from aurora_lit.models.sharded_target import ShardedTarget
+from aurora_lit.models.interface import CPU
+from aurora_lit.models.loading import load_target
+from aurora_lit.models.sharded_target import read_shard
 from aurora_lit.models.source import cache_root, resolve
-from aurora_lit.models.target import CPU, Target, aux_layer_ids
 from aurora_lit.models.tokenizer import transformers_tokenizer
+from aurora_lit.models.torch_target import aux_layer_ids
 from aurora_lit.modules.sampling.choice import choose
 from aurora_lit.serve.worker import load_models
-from aurora_lit.serve.worker.load_models import load_target
 
 TOLERANCE = {"atol": 1e-4, "rtol": 0.0}
 OF_EACH_KIND = ("llama", "gpt2", "phi", "gemma2", "cohere", "mixtral", "gpt_oss")
@@ -82,11 +83,11 @@ def test_outputs_equal_transformers_without_a_cache_and_in_uneven_chunks_over_sc
     family: str, references: dict[str, Reference], kernels: str
 ) -> None:
     expected = references[family]
-    target = Target.load(expected.folder, precision="fp32")
+    target = load_target(expected.folder, precision="fp32")
     assert target.aux_layer_ids == (2, 3, 4)
     expected_aux = expected.auxiliary((2, 3, 4))
 
-    aux_BT3H, last_BTH = target.forward_uncached(expected.ids_BT)
+    aux_BT3H, last_BTH = target.in_torch.forward_uncached(expected.ids_BT)
     torch.testing.assert_close(aux_BT3H, expected_aux, **TOLERANCE)
     torch.testing.assert_close(target.logits(last_BTH), expected.logits_BTV, **TOLERANCE)
     lse = target.logsumexp(last_BTH.flatten(0, 1), chunk=7)
@@ -119,7 +120,7 @@ def test_outputs_equal_transformers_without_a_cache_and_in_uneven_chunks_over_sc
 
 
 def test_weights_are_packed_if_there_are_kernels(references: dict[str, Reference], kernels: str) -> None:
-    target = Target.load(references["llama"].folder, precision="fp32")
+    target = load_target(references["llama"].folder, precision="fp32")
     packed = sum(isinstance(module, PackedLinear) for module in target.modules())
     assert packed == (7 * 7 + 1 if kernels == "native" else 0)
 
@@ -127,7 +128,7 @@ def test_weights_are_packed_if_there_are_kernels(references: dict[str, Reference
 @torch.no_grad()
 def test_bf16_is_close_and_keeps_a_bf16_cache(references: dict[str, Reference], kernels: str) -> None:
     expected = references["llama"]
-    target = Target.load(expected.folder, precision="bf16")
+    target = load_target(expected.folder, precision="bf16")
     kv_cache = target.make_kv_cache(num_slots=3, capacity=40)
     assert kv_cache.keys_SGCQPE[0].dtype == torch.bfloat16
     _, last = target(
@@ -154,10 +155,10 @@ def test_grouped_formats_give_the_outputs_of_the_model_with_rounded_weights_and_
     if native.library() is None:
         pytest.skip("no native kernels here")
     folder, ids_BT = references[family].folder, references[family].ids_BT
-    target = Target.load(folder, precision=precision)
+    target = load_target(folder, precision=precision).in_torch
     assert isinstance(target.head, PackedLinear)
     assert (target.kv_dtype, target.head.weight_format) == (torch.bfloat16, WeightFormat.INT8_GROUPED)
-    target.kv_dtype, target._decoder = torch.float32, None
+    target.kv_dtype = torch.float32
     inputs_of: dict[str, torch.Tensor] = {}
     for name, module in target.model.named_modules():
         if isinstance(module, PackedLinear):
@@ -221,8 +222,8 @@ def test_auto_chooses_the_fewest_bits_that_change_no_weight(
             weight_format = WeightFormat.INT8_GROUPED if has_8_bits else WeightFormat.INT4_GROUPED
             module.weight.copy_(stored_weight(module.weight, weight_format))
     model.save_pretrained(tmp_path)
-    target = Target.load(tmp_path, precision="auto")
-    formats = {name: m.weight_format for name, m in target.model.named_modules() if isinstance(m, PackedLinear)}
+    model = load_target(tmp_path, precision="auto").in_torch.model
+    formats = {name: m.weight_format for name, m in model.named_modules() if isinstance(m, PackedLinear)}
     assert formats.pop("lm_head") is WeightFormat("int8" if chosen == "int4" else chosen)
     assert set(formats.values()) == {WeightFormat(chosen)}
 
@@ -250,7 +251,7 @@ def test_auto_is_fp32_where_torch_multiplies_bf16_in_a_plain_loop(
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: has_onednn)
     if not has_kernels:
         monkeypatch.setattr(native, "library", lambda: None)
-    target = Target.load(references["llama"].folder, precision=precision)
+    target = load_target(references["llama"].folder, precision=precision)
     assert target.kv_dtype == expected
     if not has_kernels:
         assert {parameter.dtype for parameter in target.parameters()} == {expected}
@@ -262,13 +263,13 @@ def test_grouped_formats_need_the_kernels(
 ) -> None:
     monkeypatch.setattr(native, "library", lambda: None)
     with pytest.raises(SourceError, match=f"target.precision={precision} needs the native kernels.*or use bf16"):
-        Target.load(references["llama"].folder, precision=precision)
+        load_target(references["llama"].folder, precision=precision)
 
 
 @torch.no_grad()
 def test_head_and_embedding_rows(references: dict[str, Reference], kernels: str) -> None:
     model = reference_model(references["llama"].folder)
-    target = Target.load(references["llama"].folder, precision="fp32")
+    target = load_target(references["llama"].folder, precision="fp32")
     ids = torch.tensor([60, 3, 7])
     assert torch.equal(target.head_rows(ids), model.get_output_embeddings().weight[ids])
     assert torch.equal(target.embedding_rows(), model.get_input_embeddings().weight)
@@ -299,7 +300,7 @@ def test_the_forward_pass_is_compiled_only_if_the_setting_is_on(
         "engine.prefill_chunk_tokens=64",
         f"engine.compile={setting}",
     ]
-    target, plain = load_target(load_config(None, settings)), Target.load(folder, precision="fp32")
+    target, plain = load_models.load_target(load_config(None, settings)), load_target(folder, precision="fp32")
     batch = {"slots_B": torch.tensor([0]), "starts_B": torch.tensor([0])}
     ids_BT = torch.tensor([[1, 2, 3]])
     _, last_BTH = target(ids_BT, kv_cache=target.make_kv_cache(num_slots=1, capacity=8), **batch)
@@ -310,7 +311,7 @@ def test_the_forward_pass_is_compiled_only_if_the_setting_is_on(
 
 def test_positions_beyond_a_learned_table_do_not_fail(tmp_path: Path) -> None:
     """Proposals of a sequence near its limit extend beyond it; they are computed, but never committed."""
-    target = Target.load(save_model("gpt2", tmp_path, n_positions=16), precision="fp32")
+    target = load_target(save_model("gpt2", tmp_path, n_positions=16), precision="fp32")
     kv_cache = target.make_kv_cache(num_slots=1, capacity=24)
     target(tokens(1, 5), kv_cache=kv_cache, slots_B=torch.tensor([0]), starts_B=torch.tensor([14]))
 
@@ -341,7 +342,7 @@ def test_what_cannot_be_loaded_is_told_with_the_field_and_a_remedy(
     fields = json.loads(path.read_text()) if path.exists() else {}
     path.write_text(json.dumps({**fields, **changes}))
     with pytest.raises(SourceError, match=f"^target.source: .*{message}"):
-        Target.load(tmp_path, precision="fp32")
+        load_target(tmp_path, precision="fp32")
 
 
 @pytest.mark.parametrize("content", [None, "", "{}", '{"model_type": "bert"}', '{"model_type": "no such"}'])
@@ -349,7 +350,7 @@ def test_a_folder_that_is_not_a_model_is_refused(content: str | None, tmp_path: 
     if content is not None:
         (tmp_path / "config.json").write_text(content)
     with pytest.raises(SourceError, match=f"target.source: .*{tmp_path.name}"):
-        Target.load(tmp_path, precision="fp32")
+        load_target(tmp_path, precision="fp32")
 
 
 @pytest.fixture
@@ -377,8 +378,8 @@ def test_a_models_own_python_code_is_never_run(
     sharded = replace(config, engine=replace(config.engine, strategy="fsdp", devices=2))
     monkeypatch.setattr(load_models, "keep_tokenizer", lambda *_, **__: None)
     calls: dict[str, Callable[[], object]] = {
-        "target": lambda: Target.load(own_code, precision="fp32"),
-        "shard": lambda: ShardedTarget.load_shard(
+        "target": lambda: load_target(own_code, precision="fp32"),
+        "shard": lambda: read_shard(
             own_code, precision="fp32", strategy="fsdp", ranks=cast(Ranks, SimpleNamespace(device=CPU))
         ),
         "tokenizer": lambda: transformers_tokenizer(own_code),
@@ -398,7 +399,7 @@ def test_quantised_weights_without_the_package_that_reads_them_are_refused_with_
     monkeypatch.setitem(source_module._READERS, "gptq", ("no_such_package",))
     (tmp_path / "config.json").write_text('{"model_type": "llama", "quantization_config": {"quant_method": "gptq"}}')
     with pytest.raises(SourceError, match="quantised with gptq.* needs no_such_package; name the model"):
-        Target.load(tmp_path, precision="fp32")
+        load_target(tmp_path, precision="fp32")
 
 
 def save_quantised(folder: Path, form: str, config: Mapping[str, object] | None = None) -> None:
@@ -441,7 +442,7 @@ def test_quantised_weights_that_would_be_read_without_their_scales_are_refused(
     """transformers reads them as they are, and says no more than that it does not know the scales."""
     save_quantised(save_model(family, tmp_path), form, config)
     with pytest.raises(SourceError, match=r"target.source: .* quantised .*_proj.*; name the model with weights in"):
-        Target.load(tmp_path, precision="bf16")
+        load_target(tmp_path, precision="bf16")
 
 
 @torch.no_grad()
@@ -454,8 +455,8 @@ def test_fp8_weights_with_scales_of_blocks_are_read_and_layers_that_the_model_la
     more = {name.replace(".6.", ".7."): value.clone() for name, value in weights.items() if ".6." in name}
     more |= {"mtp.up_proj.weight": torch.ones(2, 2), "mtp.up_proj.weight_scale": torch.ones(1)}
     save_file({**weights, **more}, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    target = Target.load(tmp_path, precision="fp32")
-    logits = target.logits(target.forward_uncached(tokens(2, 8))[1])
+    target = load_target(tmp_path, precision="fp32")
+    logits = target.logits(target.in_torch.forward_uncached(tokens(2, 8))[1])
     assert float((logits - expected).norm()) < 0.2 * float(expected.norm())
 
 
@@ -463,7 +464,7 @@ def test_a_folder_with_broken_weights_is_refused(tmp_path: Path) -> None:
     weights = save_model("llama", tmp_path) / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
     with pytest.raises(SourceError, match="^target.source: .*; copy the folder again"):
-        Target.load(tmp_path, precision="fp32")
+        load_target(tmp_path, precision="fp32")
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -474,7 +475,7 @@ def test_weights_that_are_not_finite_are_refused(value: float, tmp_path: Path) -
     weights["model.layers.2.mlp.up_proj.weight"][3, 5] = value
     save_file(weights, path, metadata={"format": "pt"})
     with pytest.raises(SourceError, match=r"target.source: .* values that are NaN or infinite; copy or convert"):
-        Target.load(tmp_path, precision="fp32")
+        load_target(tmp_path, precision="fp32")
 
 
 def test_a_folder_that_lacks_a_weight_is_refused(tmp_path: Path) -> None:
@@ -483,7 +484,7 @@ def test_a_folder_that_lacks_a_weight_is_refused(tmp_path: Path) -> None:
     del weights["model.layers.0.mlp.up_proj.weight"]
     save_file(weights, path, metadata={"format": "pt"})
     with pytest.raises(SourceError, match="lacks weights .*up_proj"):
-        Target.load(tmp_path, precision="fp32")
+        load_target(tmp_path, precision="fp32")
 
 
 @pytest.mark.slow
@@ -493,9 +494,9 @@ def test_the_real_model(kernels: str) -> None:
     folder = resolve(config.target.source, cache_dir=cache_root(config.target.cache_dir), sha256=config.target.sha256)
     ids_BT = torch.randint(0, 49_000, (2, 60), generator=torch.Generator().manual_seed(0))
     expected = reference(folder, ids_BT)
-    target = Target.load(folder, precision="fp32")
+    target = load_target(folder, precision="fp32")
     assert target.aux_layer_ids == (2, 15, 27)
-    aux, last = target.forward_uncached(ids_BT)
+    aux, last = target.in_torch.forward_uncached(ids_BT)
     torch.testing.assert_close(aux, expected.auxiliary(target.aux_layer_ids), atol=2e-2, rtol=1e-3)
     torch.testing.assert_close(target.logits(last), expected.logits_BTV, atol=2e-3, rtol=0)
     kv_cache = target.make_kv_cache(num_slots=3, capacity=64)
@@ -515,8 +516,8 @@ def test_the_real_model(kernels: str) -> None:
 @pytest.mark.parametrize("family", ["llama", "phi", "gemma2"])
 def test_the_targets_own_token_is_chosen_from_its_logits(family: str, kernels: str, references) -> None:
     """With a plain head, one with a bias and one with a soft cap; greedy, drawn, and positions with dense logits."""
-    target = Target.load(references[family].folder, precision="fp32")
-    last_NH = target.forward_uncached(references[family].ids_BT)[1].flatten(0, 1)
+    target = load_target(references[family].folder, precision="fp32")
+    last_NH = target.in_torch.forward_uncached(references[family].ids_BT)[1].flatten(0, 1)
     N = len(last_NH)
     draws = {"temperature_N": torch.arange(N) % 3 * 0.5, "key_N": torch.arange(N), "position_N": torch.arange(N) % 9}
     dense_N = torch.full((N,), -1)

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from aurora_lit.grammars.definition import grammar_of
 from aurora_lit.grammars.matcher import GrammarCompiler
-from aurora_lit.models.target import Target
+from aurora_lit.models.interface import Target
 from aurora_lit.modules.sampling.distribution import apply_bias_and_penalties, probabilities
 from aurora_lit.request import SamplingParams, StructuredOutputsParams
 
@@ -75,7 +75,7 @@ def law(target: Target, prompt: list[int], language: set[str], params: SamplingP
             found[tuple(output)] = probability
             return
         ids = torch.tensor([prompt + output])
-        logits_V = target.logits(target.forward_uncached(ids)[1])[0, -1].double()
+        logits_V = target.logits(target.in_torch.forward_uncached(ids)[1])[0, -1].double()
         forbidden = [i for i in range(VOCAB_SIZE) if i not in allowed_after(language, output)]
         logits_V[forbidden] = float("-inf")
         logits_V = apply_bias_and_penalties(logits_V, params, context_L=ids[0], prompt_length=len(prompt))

@@ -34,7 +34,7 @@ from aurora_lit.learn.online.environment import LearnerEnvironment
 from aurora_lit.learn.online.held_out import HeldOut, HeldOutRequest
 from aurora_lit.learn.online.learner import STARTING_VERSION, Learner
 from aurora_lit.learn.online.loop import OnlineLoop
-from aurora_lit.models.target import Target
+from aurora_lit.models.interface import Target
 from aurora_lit.modules.domains.controller import DomainController
 from aurora_lit.modules.draft.eagle3 import Eagle3Draft
 from aurora_lit.settings import LearnSettings

@@ -37,12 +37,12 @@ def main(folder: Path, model: Path, processes: int) -> None:
     from aurora_lit.learn.data.training_state import write_state
     from aurora_lit.learn.online.data_parallel import Follower, launch_fabric, leader_process
     from aurora_lit.learn.online.learner import Learner
-    from aurora_lit.models.target import Target
+    from aurora_lit.models.loading import load_target
     from aurora_lit.settings import LearnSettings
     from support.live_traces import make_controller, online_module, serve, some_requests
     from support.tiny_models import random_draft
 
-    target = Target.load(model, precision="fp32")
+    target = load_target(model, precision="fp32")
     target_head = TargetHead(target)
     fabric = launch_fabric(LearnSettings(devices=processes), folder)
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from aurora_lit.learn.data.labelled_trace import first_trained_position
-from aurora_lit.models.target import Target
+from aurora_lit.models.interface import Target
 from aurora_lit.modules.domains.controller import DomainController
 from aurora_lit.modules.draft.eagle3 import Eagle3Draft
 from aurora_lit.modules.losses.draft_module import DraftModule
@@ -103,7 +103,7 @@ class FakeRing:
 def check_trace(target: Target, trace: Trace, *, has_prompt: bool = False) -> None:
     """The states of a trace are those of a plain pass over its tokens; `has_prompt`: the prompt's last ones too."""
     with torch.no_grad():
-        aux, last = target.forward_uncached(trace.token_ids_T.long()[None])
+        aux, last = target.in_torch.forward_uncached(trace.token_ids_T.long()[None])
     rounding = {"atol": 1e-4, "rtol": 2**-8}  # traces are bf16
     torch.testing.assert_close(trace.aux_T3H.float(), aux[0], **rounding)
     start = 0 if has_prompt else first_trained_position(trace)

@@ -13,7 +13,7 @@ from aurora_lit.config import AuroraConfig, load_config
 from aurora_lit.learn.data.target_head import TargetHead
 from aurora_lit.learn.offline.replay import Replay
 from aurora_lit.learn.offline.scoring import RoundTotals
-from aurora_lit.models.target import Target
+from aurora_lit.models.interface import Target
 from aurora_lit.modules.draft.eagle3 import Eagle3Draft
 from aurora_lit.traces.record import Trace
 

@@ -38,7 +38,7 @@ def main(folder: Path, model: Path, traces: Path, processes: int) -> None:
     from aurora_lit.learn.data.reservoir import Reservoir
     from aurora_lit.learn.data.training_state import write_state
     from aurora_lit.learn.offline.replay import blocks, read_traces
-    from aurora_lit.models.target import Target
+    from aurora_lit.models.loading import load_target
     from support.replay_harness import make_replay
     from support.tiny_models import random_draft
 
@@ -47,7 +47,7 @@ def main(folder: Path, model: Path, traces: Path, processes: int) -> None:
     if several:
         fabric.launch()
         del dist.new_group
-    rank, target = fabric.global_rank, Target.load(model, precision="fp32")
+    rank, target = fabric.global_rank, load_target(model, precision="fp32")
     if rank:
         Reservoir.add = lambda *args, **options: False  # type: ignore[method-assign]
     scratch = folder / f"scratch-{processes}-{rank}"

@@ -1,7 +1,7 @@
 """Tiny random models, and drafts and engines on them: everything with weights, on a CPU, in seconds.
 
-folder = save_model("llama", tmp_path)        # transformers and Target.load both read it
-target = Target.load(folder, precision="fp32")
+folder = save_model("llama", tmp_path)        # transformers and load_target both read it
+target = load_target(folder, precision="fp32")
 engine = make_engine(target, random_draft(target), max_draft_tokens=3)
 outputs = run(engine, [request("a", (1, 2, 3), max_tokens=8)])
 """
@@ -37,7 +37,7 @@ from transformers import (
 )
 
 from aurora_lit.grammars.matcher import GrammarCompiler
-from aurora_lit.models.target import Target
+from aurora_lit.models.interface import Target
 from aurora_lit.modules.draft.eagle3 import Eagle3Config, Eagle3Draft
 from aurora_lit.modules.losses.batch import TraceBatch
 from aurora_lit.modules.losses.draft_module import DraftModule
@@ -184,7 +184,7 @@ def random_draft(target: Target, *, seed: int = 0, **changes: Any) -> Eagle3Draf
 def draft_batch(target: Target, ids_BT: torch.Tensor) -> TraceBatch:
     """A training batch: the target's states over some tokens, fp32."""
     with torch.no_grad():
-        aux_BT3H, last_BTH = target.forward_uncached(ids_BT)
+        aux_BT3H, last_BTH = target.in_torch.forward_uncached(ids_BT)
         lse_BT = target.logits(last_BTH).logsumexp(-1)
     weight_BT = torch.ones(ids_BT.shape)
     domains = ("chat",) * len(ids_BT)
@@ -262,7 +262,7 @@ def make_engine(
         grammars=grammars,
         threads=threads,
     )
-    siblings = SIBLING_TOKENS if branches and target.supports_trees else 0
+    siblings = SIBLING_TOKENS if branches and target.has_native_decoder else 0
     if siblings and settings.get("adaptive"):
         siblings = engine.planner.limits.sibling_tokens
     engine.planner.limits = replace(engine.planner.limits, copied_tokens=copied_tokens, sibling_tokens=siblings)

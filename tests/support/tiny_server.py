@@ -40,7 +40,7 @@ from aurora_lit.drafts.checkpoint import save_draft
 from aurora_lit.drafts.store import DraftStore
 from aurora_lit.ipc.engine_status import STATUS_NAME, EngineStatus, EngineStatusPage
 from aurora_lit.ipc.learner_status import LEARNER_STATUS_NAME, LearnerStatus, LearnerStatusPage
-from aurora_lit.models.target import Target
+from aurora_lit.models.loading import load_target
 from support.fork_host import ForkedProcess, fork, fork_engine_workers
 from support.tiny_models import random_draft, save_model
 
@@ -70,7 +70,7 @@ class TinyServers:
         self.url = f"http://127.0.0.1:{self.port}"
         for name in ("shm", "tmp"):
             (folder / name).mkdir()
-        self.target = Target.load(save_model("llama", folder / "target", seed=3, **model), precision="fp32")
+        self.target = load_target(save_model("llama", folder / "target", seed=3, **model), precision="fp32")
         vocabulary = {text_of([i]): i for i in range(self.target.vocab_size)}
         tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
         tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

@@ -12,7 +12,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from aurora_lit.models.target import Target
+from aurora_lit.models.interface import Target
 from aurora_lit.modules.losses.batch import OnlineBatch, Rounds
 from aurora_lit.modules.losses.draft_module import DraftModule
 from aurora_lit.modules.losses.unroll import StepwiseChains, unroll_rounds
@@ -45,7 +45,7 @@ def rounds(
         n = len(path)
         proposal_QK[q, :n] = torch.tensor(path)
         behaviour_QK[q, :n] = torch.tensor(behaviour[q]) if behaviour else 0.0
-        _, last_1TH = target.forward_uncached(torch.cat([ids_BT[row, : root + 1], proposal_QK[q, :n]])[None])
+        _, last_1TH = target.in_torch.forward_uncached(torch.cat([ids_BT[row, : root + 1], proposal_QK[q, :n]])[None])
         last_QKH[q, :n] = last_1TH[0, root : root + n]
         logits = target.logits(last_QKH[q, :n])
         lse_QK[q, :n] = (logits / (temperature or 1.0)).logsumexp(-1)

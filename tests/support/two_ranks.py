@@ -64,7 +64,7 @@ def run_rank(rank: int, case: Case, folder: Path) -> dict[str, Any]:
     from aurora_lit.distributed import Op, Order, Ranks
     from aurora_lit.errors import AuroraError, RankError
     from aurora_lit.kernels import native
-    from aurora_lit.models.sharded_target import ShardedTarget
+    from aurora_lit.models.sharded_target import read_shard
     from support.tiny_models import make_engine, random_draft, request
 
     torch.set_num_threads(1)
@@ -74,7 +74,7 @@ def run_rank(rank: int, case: Case, folder: Path) -> dict[str, Any]:
     meeting.mkdir(exist_ok=True)
     ranks = Ranks(rank=rank, size=2, folder=meeting, strategy=case.strategy)  # type: ignore[arg-type]
     try:
-        target = ShardedTarget.load_shard(
+        target = read_shard(
             Path(case.model),
             precision=case.precision,
             strategy=case.strategy,
@@ -82,7 +82,8 @@ def run_rank(rank: int, case: Case, folder: Path) -> dict[str, Any]:
         )
     except AuroraError as error:
         return {"refused": f"{type(error).__name__}: {error}"}
-    report: dict[str, Any] = {"versions": [], "kv_heads": target.num_kv_heads, "weights": num_weights(target)}
+    report: dict[str, Any] = {"versions": [], "weights": num_weights(target)}
+    report["kv_heads"] = target.num_kv_heads, target.all_kv_heads
     if rank:
 
         def record(order: Order) -> None:

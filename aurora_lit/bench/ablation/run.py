@@ -57,7 +57,7 @@ from aurora_lit.learn.offline.replay import Replay, blocks, read_traces
 from aurora_lit.learn.online.build import load_head_and_draft
 from aurora_lit.learn.training_precision import one_process_fabric
 from aurora_lit.machine import use_threads
-from aurora_lit.models.packed_target import safetensors_digest
+from aurora_lit.models.loading import safetensors_digest
 from aurora_lit.modules.draft.eagle3 import Eagle3Draft
 from aurora_lit.serve.speculation.calibration import calibration_steps
 from aurora_lit.serve.speculation.costs import Costs
@@ -287,11 +287,11 @@ def measure_costs(config: AuroraConfig, path: Path) -> dict[str, Any]:
         draft, _ = starting_draft(config, target)
         assert draft is not None
         capacity = config.engine.prefill_chunk_tokens
-        tokens_SL = torch.zeros(1, capacity + 1, dtype=torch.int64, device=target.model.device)
+        tokens_SL = torch.zeros(1, capacity + 1, dtype=torch.int64, device=target.device)
         drafter = Drafter(draft, target, tokens_SL=tokens_SL, capacity=capacity)
         kv_cache = target.make_kv_cache(num_slots=1, capacity=capacity)
         limits = SpeculationLimits(draft_tokens=proposals, copied_tokens=widest)
-        measured_costs = [Costs(ragged=target.supports_trees) for _ in range(_CALIBRATIONS)]
+        measured_costs = [Costs(ragged=target.has_native_decoder) for _ in range(_CALIBRATIONS)]
         for found in measured_costs:
             deque(calibration_steps(found, limits, target, drafter, kv_cache=kv_cache, max_batch_size=1), maxlen=0)
         minimum_s = [min(c.round_s(1, [count]) for c in measured_costs) for count in range(widest + 1)]

@@ -46,6 +46,8 @@ struct DecoderLayer {
   const float* norm_embeds;  // or null: the input is only the normed hidden state
   const float* norm_attention;
   const float* norm_mlp;
+  const float* norm_query;  // [D], of each head before it is rotated; or null: heads are only rotated
+  const float* norm_key;    // likewise
   Matrix query, key, value, output, gate, up, down;
   void* keys;  // the layer's KV cache
   void* values;
@@ -86,8 +88,9 @@ inline void rms_norm(const float* x, const float* weight, int size, float eps, f
   for (i = 0; i < size; ++i) out[i] = weight[i] * (x[i] * factor);
 }
 
-// Apply RoPE to one head in place (RoFormer; halves as in Llama).
-inline void rotate_head(float* x, const float* cosines, const float* sines, int D) {
+// Apply a norm, or none if it is null, and then RoPE to one head in place (RoFormer; halves as in Llama).
+inline void place_head(float* x, const float* norm, float eps, const float* cosines, const float* sines, int D) {
+  if (norm) rms_norm(x, norm, D, eps, x);
   for (int i = 0; i < D / 2; ++i) {
     const float low = x[i], high = x[i + D / 2];
     x[i] = low * cosines[i] - high * sines[i];
@@ -284,9 +287,10 @@ void decode(const DecoderCall& call) {
           const int64_t position = call.starts[b] + depth(s, call.tree, b, t);
           const int64_t place = (position < call.max_positions ? position : call.max_positions - 1) * D;
           float* token_q = q + (first + t) * q_width;
+          const float *cosines = call.cosines + place, *sines = call.sines + place;
           for (int64_t h = kv * group; h < (kv + 1) * group && !only_cache; ++h)
-            rotate_head(token_q + h * D, call.cosines + place, call.sines + place, D);
-          rotate_head(k + (first + t) * kv_width + kv * D, call.cosines + place, call.sines + place, D);
+            place_head(token_q + h * D, layer.norm_query, call.eps, cosines, sines, D);
+          place_head(k + (first + t) * kv_width + kv * D, layer.norm_key, call.eps, cosines, sines, D);
         }
         write_slot(s, b, kv, k, v, keys, values, call.slots, call.starts, from, to);
       }

@@ -1,6 +1,6 @@
 """The target without its layers: input embedding and output head, which is all that training a draft needs of it.
 
-Leaves out loading the target (models/target.py).
+Leaves out loading the target (models/loading.py).
 
 Shapes: N rows, C rows of a chunk, X some of these, H hidden, V vocabulary.
 """
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from aurora_lit.learn.training_precision import training_dtype
-from aurora_lit.models.target import Target
+from aurora_lit.models.interface import WholeTarget
 from aurora_lit.modules.losses.draft_module import DraftModule
 from aurora_lit.modules.sampling.distribution import GREEDY_BELOW
 
@@ -31,14 +31,14 @@ class HeadOutput:
 class TargetHead(nn.Module):
     """Embedding, head and shape of a target whose layers are no longer needed.
 
-    >>> target_head = TargetHead(Target.load(folder, precision="bf16"))
+    >>> target_head = TargetHead(load_target(folder, precision="bf16"))
     >>> target_head.evaluate(last_NH, temperature=0.7).tempered_lse_N
     """
 
     embedding_VH: Tensor
     head_VH: Tensor
 
-    def __init__(self, target: Target) -> None:
+    def __init__(self, target: WholeTarget) -> None:
         super().__init__()
         self.vocab_size, self.hidden_size = target.vocab_size, target.hidden_size
         self.aux_layer_ids = target.aux_layer_ids

@@ -37,9 +37,9 @@ from aurora_lit.learn.online.learner import STARTING_VERSION, Learner, weights_d
 from aurora_lit.learn.online.load_watch import LoadWatch
 from aurora_lit.learn.online.loop import OnlineLoop, newest_usable
 from aurora_lit.learn.training_precision import training_dtype
-from aurora_lit.models.packed_target import load_target
+from aurora_lit.models.loading import load_target
 from aurora_lit.models.source import cache_root, resolve
-from aurora_lit.models.target import Target
+from aurora_lit.models.torch_target import TorchTarget
 from aurora_lit.modules.domains.controller import DomainController
 from aurora_lit.modules.domains.detector import DomainDetector
 from aurora_lit.modules.draft.eagle3 import Eagle3Draft
@@ -236,13 +236,16 @@ def load_head_and_draft(config: AuroraConfig) -> tuple[TargetHead, Eagle3Draft]:
             "draft.checkpoint=null: there is no draft to improve; name a checkpoint, or set learn.from_scratch=true"
         )
     source, precision = _target_folder(config), config.target.precision
-    if config.learn.from_scratch:  # the new draft begins with copies of the target's layers
-        target = Target.load(source, precision=precision)
+    # A new draft begins with copies of the target's layers, which a packed file does not give.
+    cache_dir = None if config.learn.from_scratch else cache_root(config.target.cache_dir)
+    target = load_target(source, precision=precision, cache_dir=cache_dir)
+    target_head, in_torch = TargetHead(target), target.in_torch
+    if config.learn.from_scratch:
+        assert in_torch is not None
+        starting = _untrained(config, in_torch, folder)
     else:
-        target = load_target(source, precision=precision, cache_dir=cache_root(config.target.cache_dir))
-    target_head = TargetHead(target)
-    starting = _untrained(config, target, folder) if config.learn.from_scratch else starting_draft(config, target_head)
-    del target
+        starting = starting_draft(config, target_head)
+    del target, in_torch
     gc.collect()
     return target_head, starting
 
@@ -254,7 +257,7 @@ def starting_draft(config: AuroraConfig, target_head: TargetHead) -> Eagle3Draft
     return load_draft(folder, target_head)
 
 
-def _untrained(config: AuroraConfig, target: Target, folder: Path | None) -> Eagle3Draft:
+def _untrained(config: AuroraConfig, target: TorchTarget, folder: Path | None) -> Eagle3Draft:
     """An untrained draft, of the shape and vocabulary of the configured checkpoint if there is one."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.learn.seed)

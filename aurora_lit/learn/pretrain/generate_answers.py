@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from aurora_lit.models.target import Target
+from aurora_lit.models.interface import Target
 from aurora_lit.request import Request, SamplingParams
 from aurora_lit.serve.engine.engine import Engine
 from aurora_lit.serve.engine.thread_budget import thread_budget

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from aurora_lit.models.target import Target
+from aurora_lit.models.torch_target import TorchTarget
 from aurora_lit.traces.record import Trace
 
 _MIN_PIECE_TOKENS = 16
@@ -32,7 +32,7 @@ def text_pieces(
 
 
 @torch.no_grad()
-def record_pieces(target: Target, pieces: Sequence[list[int]], *, domain: str) -> list[Trace]:
+def record_pieces(target: TorchTarget, pieces: Sequence[list[int]], *, domain: str) -> list[Trace]:
     """Run the target over token sequences, right-padded together; returns one trace each."""
     lengths = [len(piece) for piece in pieces]
     ids_BT = torch.zeros(len(pieces), max(lengths), dtype=torch.long)

@@ -34,9 +34,10 @@ from aurora_lit.learn.pretrain.record_text import record_pieces, text_pieces
 from aurora_lit.learn.pretrain.trainer import DraftTrainer, TrainerOptions, positions_trained
 from aurora_lit.learn.training_precision import training_dtype
 from aurora_lit.machine import use_threads
-from aurora_lit.models.packed_target import safetensors_digest
+from aurora_lit.models.interface import Target
+from aurora_lit.models.loading import safetensors_digest
 from aurora_lit.models.source import find_target
-from aurora_lit.models.target import Target
+from aurora_lit.models.torch_target import TorchTarget
 from aurora_lit.modules.losses.draft_module import DraftModule
 from aurora_lit.modules.losses.objective import OnlineWeights
 from aurora_lit.progress import Progress
@@ -96,6 +97,8 @@ def pretrain(config: AuroraConfig, options: PretrainOptions) -> dict[str, Any]:
     use_threads(config.engine.threads)
     traces = options.out.with_name(f"{options.out.name}.traces")
     tokenizer, target = load_tokenizer(config), load_target(config)
+    in_torch = target.in_torch
+    assert in_torch is not None
     # Loaded first, so that an unusable draft is refused before hours of work.
     draft = load_draft(options.start_from, target) if options.start_from else None
     _check_begun(config, options, traces)
@@ -107,7 +110,7 @@ def pretrain(config: AuroraConfig, options: PretrainOptions) -> dict[str, Any]:
         prompts, left_out = _prompts_to_answer(tokenizer, options, max_positions=target.max_positions)
         if left_out:
             console.print(left_out)
-        _record_text(target, tokenizer, options, traces)
+        _record_text(in_torch, tokenizer, options, traces)
         _answer_prompts(config, target, tokenizer, prompts, options, traces)
     shards = read_index(traces)
     if not shards:
@@ -115,7 +118,7 @@ def pretrain(config: AuroraConfig, options: PretrainOptions) -> dict[str, Any]:
         raise ConfigError(f"--prompts and --text gave nothing to learn from; {remedy}")
     if draft is None:
         ids = _vocabulary(target, tokenizer, options, traces, shards)
-        draft = initial_draft(target, ids, max_positions=config.engine.max_seq_len)
+        draft = initial_draft(in_torch, ids, max_positions=config.engine.max_seq_len)
     module = DraftModule(
         draft,
         embedding_VH=target.embedding_rows(),
@@ -176,7 +179,9 @@ def _check_vocabulary_size(target: Target, options: PretrainOptions, traces: Pat
         )
 
 
-def _record_text(target: Target, tokenizer: PreTrainedTokenizerBase, options: PretrainOptions, traces: Path) -> None:
+def _record_text(
+    target: TorchTarget, tokenizer: PreTrainedTokenizerBase, options: PretrainOptions, traces: Path
+) -> None:
     """Stage one: record text; pieces that an earlier run has stored are skipped."""
     stored = [shard for shard in read_index(traces) if shard.kind == "text"]
     if not options.text or sum(shard.num_positions for shard in stored) >= options.text_positions:

@@ -31,7 +31,7 @@ from aurora_lit.drafts.versions import version_number
 from aurora_lit.errors import RequestError
 from aurora_lit.grammars.matcher import GrammarCompiler
 from aurora_lit.ipc.engine_status import EngineCounters
-from aurora_lit.models.target import Target
+from aurora_lit.models.interface import Target
 from aurora_lit.modules.domains.centroids import DomainAssigner, client_label, pool_prompt
 from aurora_lit.modules.draft.eagle3 import Eagle3Draft
 from aurora_lit.request import Output, Request, Source
@@ -132,8 +132,10 @@ class Engine:
             counters=self.counters,
         )
 
-        self.costs = Costs(ragged=target.supports_trees)
-        weighs = settings.adaptive and self._drafter is not None and self._drafter.is_native and target.supports_trees
+        self.costs = Costs(ragged=target.has_native_decoder)
+        weighs = (
+            settings.adaptive and self._drafter is not None and self._drafter.is_native and target.has_native_decoder
+        )
         limits = SpeculationLimits(
             draft_tokens=settings.max_draft_tokens if self._drafter else 0,
             copied_tokens=copied_tokens(settings, memory),

@@ -18,7 +18,7 @@ from collections import deque
 import torch
 
 from aurora_lit.ipc.engine_status import EngineCounters
-from aurora_lit.models.target import Target
+from aurora_lit.models.interface import Target
 from aurora_lit.modules.sampling.distribution import token_logprobs
 from aurora_lit.modules.sampling.tree import common_prefix_length
 from aurora_lit.serve.engine.round_plan import PromptRow

@@ -1,11 +1,11 @@
 """Forward passes of the target over the rows of a round, and storing what they computed for drafter and observer.
 
-A target with fused layers computes all rows in one pass, each with its own number of columns, chains, trees and prompts
+A native target computes all rows in one pass, each with its own number of columns, chains, trees and prompts
 side by side. Other targets take one pass for the decoding rows, padded to the longest, and one for each prompt row.
 
 A pass over a tree writes keys and values in the order of its columns; `store` moves those of the accepted path to the
 positions of the committed tokens. Left out: which rows there are (serve/engine/engine.py), and the pass itself
-(models/target.py).
+(models/native_target.py).
 
 Shapes: B rows, T columns of the longest decoding row, N columns computed in all, H hidden, F = 3H auxiliary features.
 """
@@ -19,8 +19,9 @@ from typing import NamedTuple
 import torch
 
 from aurora_lit.kernels.target_pass import PassResult, TargetPass
+from aurora_lit.models.interface import Target
 from aurora_lit.models.kv_cache import KVCache
-from aurora_lit.models.target import Target
+from aurora_lit.models.native_target import NativeTarget
 from aurora_lit.serve.engine.observer import RoundObserver
 from aurora_lit.serve.engine.round_plan import DecodingRow, PromptRow, RoundPlan
 from aurora_lit.serve.engine.token_choice import draws_of
@@ -74,8 +75,8 @@ class TargetRunner:
         """Compute all rows; those of `plan.decoding` come first."""
         if self._pass is not None:
             return self._run_at_once(plan, self._pass)
-        if self._target.supports_trees:
-            return self._run_ragged(plan)
+        if isinstance(self._target, NativeTarget):
+            return self._run_ragged(plan, self._target)
         parts = [self._run_padded(plan.decoding)] if plan.decoding else []
         parts += [self._run_padded([row]) for row in plan.prompts]
         begins = [0]
@@ -97,6 +98,7 @@ class TargetRunner:
         if not in_order:
             moves = [(row.start + column, row.start + place) for place, column in enumerate(accepted) if column > place]
             froms, tos = zip(*moves, strict=True)
+            assert isinstance(self._target, NativeTarget)
             self._target.commit_tree_path(kv_cache=self._kv_cache, slot=row.sequence.slot, froms=froms, tos=tos)
         first = columns.begins[index]
         which = slice(first, first + len(accepted)) if in_order else [first + column for column in accepted]
@@ -149,12 +151,12 @@ class TargetRunner:
         are_stored = self._drafter is not None or self._observer is None
         return Columns(result, begins, own_tokens, are_stored=are_stored)
 
-    def _run_ragged(self, plan: RoundPlan) -> Columns:
+    def _run_ragged(self, plan: RoundPlan, target: NativeTarget) -> Columns:
         rows: list[DecodingRow | PromptRow] = [*plan.decoding, *plan.prompts]
         tokens = [row.tokens for row in rows]
         widths = [len(each) for each in tokens]
         parents = _parents(plan.decoding)
-        aux_NF, last_NH = self._target.forward_ragged(
+        aux_NF, last_NH = target.forward_ragged(
             torch.tensor(list(itertools.chain.from_iterable(tokens))),
             widths=widths,
             kv_cache=self._kv_cache,

@@ -20,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 
 from aurora_lit.kernels.matmul import ColumnDraws
-from aurora_lit.models.target import Target
+from aurora_lit.models.interface import Target
 from aurora_lit.modules.sampling.choice import choose_dense
 from aurora_lit.modules.sampling.tree import depths
 from aurora_lit.serve.engine.round_plan import DecodingRow

@@ -21,8 +21,8 @@ from dataclasses import dataclass
 
 import torch
 
+from aurora_lit.models.interface import Target
 from aurora_lit.models.kv_cache import KVCache
-from aurora_lit.models.target import Target
 from aurora_lit.serve.speculation.costs import Costs, CostTable
 from aurora_lit.serve.speculation.drafter import Drafter, DraftInputs
 from aurora_lit.serve.speculation.kept_costs import KeptCosts

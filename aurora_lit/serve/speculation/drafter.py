@@ -28,8 +28,8 @@ from aurora_lit.kernels import huge_pages
 from aurora_lit.kernels.draft_steps import Drafted, Weighing
 from aurora_lit.kernels.matmul import ColumnDraws
 from aurora_lit.models.attention import KVCacheView
+from aurora_lit.models.interface import Target
 from aurora_lit.models.kv_cache import KVCache
-from aurora_lit.models.target import Target
 from aurora_lit.modules.draft.eagle3 import Eagle3Draft
 from aurora_lit.modules.sampling.noise import gumbel
 from aurora_lit.serve.speculation.planner import extends_chain

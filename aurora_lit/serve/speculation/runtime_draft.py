@@ -20,7 +20,7 @@ from aurora_lit.kernels.packed_linear import PackedLinear, pack_linears
 from aurora_lit.kernels.weight_format import WeightFormat
 from aurora_lit.models.attention import causal_attention
 from aurora_lit.models.fused_layers import draft_steps, fuse_draft
-from aurora_lit.models.target import Target
+from aurora_lit.models.interface import Target
 from aurora_lit.modules.draft.eagle3 import Eagle3Draft, rotary_table
 
 _CHECK_POSITIONS, _CHECK_SCALE = 4, 30.0

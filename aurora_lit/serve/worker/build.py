@@ -27,11 +27,12 @@ from aurora_lit.ipc.run_folder import RING_NAME
 from aurora_lit.kernels import native
 from aurora_lit.kernels.build import processor_name
 from aurora_lit.machine import available_bytes, available_cores, use_threads
-from aurora_lit.models.kv_cache import cache_bytes, kv_heads_of
+from aurora_lit.models.interface import Target
+from aurora_lit.models.kv_cache import cache_bytes
 from aurora_lit.models.source import cache_root, find_target
-from aurora_lit.models.target import Target
 from aurora_lit.models.tokenizer import Tokenizer, tokenizer_json
 from aurora_lit.models.tokenizer import load_tokenizer as load_kept_tokenizer
+from aurora_lit.models.torch_target import TorchTarget
 from aurora_lit.modules.domains.centroids import DomainAssigner
 from aurora_lit.modules.draft.eagle3 import Eagle3Draft
 from aurora_lit.placement import describe
@@ -175,6 +176,11 @@ def _engine(
 ) -> Engine:
     if target.device.type == "cpu":
         native.warn_if_absent()
+        if isinstance(target, TorchTarget) and target.why_not_native is not None:
+            _log.warning(
+                "The target's layers run in torch, which is slower than native layers: %s",
+                target.why_not_native,
+            )
     else:
         _log.warning("%s; engine.device=cpu computes on the CPU", describe(config))
     draft, version = starting_draft(config, target)
@@ -215,14 +221,11 @@ def _check_memory(config: AuroraConfig, target: Target, draft: Eagle3Draft | Non
     """
     if target.device.type != "cpu":
         return
-    engine, heads, capacity = config.engine, target.num_kv_heads, slot_capacity(config.engine, config.memory)
-    if engine.strategy == "tensor_parallel":  # all ranks are on this machine, and have these heads together
-        heads = kv_heads_of(target.model.config.get_text_config())
-    elif engine.strategy == "fsdp":  # each of them has all heads
-        heads *= engine.devices
+    engine, capacity = config.engine, slot_capacity(config.engine, config.memory)
     element_bytes = target.kv_dtype.itemsize
     slots = partial(cache_bytes, num_slots=engine.max_batch_size, capacity=capacity, element_bytes=element_bytes)
-    needed = slots(num_layers=target.num_layers, num_kv_heads=heads, head_dim=target.head_dim)
+    # All ranks of a sharded target are on this machine.
+    needed = slots(num_layers=target.num_layers, num_kv_heads=target.all_kv_heads, head_dim=target.head_dim)
     states = engine.max_batch_size * capacity * target.hidden_size
     if draft is not None:
         shape = draft.config

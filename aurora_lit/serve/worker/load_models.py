@@ -16,10 +16,12 @@ from aurora_lit.config import AuroraConfig, draft_folder
 from aurora_lit.drafts.checkpoint import check_fits, load_draft, read_config
 from aurora_lit.errors import ConfigError
 from aurora_lit.machine import use_threads
-from aurora_lit.models import packed_target
+from aurora_lit.models import loading
+from aurora_lit.models.interface import CPU, Target
+from aurora_lit.models.native_target import NativeTarget
 from aurora_lit.models.source import cache_root, find_target, read_model_config
-from aurora_lit.models.target import CPU, Target
 from aurora_lit.models.tokenizer import Tokenizer, keep_tokenizer, transformers_tokenizer
+from aurora_lit.models.torch_target import TorchTarget
 from aurora_lit.modules.draft.eagle3 import Eagle3Config, Eagle3Draft
 from aurora_lit.placement import uses_gpus
 
@@ -69,7 +71,7 @@ def load_serving_target(config: AuroraConfig) -> Target:
     if config.engine.compile == "on" or device != CPU:
         return load_target(config, device=device)
     cache_dir = cache_root(config.target.cache_dir)
-    target = packed_target.load_target(find_target(config), precision=config.target.precision, cache_dir=cache_dir)
+    target = loading.load_target(find_target(config), precision=config.target.precision, cache_dir=cache_dir)
     _check_length(config, target)
     return target
 
@@ -78,13 +80,15 @@ def _device(config: AuroraConfig) -> torch.device:
     return torch.device("cuda") if uses_gpus(config) else CPU
 
 
-def load_target(config: AuroraConfig, *, device: torch.device = CPU) -> Target:
+def load_target(config: AuroraConfig, *, device: torch.device = CPU) -> NativeTarget | TorchTarget:
     """As `load_serving_target`, but with transformers' model, whose layers can be read, and run without a cache."""
-    target = Target.load(find_target(config), precision=config.target.precision, device=device)
+    target = loading.load_target(find_target(config), precision=config.target.precision, device=device)
     _check_length(config, target)
-    if config.engine.compile == "on":
-        target.compile_forward()
-    return target
+    if config.engine.compile != "on":
+        return target
+    assert target.in_torch is not None
+    target.in_torch.compile_forward()
+    return target.in_torch
 
 
 def _check_length(config: AuroraConfig, target: Target) -> None:
@@ -110,7 +114,7 @@ def load_shard(config: AuroraConfig, run_folder: Path, rank: int) -> ShardedTarg
     """One rank's shard of the target; all ranks call it at the same time. Raises SourceError or ConfigError."""
     # Imported here: lightning.fabric takes two seconds, and a target in one process does not need it.
     from aurora_lit.distributed import Ranks
-    from aurora_lit.models.sharded_target import ShardedTarget
+    from aurora_lit.models.sharded_target import read_shard
 
     engine = config.engine
     assert engine.strategy != "single"
@@ -118,9 +122,8 @@ def load_shard(config: AuroraConfig, run_folder: Path, rank: int) -> ShardedTarg
     ranks = Ranks(
         rank=rank, size=engine.devices, folder=run_folder, strategy=engine.strategy, on_gpus=uses_gpus(config)
     )
-    target = ShardedTarget.load_shard(
-        find_target(config), precision=config.target.precision, strategy=engine.strategy, ranks=ranks
-    )
+    source, precision = find_target(config), config.target.precision
+    target = read_shard(source, precision=precision, strategy=engine.strategy, ranks=ranks)
     _check_length(config, target)
     return target
 

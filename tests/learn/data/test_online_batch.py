@@ -9,7 +9,7 @@ import torch
 from aurora_lit.learn.data.labelled_trace import label_traces
 from aurora_lit.learn.data.online_batch import collate_online
 from aurora_lit.learn.data.target_head import TargetHead
-from aurora_lit.models.target import Target
+from aurora_lit.models.interface import Target
 from aurora_lit.traces.record import Trace
 
 
@@ -26,7 +26,7 @@ def test_each_proposal_is_verified_by_the_targets_distribution_after_the_proposa
         count = int(batch.rounds.num_proposed_Q[q])
         ids = torch.cat([trace.token_ids_T[: root + 1].long(), proposals[: count - 1]])
         with torch.no_grad():
-            last_TH = target.forward_uncached(ids[None])[1][0, root:]
+            last_TH = target.in_torch.forward_uncached(ids[None])[1][0, root:]
             logits = target.logits(last_TH)
         temperature = float(batch.rounds.temperature_Q[q]) or 1.0
         torch.testing.assert_close(batch.rounds.path_last_QKH[q, :count].float(), last_TH, atol=2e-2, rtol=2e-2)

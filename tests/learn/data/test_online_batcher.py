@@ -16,7 +16,7 @@ from aurora_lit.learn.data.labelled_trace import crop, first_trained_position
 from aurora_lit.learn.data.online_batcher import MAX_PASSES, OnlineBatcher, informativeness
 from aurora_lit.learn.data.reservoir import Reservoir
 from aurora_lit.learn.data.target_head import TargetHead
-from aurora_lit.models.target import Target
+from aurora_lit.models.interface import Target
 from aurora_lit.modules.losses.batch import OnlineBatch
 from aurora_lit.traces.record import Trace, from_bytes
 

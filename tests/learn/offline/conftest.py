@@ -7,7 +7,7 @@ import torch
 from support.live_traces import serve, some_requests
 from support.tiny_models import trained_draft
 
-from aurora_lit.models.target import Target
+from aurora_lit.models.interface import Target
 from aurora_lit.modules.draft.eagle3 import Eagle3Draft
 
 

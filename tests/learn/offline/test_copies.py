@@ -19,7 +19,7 @@ from aurora_lit.kernels.copy_rates import CopyReliability
 from aurora_lit.kernels.suffix_index import NUM_CELLS, Copies, SuffixMemory
 from aurora_lit.learn.offline.copies import CopyPaths
 from aurora_lit.learn.offline.scoring import RoundTotals, RoundWalk, with_copied
-from aurora_lit.models.target import Target
+from aurora_lit.models.interface import Target
 from aurora_lit.modules.sampling.tree import accepted_path
 from aurora_lit.request import Request, Source
 from aurora_lit.serve.engine.round_plan import Proposal

@@ -17,7 +17,7 @@ from aurora_lit.learn.data.online_batch import collate_online
 from aurora_lit.learn.data.target_head import TargetHead
 from aurora_lit.learn.offline.on_policy import RoundSimulator
 from aurora_lit.learn.offline.scoring import RoundScorer, RoundWalk
-from aurora_lit.models.target import Target
+from aurora_lit.models.interface import Target
 from aurora_lit.modules.draft.eagle3 import Eagle3Draft
 from aurora_lit.serve.engine.trace_recorder import TraceRecorder
 from aurora_lit.traces.record import Trace, check, to_bytes

@@ -43,7 +43,8 @@ from aurora_lit.learn.offline import replay as replay_module
 from aurora_lit.learn.offline.replay import ARMS, Replay, blocks, read_traces
 from aurora_lit.learn.offline.scoring import RoundTotals
 from aurora_lit.learn.online import learner as learner_module
-from aurora_lit.models.target import Target
+from aurora_lit.models.interface import Target
+from aurora_lit.models.loading import load_target
 from aurora_lit.modules.losses.batch import OnlineBatch
 from aurora_lit.modules.losses.objective import OnlineWeights
 from aurora_lit.request import Request
@@ -632,7 +633,7 @@ def test_two_processes_learn_what_one_learns(recorded: list[str], tmp_path: Path
             assert process.returncode == 0, stderr[-3000:]
             spoken += stdout
         assert spoken.count("drafts passed the gate") == 1, "one process speaks"
-        draft = load_draft(out / "draft", TargetHead(Target.load(_source(tmp_path), precision="fp32")))
+        draft = load_draft(out / "draft", TargetHead(load_target(_source(tmp_path), precision="fp32")))
         return json.loads((out / "replay.json").read_text()), draft.state_dict()
 
     (one, alone), (two, together) = replayed(1, 1), replayed(2, 2)
@@ -642,7 +643,7 @@ def test_two_processes_learn_what_one_learns(recorded: list[str], tmp_path: Path
         assert two["all"][arm]["accepted_length"] == pytest.approx(one["all"][arm]["accepted_length"], abs=0.02)
     moved = torch.cat([t.flatten().float() for t in alone.values()])
     other = torch.cat([t.flatten().float() for t in together.values()])
-    start = load_draft(tmp_path / "start", TargetHead(Target.load(_source(tmp_path), precision="fp32"))).state_dict()
+    start = load_draft(tmp_path / "start", TargetHead(load_target(_source(tmp_path), precision="fp32"))).state_dict()
     began = torch.cat([t.flatten().float() for t in start.values()])
     # Muon orthogonalises in bf16, which makes more of rounding; halves that are not joined are ten times as far off.
     assert (moved - other).norm() < 0.05 * (moved - began).norm()
@@ -660,7 +661,7 @@ def test_a_process_that_is_disturbed_learns_as_the_others_and_other_traces_are_a
         for name, tensor in first[part].items():
             assert torch.equal(tensor, second[part][name]), f"{part}: {name}"
     assert first["steps"] == alone["steps"]
-    began = random_draft(Target.load(folder, precision="fp32")).state_dict()
+    began = random_draft(load_target(folder, precision="fp32")).state_dict()
     moved, apart = (
         torch.cat([(t.float() - other[name].float()).flatten() for name, t in alone["learned"].items()]).norm()
         for other in (began, first["learned"])

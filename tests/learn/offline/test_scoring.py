@@ -14,7 +14,7 @@ from support.trace_examples import keep_in
 
 from aurora_lit.learn.data.target_head import TargetHead
 from aurora_lit.learn.offline.scoring import RoundScorer, RoundTotals
-from aurora_lit.models.target import Target
+from aurora_lit.models.interface import Target
 from aurora_lit.modules.draft.eagle3 import Eagle3Draft
 from aurora_lit.serve.engine.trace_recorder import TraceRecorder
 from aurora_lit.traces.record import Trace

@@ -8,7 +8,7 @@ import pytest
 from support.live_traces import serve, some_requests
 from support.tiny_models import random_draft
 
-from aurora_lit.models.target import Target
+from aurora_lit.models.interface import Target
 from aurora_lit.traces.record import Trace
 
 

@@ -29,8 +29,8 @@ from aurora_lit.learn.online.build import _loggers, load_head_and_draft
 from aurora_lit.learn.online.learner import Learner
 from aurora_lit.learn.online.load_watch import LoadWatch
 from aurora_lit.learn.online.loop import OnlineLoop
-from aurora_lit.models import packed_target
-from aurora_lit.models.target import Target
+from aurora_lit.models import loading
+from aurora_lit.models.interface import Target
 
 
 @pytest.fixture
@@ -192,9 +192,9 @@ def test_a_learner_reads_the_same_head_from_the_packed_file(
     overrides = [*server.overrides, f"target.precision={precision}", f"target.cache_dir={tmp_path / 'cache'}"]
     config = load_config(None, overrides)
     expected, _ = load_head_and_draft(config)
-    monkeypatch.setattr(packed_target, "_SMALLEST_BYTES", 0)
+    monkeypatch.setattr(loading, "_SMALLEST_BYTES", 0)
     load_head_and_draft(config)  # writes the file
-    monkeypatch.setattr(Target, "load", None)
+    monkeypatch.setattr(loading, "_load", None)
     found, _ = load_head_and_draft(config)
     assert torch.equal(found.embedding_VH, expected.embedding_VH)
     assert torch.equal(found.head_VH, expected.head_VH)

@@ -27,7 +27,8 @@ from aurora_lit.ipc.run_folder import CONFIG_NAME
 from aurora_lit.learn.online import data_parallel
 from aurora_lit.learn.online.data_parallel import launch_fabric
 from aurora_lit.learn.training_precision import training_precision
-from aurora_lit.models.target import Target
+from aurora_lit.models.interface import Target
+from aurora_lit.models.loading import load_target
 from aurora_lit.settings import LearnSettings
 from aurora_lit.traces.record import to_bytes
 
@@ -47,7 +48,7 @@ def test_two_processes_learn_what_one_learns_through_restarts_and_new_vocabulari
         for name, tensor in first[part].items():
             assert torch.equal(tensor, second[part][name]), f"{part}: {name}"
     assert torch.equal(first["draft"]["d2t"], alone["draft"]["d2t"])
-    began = random_draft(Target.load(folder, precision="fp32"), seed=7, draft_vocab_size=32).state_dict()
+    began = random_draft(load_target(folder, precision="fp32"), seed=7, draft_vocab_size=32).state_dict()
 
     def flat(weights: dict[str, torch.Tensor]) -> torch.Tensor:
         return torch.cat([weights[name].flatten() for name in weights if name not in ("d2t", "t2d", "lm_head.weight")])

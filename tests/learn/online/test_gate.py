@@ -16,7 +16,7 @@ from aurora_lit.learn.online import gate
 from aurora_lit.learn.online import held_out as held_out_module
 from aurora_lit.learn.online.gate import compare_drafts, decide, score_requests
 from aurora_lit.learn.online.held_out import HeldOut, HeldOutRequest
-from aurora_lit.models.target import Target
+from aurora_lit.models.interface import Target
 from aurora_lit.modules.draft.eagle3 import Eagle3Draft
 from aurora_lit.traces.record import Trace
 
@@ -65,7 +65,7 @@ def test_the_score_of_a_sampled_request_is_the_overlap_of_the_two_distributions_
         ((_, score),) = score_requests(module, [held(trace)], batch_positions=64)
         ids_BT = trace.token_ids_T.long()[None]
         with torch.no_grad():
-            aux, last = target.forward_uncached(ids_BT)
+            aux, last = target.in_torch.forward_uncached(ids_BT)
             embeds = torch.nn.functional.embedding(ids_BT, module.embedding_VH)
             places = torch.arange(ids_BT.shape[1] - 1)[None]
             chain = taught_draft.project_qkv(embeds[:, 1:], taught_draft.combine_hidden_states(aux)[:, :-1], places)

@@ -16,7 +16,7 @@ from support.tiny_models import random_draft
 
 from aurora_lit.learn.online.held_out import HeldOut
 from aurora_lit.learn.online.intake import TraceIntake, is_looping, repeated_share
-from aurora_lit.models.target import Target
+from aurora_lit.models.interface import Target
 from aurora_lit.traces.record import Trace
 
 

@@ -19,7 +19,7 @@ from aurora_lit.learn.data.online_batch import collate_online
 from aurora_lit.learn.data.target_head import TargetHead
 from aurora_lit.learn.data.training_state import write_state
 from aurora_lit.learn.online.learner import PATIENCE_TRIALS, STARTING_VERSION, Learner, weights_digest
-from aurora_lit.models.target import Target
+from aurora_lit.models.interface import Target
 from aurora_lit.modules.domains.detector import DomainDetector
 from aurora_lit.modules.draft.eagle3 import Eagle3Draft
 from aurora_lit.modules.losses.draft_module import clip_gradients
@@ -249,7 +249,7 @@ def test_positions_are_those_that_a_step_has_trained_on(target: Target, traffic:
 def test_a_state_of_another_vocabulary_is_not_used(target: Target, tmp_path: Path) -> None:
     def learner(ids: torch.Tensor) -> Learner:
         return Learner(
-            online_module(target, initial_draft(target, ids)),
+            online_module(target, initial_draft(target.in_torch, ids)),
             make_controller(),
             tmp_path / "state",
             target_head=TargetHead(target),

@@ -23,7 +23,7 @@ from aurora_lit.errors import AuroraError, CheckpointError
 from aurora_lit.learn.online import gate, loop
 from aurora_lit.learn.online.budget import Budget, ServerLoad, ShareLimit
 from aurora_lit.learn.online.learner import PATIENCE_TRIALS, STARTING_VERSION
-from aurora_lit.models.target import Target
+from aurora_lit.models.interface import Target
 from aurora_lit.modules.domains.centroids import Centroids
 from aurora_lit.modules.domains.detector import DomainDetector
 from aurora_lit.modules.draft.eagle3 import Eagle3Draft

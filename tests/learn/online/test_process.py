@@ -31,7 +31,7 @@ from aurora_lit.learn.data.training_state import from_bytes
 from aurora_lit.learn.online import process
 from aurora_lit.learn.online.build import STATE_NAME
 from aurora_lit.learn.online.process import niceness
-from aurora_lit.models.target import Target
+from aurora_lit.models.interface import Target
 from aurora_lit.traces.record import Trace, to_bytes
 
 

@@ -15,7 +15,7 @@ from support.tiny_models import (
 from support.trace_examples import keep_in
 
 from aurora_lit.learn.pretrain.generate_answers import PromptToAnswer, generate_answers
-from aurora_lit.models.target import Target
+from aurora_lit.models.interface import Target
 from aurora_lit.serve.engine.trace_recorder import TraceRecorder
 from aurora_lit.traces.record import Trace
 

@@ -9,7 +9,7 @@ from support.tiny_models import (
 )
 
 from aurora_lit.learn.pretrain.record_text import record_pieces
-from aurora_lit.models.target import Target
+from aurora_lit.models.interface import Target
 
 
 def test_recorded_text_has_the_targets_states_without_padding(target: Target) -> None:

@@ -27,7 +27,8 @@ from aurora_lit.learn.pretrain import stages
 from aurora_lit.learn.pretrain.generate_answers import generate_answers
 from aurora_lit.learn.pretrain.record_text import text_pieces
 from aurora_lit.learn.pretrain.stages import PretrainOptions, pretrain
-from aurora_lit.models.target import Target
+from aurora_lit.models.interface import Target
+from aurora_lit.models.loading import load_target
 from aurora_lit.modules.draft.eagle3 import Eagle3Draft
 from aurora_lit.traces.log import read_index, read_shard
 from aurora_lit.traces.record import Trace
@@ -77,7 +78,7 @@ def test_a_draft_is_trained_from_another(
     trained = pretrain(config, options)
     length = "expected_accepted_length"
     assert trained["words"][length] > untrained["words"][length]
-    target = Target.load(tmp_path / "target", precision="fp32")
+    target = load_target(tmp_path / "target", precision="fp32")
     first = load_draft(options.out, target)
     # Too slow to learn: what comes out is what it started from, vocabulary included.
     slow = dataclasses.replace(
@@ -175,7 +176,7 @@ def test_traces_of_other_work_are_refused(
         save_model("llama", tmp_path / "target", seed=1, num_hidden_layers=4, vocab_size=len(tiny_tokenizer()))
     else:
         other = tmp_path / "other"
-        save_draft(random_draft(Target.load(tmp_path / "target", precision="fp32")), other)
+        save_draft(random_draft(load_target(tmp_path / "target", precision="fp32")), other)
         options = dataclasses.replace(options, start_from=other)
     with pytest.raises(ConfigError, match="another target, precision or --start-from"):
         pretrain(config, options)

@@ -23,7 +23,7 @@ from aurora_lit.learn.data.training_state import read_state, write_state
 from aurora_lit.learn.pretrain import trainer as trainer_module
 from aurora_lit.learn.pretrain.generate_answers import PromptToAnswer, generate_answers
 from aurora_lit.learn.pretrain.trainer import DraftTrainer, TrainerOptions, lr_factor
-from aurora_lit.models.target import Target
+from aurora_lit.models.interface import Target
 from aurora_lit.modules.losses.batch import OnlineBatch
 from aurora_lit.modules.losses.objective import OnlineWeights, StepReport
 from aurora_lit.traces.log import TraceLogWriter, read_index, read_shard

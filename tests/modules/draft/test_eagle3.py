@@ -7,11 +7,11 @@ from pathlib import Path
 import torch
 from support.tiny_models import random_draft, save_model
 
-from aurora_lit.models.target import Target
+from aurora_lit.models.loading import load_target
 
 
 def test_the_vocabulary_in_a_checkpoints_terms(tmp_path: Path) -> None:
-    target = Target.load(save_model("llama", tmp_path), precision="fp32")
+    target = load_target(save_model("llama", tmp_path), precision="fp32")
     draft = random_draft(target, draft_vocab_size=4)
     draft.set_vocabulary(torch.tensor([2, 3, 30, 60]))
     assert draft.d2t.tolist() == [2, 2, 28, 57]

@@ -12,7 +12,8 @@ from support.tiny_models import VOCAB, draft_batch, draft_module, random_draft, 
 from support.toy_rounds import chain_logprobs, rounds, some_rounds
 from torch import Tensor
 
-from aurora_lit.models.target import Target
+from aurora_lit.models.interface import Target
+from aurora_lit.models.loading import load_target
 from aurora_lit.modules.losses.batch import OnlineBatch
 from aurora_lit.modules.losses.chain_losses import _uniform
 from aurora_lit.modules.losses.draft_module import DraftModule
@@ -25,7 +26,7 @@ OFF = OnlineWeights(ppo_weight=0.0)
 
 @pytest.fixture(scope="module")
 def target(tmp_path_factory: pytest.TempPathFactory) -> Target:
-    return Target.load(save_model("llama", tmp_path_factory.mktemp("llama")), precision="fp32")
+    return load_target(save_model("llama", tmp_path_factory.mktemp("llama")), precision="fp32")
 
 
 def online_batch(target: Target, *, verified: str = "own_draw") -> OnlineBatch:

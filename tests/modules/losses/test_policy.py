@@ -17,7 +17,8 @@ from support.tiny_models import VOCAB, draft_module, random_draft, save_model
 from support.toy_rounds import VERIFIED, chain_logprobs, rounds, some_rounds
 from torch import Tensor
 
-from aurora_lit.models.target import Target
+from aurora_lit.models.interface import Target
+from aurora_lit.models.loading import load_target
 from aurora_lit.modules.losses.batch import OnlineBatch
 from aurora_lit.modules.losses.objective import OnlineWeights
 
@@ -26,7 +27,7 @@ D = 4
 
 @pytest.fixture(scope="module")
 def target(tmp_path_factory: pytest.TempPathFactory) -> Target:
-    return Target.load(save_model("llama", tmp_path_factory.mktemp("llama")), precision="fp32")
+    return load_target(save_model("llama", tmp_path_factory.mktemp("llama")), precision="fp32")
 
 
 def greedy_vocabulary(target: Target, ids_1T: Tensor) -> Tensor:
@@ -35,7 +36,7 @@ def greedy_vocabulary(target: Target, ids_1T: Tensor) -> Tensor:
     for root in (5, 8):
         text = ids_1T[:, : root + 1]
         for _ in range(2):
-            best_11 = target.logits(target.forward_uncached(text)[1])[:, -1:].argmax(-1)
+            best_11 = target.logits(target.in_torch.forward_uncached(text)[1])[:, -1:].argmax(-1)
             text = torch.cat([text, best_11], 1)
             likely.append(int(best_11))
     others = [token for token in (11, 23, 37, 41) if token not in likely]

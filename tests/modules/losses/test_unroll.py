@@ -14,7 +14,8 @@ from support.toy_rounds import chain_logprobs, chain_states, rounds
 from aurora_lit.kernels import native
 from aurora_lit.kernels.draft_steps import Drafted
 from aurora_lit.kernels.matmul import ColumnDraws
-from aurora_lit.models.target import Target
+from aurora_lit.models.interface import Target
+from aurora_lit.models.loading import load_target
 from aurora_lit.modules.draft.eagle3 import Eagle3Draft
 from aurora_lit.modules.losses.lk import overlap
 from aurora_lit.modules.losses.policy import draft_index
@@ -33,7 +34,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def target(folder: Path) -> Target:
-    return Target.load(folder, precision="fp32")
+    return load_target(folder, precision="fp32")
 
 
 class Drafting:
@@ -45,7 +46,7 @@ class Drafting:
         capacity = 80 + K + 1
         self.tokens_SL = torch.zeros(5, capacity + 1, dtype=torch.int64)
         self.drafter = Drafter(draft, target, tokens_SL=self.tokens_SL, capacity=capacity)
-        self.features_BTF, _ = target.forward_uncached(self.ids_BT)
+        self.features_BTF, _ = target.in_torch.forward_uncached(self.ids_BT)
         self.known = [0, 0, 0]
 
     def propose(self, lengths: list[int]) -> Drafted:
@@ -75,7 +76,7 @@ ALL_LENGTHS = ([9, 50, 2], [12, 51, 7], [13, 79, 8])
 def test_the_unrolled_steps_are_the_drafters_chain(kernels: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if kernels == "torch":
         monkeypatch.setattr(native, "library", lambda: None)
-    target = Target.load(folder, precision="fp32")
+    target = load_target(folder, precision="fp32")
     draft = random_draft(target)
     module = draft_module(target, copy.deepcopy(draft), num_steps=K)
     drafting = Drafting(target, draft)

@@ -12,7 +12,8 @@ from support.tiny_models import VOCAB, make_engine, random_draft, request, run, 
 
 from aurora_lit.kernels import native
 from aurora_lit.kernels.suffix_index import NO_COPIES, Copies, LookUp
-from aurora_lit.models.target import Target
+from aurora_lit.models.interface import Target
+from aurora_lit.models.loading import load_target
 from aurora_lit.request import Request, Source
 from aurora_lit.serve.engine.round_plan import Proposal
 from aurora_lit.serve.speculation import copy_finder, proposer
@@ -29,7 +30,7 @@ needs_kernels = pytest.mark.skipif(native.library() is None, reason="there is no
 @pytest.fixture(scope="module")
 def target(tmp_path_factory: pytest.TempPathFactory) -> Target:
     folder = save_model("llama", tmp_path_factory.mktemp("llama"), num_hidden_layers=4)
-    return Target.load(folder, precision="fp32")
+    return load_target(folder, precision="fp32")
 
 
 def prompts() -> list[tuple[int, ...]]:

@@ -18,7 +18,8 @@ from support.tiny_models import VOCAB, Answer, make_engine, random_draft, reques
 from aurora_lit.config import load_config
 from aurora_lit.errors import SourceError
 from aurora_lit.kernels import native
-from aurora_lit.models.target import CPU, Target
+from aurora_lit.models.interface import CPU
+from aurora_lit.models.loading import load_target
 from aurora_lit.request import Request
 from aurora_lit.serve.engine.trace_recorder import TraceRecorder
 from aurora_lit.serve.speculation import calibration
@@ -68,8 +69,8 @@ def torch_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def answers(folder: Path, requests: list[Request], device: torch.device, **options: object) -> dict[str, Answer]:
-    target = Target.load(folder, precision="fp32", device=device)
-    draft = random_draft(Target.load(folder, precision="fp32"))
+    target = load_target(folder, precision="fp32", device=device)
+    draft = random_draft(load_target(folder, precision="fp32"))
     engine = make_engine(target, draft, max_batch_size=3, **options)
     return run(engine, requests, arrivals=[0, 0, 1, 3, 6, 9])
 
@@ -107,7 +108,7 @@ def test_an_engine_is_built_where_its_configuration_says(
     answer = run(engine, [request("a", prompt(1, 12))])["a"]
     assert len(answer.token_ids) == 16
     assert sum(output.num_proposed for output in answer.rounds)
-    assert engine.target.model.dtype == torch.bfloat16, "precision auto without the CPU's kernels"
+    assert engine.target.in_torch.model.dtype == torch.bfloat16, "precision auto without the CPU's kernels"
     assert {each.device for each in engine.target.parameters()} == {device}
     assert "engine.device=cpu" in caplog.text, "what to do if it fails is said at the start"
 
@@ -117,14 +118,14 @@ def test_precisions_of_the_cpus_kernels_are_refused_elsewhere(
     precision: str, folder: Path, device: torch.device
 ) -> None:
     with pytest.raises(SourceError, match="runs on the CPU only; set engine.device=cpu"):
-        Target.load(folder, precision=precision, device=device)
+        load_target(folder, precision=precision, device=device)
 
 
 @pytest.mark.slow
 def test_unseeded_exploring_and_recorded_rounds_stay_on_the_device(folder: Path, device: torch.device) -> None:
     traces: list[Trace] = []
-    target = Target.load(folder, precision="fp32", device=device)
-    draft = random_draft(Target.load(folder, precision="fp32"))
+    target = load_target(folder, precision="fp32", device=device)
+    draft = random_draft(load_target(folder, precision="fp32"))
     recorder = TraceRecorder(traces.append, hidden_size=target.hidden_size, segment_tokens=3, overlap_tokens=1)
     engine = make_engine(target, draft, observer=recorder, explore_share=0.5, max_batch_size=3)
     requests = [request(str(i), prompt(i, 4 + i), max_tokens=6, temperature=1.0 if i % 2 else 0.0) for i in range(6)]
@@ -136,8 +137,8 @@ def test_unseeded_exploring_and_recorded_rounds_stay_on_the_device(folder: Path,
 
 
 def test_a_draft_is_swapped_on_the_device(folder: Path, device: torch.device) -> None:
-    cpu = Target.load(folder, precision="fp32")
-    target = Target.load(folder, precision="fp32", device=device)
+    cpu = load_target(folder, precision="fp32")
+    target = load_target(folder, precision="fp32", device=device)
     engine = make_engine(target, random_draft(cpu), draft_version="a")
     engine.submit(request("a", prompt(1, 30), max_tokens=30))
     for _ in range(6):

@@ -11,7 +11,8 @@ from support.tiny_models import VOCAB, Answer, make_engine, random_draft, reques
 from support.trace_examples import keep_in
 from torch import Tensor
 
-from aurora_lit.models.target import Target
+from aurora_lit.models.interface import Target
+from aurora_lit.models.loading import load_target
 from aurora_lit.modules.domains.centroids import Centroids, DomainAssigner
 from aurora_lit.modules.domains.detector import prompt_embedding
 from aurora_lit.request import Request
@@ -44,7 +45,7 @@ class RecordingAssigner(DomainAssigner):
 
 @pytest.fixture(scope="module")
 def small_target(tmp_path_factory: pytest.TempPathFactory) -> Target:
-    return Target.load(
+    return load_target(
         save_model("llama", tmp_path_factory.mktemp("llama"), seed=3, max_position_embeddings=512), precision="fp32"
     )
 

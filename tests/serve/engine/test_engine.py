@@ -25,7 +25,8 @@ from support.tiny_models import (
 
 from aurora_lit.errors import RequestError
 from aurora_lit.kernels import native
-from aurora_lit.models.target import Target
+from aurora_lit.models.interface import Target
+from aurora_lit.models.loading import load_target
 from aurora_lit.modules.draft.eagle3 import Eagle3Draft
 from aurora_lit.request import Output, Request, Source
 from aurora_lit.serve.engine.engine import Engine
@@ -79,7 +80,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> TinyModels:
     gen = torch.Generator().manual_seed(3)
     prompts = [torch.randint(0, VOCAB, (length,), generator=gen).tolist() for length in LENGTHS]
     answers = generate(folder, prompts, NEW)
-    target = Target.load(folder, precision="fp32")
+    target = load_target(folder, precision="fp32")
     width = max(LENGTHS) + NEW
     texts = [(p + a + [0] * width)[:width] for p, a in zip(prompts, answers, strict=True)]
     trained = trained_draft(target, torch.tensor(texts))
@@ -147,7 +148,7 @@ def test_requests_come_and_go_at_any_time(models: TinyModels, kernels: str, monk
     """Three slots, eight requests of all lengths, prompts in chunks of 6 tokens."""
     if kernels == "torch":
         monkeypatch.setattr(native, "library", lambda: None)
-    target = Target.load(models.folder, precision="fp32")
+    target = load_target(models.folder, precision="fp32")
     engine = make_engine(target, models.draft("trained"), max_batch_size=3, prefill_chunk_tokens=6, max_draft_tokens=3)
     new = [24, 1, 7, 13, 2, 24, 3, 20]
     requests = [models.request(i, max_tokens=new[i]) for i in range(8)]
@@ -217,7 +218,7 @@ def test_max_seq_len_ends_an_answer(models: TinyModels, k: int) -> None:
 
 def test_all_positions_of_a_learned_position_table_can_be_used(tmp_path: Path) -> None:
     folder = save_model("gpt2", tmp_path, n_positions=24, n_layer=3)
-    target = Target.load(folder, precision="fp32")
+    target = load_target(folder, precision="fp32")
     engine = make_engine(target, random_draft(target), max_seq_len=24, max_draft_tokens=4)
     answers = run(engine, [request("a", (1, 2, 3, 4), max_tokens=50)])
     assert answers["a"].token_ids == generate(folder, [[1, 2, 3, 4]], 20)[0]
@@ -404,7 +405,7 @@ def test_bf16_without_kernels(
 ) -> None:
     """Not exact, because torch's sums depend on shapes; but it runs."""
     monkeypatch.setattr(native, "library", lambda: None)
-    target = Target.load(models.folder, precision="bf16")
+    target = load_target(models.folder, precision="bf16")
     engine = make_engine(target, draft(target), max_draft_tokens=3)
     answers = run(engine, [models.request(3), models.request(6, temperature=1.0)])
     assert [len(answer.token_ids) for answer in answers.values()] == [NEW, NEW]
@@ -490,9 +491,9 @@ def test_what_the_end_of_a_request_takes_is_not_a_rounds_time(
 def test_where_rows_are_padded_a_rounds_time_is_that_of_its_longest_row(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    target = Target.load(save_model("gpt2", tmp_path, n_layer=3), precision="fp32")
+    target = load_target(save_model("gpt2", tmp_path, n_layer=3), precision="fp32")
     engine, computed, booked = make_engine(target, random_draft(target)), list[int](), list[float]()
-    assert not target.supports_trees
+    assert not target.has_native_decoder
     forward = target.forward
 
     def noted(ids_BT: torch.Tensor, **how: Any) -> Any:

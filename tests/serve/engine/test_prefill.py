@@ -14,7 +14,8 @@ import torch
 from support.tiny_models import VOCAB, make_engine, request, run, save_model, trained_draft
 
 from aurora_lit.kernels import native
-from aurora_lit.models.target import Target
+from aurora_lit.models.interface import Target
+from aurora_lit.models.loading import load_target
 from aurora_lit.modules.draft.eagle3 import Eagle3Draft
 from aurora_lit.request import Request
 from aurora_lit.serve.engine import prefill as prefill_module
@@ -138,7 +139,7 @@ def test_in_one_of_many_rounds_prompts_are_left_out_so_that_costs_are_measured()
 @pytest.fixture(scope="module")
 def target(tmp_path_factory: pytest.TempPathFactory) -> Target:
     folder: Path = save_model("llama", tmp_path_factory.mktemp("llama"), num_hidden_layers=4)
-    return Target.load(folder, precision="bf16" if native.library() is not None else "fp32")
+    return load_target(folder, precision="bf16" if native.library() is not None else "fp32")
 
 
 @pytest.fixture(scope="module")

@@ -12,8 +12,9 @@ import torch
 from support.tiny_models import VOCAB, make_engine, random_draft, run, save_model
 
 from aurora_lit.kernels import native
+from aurora_lit.models.interface import Target
 from aurora_lit.models.kv_cache import KVCache, keys_by_position, values_by_position
-from aurora_lit.models.target import Target
+from aurora_lit.models.loading import load_target
 from aurora_lit.modules.draft.eagle3 import Eagle3Draft
 from aurora_lit.request import Request, SamplingParams
 from aurora_lit.serve.engine.engine import Engine
@@ -28,7 +29,7 @@ COMMON = torch.randint(VOCAB, (40,), generator=torch.Generator().manual_seed(1))
 @pytest.fixture(scope="module")
 def target(tmp_path_factory: pytest.TempPathFactory) -> Target:
     folder = save_model("llama", tmp_path_factory.mktemp("llama"), num_hidden_layers=4)
-    return Target.load(folder, precision="bf16" if native.library() is not None else "fp32")
+    return load_target(folder, precision="bf16" if native.library() is not None else "fp32")
 
 
 @pytest.fixture(scope="module")
@@ -316,7 +317,7 @@ def test_nor_are_positions_copied_that_the_slot_has_in_a_block_with_others() -> 
 
 def test_prefixes_are_copied_without_native_kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(native, "library", lambda: None)
-    target = Target.load(save_model("gemma2", tmp_path), precision="fp32")
+    target = load_target(save_model("gemma2", tmp_path), precision="fp32")
     requests = [make_request("a", 1, 2, 3), make_request("b", 5, 5, 6)]
     recorded = RecordedEngine(target, random_draft(target), branches=False, prefill_chunk_tokens=64)
     assert recorded.serve(*requests) == RecordedEngine(target, None, branches=False, prefix_cache=False).serve(

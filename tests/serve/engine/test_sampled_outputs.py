@@ -19,7 +19,8 @@ from support.tiny_models import VOCAB, Answer, make_engine, random_draft, reques
 
 from aurora_lit.kernels import native
 from aurora_lit.kernels.matmul import ColumnDraws
-from aurora_lit.models.target import Target
+from aurora_lit.models.interface import Target
+from aurora_lit.models.loading import load_target
 from aurora_lit.modules.draft.eagle3 import Eagle3Draft
 from aurora_lit.request import Request
 from aurora_lit.serve.engine.engine import Engine
@@ -78,7 +79,7 @@ def sampled_requests() -> list[Request]:
 @pytest.fixture(scope="module", params=PRECISIONS)
 def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Case:
     folder: Path = save_model("llama", tmp_path_factory.mktemp("llama"), num_hidden_layers=4)
-    target = Target.load(folder, precision=request.param)
+    target = load_target(folder, precision=request.param)
     answers = run(make_engine(target), sampled_requests())
     texts = [answer.token_ids for answer in answers.values()]
     return Case(target=target, draft=trained_draft(target, torch.tensor(texts), steps=18))
@@ -171,7 +172,7 @@ def test_many_keys_have_the_law_of_the_targets_softmax(tmp_path: Path) -> None:
     With branches; test_sampling_params.py has the law of chains, at temperature 1 and with options.
     """
     vocab, count, first, temperature = 10, 6000, 4, 0.6
-    target = Target.load(save_model("llama", tmp_path, vocab_size=vocab, num_hidden_layers=1), precision="fp32")
+    target = load_target(save_model("llama", tmp_path, vocab_size=vocab, num_hidden_layers=1), precision="fp32")
     engine = make_engine(
         target, random_draft(target), max_batch_size=400, max_seq_len=8, max_draft_tokens=3, branches=True
     )
@@ -185,7 +186,7 @@ def test_many_keys_have_the_law_of_the_targets_softmax(tmp_path: Path) -> None:
     assert engine.counters.accepted > count / 10
     pairs = torch.tensor([[first, token] for token in range(vocab)])
     with torch.no_grad():
-        p_BTV = (target.logits(target.forward_uncached(pairs)[1]).double() / temperature).softmax(-1)
+        p_BTV = (target.logits(target.in_torch.forward_uncached(pairs)[1]).double() / temperature).softmax(-1)
     expected_VV = p_BTV[0, 0][:, None] * p_BTV[:, 1] * count
     common = expected_VV >= 5
     statistic = ((seen_VV - expected_VV)[common] ** 2 / expected_VV[common]).sum()

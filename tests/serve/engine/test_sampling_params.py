@@ -24,7 +24,8 @@ from support.tiny_models import (
 from transformers import PreTrainedModel
 
 from aurora_lit.kernels import native
-from aurora_lit.models.target import Target
+from aurora_lit.models.interface import Target
+from aurora_lit.models.loading import load_target
 from aurora_lit.modules.draft.eagle3 import Eagle3Draft
 from aurora_lit.request import Request
 from aurora_lit.serve.engine.engine import Engine
@@ -44,7 +45,7 @@ def model(folder: Path) -> PreTrainedModel:
 
 @pytest.fixture(scope="module")
 def target(folder: Path) -> Target:
-    return Target.load(folder, precision="fp32")
+    return load_target(folder, precision="fp32")
 
 
 @pytest.fixture(scope="module")
@@ -231,7 +232,7 @@ def test_a_prompt_of_one_token_has_one_empty_prompt_logprob(target: Target) -> N
 @pytest.mark.skipif(native.library() is None, reason="torch's own sums depend on the batch")
 @pytest.mark.parametrize("precision", ["bf16", "int8", "int4"])
 def test_speculation_is_plain_decoding_bit_for_bit(precision: str, folder: Path, draft: Eagle3Draft) -> None:
-    target = Target.load(folder, precision=precision)
+    target = load_target(folder, precision=precision)
     kinds: dict[str, dict[str, object]] = {"greedy": {}, "seeded": {"temperature": 0.9, "seed": 3}}
     asked = [
         replace(r, request_id=f"{kind} {r.request_id}")
@@ -261,7 +262,7 @@ def test_sampled_pairs_have_the_models_probabilities(params: dict[str, object], 
     """Chi-square of the first two tokens of 3000 outputs, whose seeds are given, against the model's probabilities."""
     V, count, first = 10, 3000, 4
     folder = save_model("llama", tmp_path, vocab_size=V, num_hidden_layers=1)
-    model, target = reference_model(folder), Target.load(folder, precision="fp32")
+    model, target = reference_model(folder), load_target(folder, precision="fp32")
 
     def probabilities(logits_BV: torch.Tensor) -> torch.Tensor:
         bias = torch.zeros(V, dtype=torch.float64)

@@ -23,7 +23,8 @@ from support.trace_examples import keep_in
 from aurora_lit.errors import RequestError
 from aurora_lit.grammars import matcher
 from aurora_lit.grammars.matcher import Grammar, GrammarCompiler
-from aurora_lit.models.target import Target
+from aurora_lit.models.interface import Target
+from aurora_lit.models.loading import load_target
 from aurora_lit.modules.draft.eagle3 import Eagle3Draft
 from aurora_lit.request import Request, Source, StructuredOutputsParams
 from aurora_lit.serve.engine.engine import Engine
@@ -66,7 +67,7 @@ class Case:
 @pytest.fixture(scope="module")
 def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
     folder: Path = save_model("llama", tmp_path_factory.mktemp("llama"), vocab_size=VOCAB_SIZE, num_hidden_layers=4)
-    target = Target.load(folder, precision="fp32")
+    target = load_target(folder, precision="fp32")
     plain = Case(target=target, draft=random_draft(target))
     texts = [PROMPT + answer.token_ids for answer in run(plain.engine(drafts=False), requests(200)).values()]
     texts = [list(text) for text in sorted(set(map(tuple, texts)))]

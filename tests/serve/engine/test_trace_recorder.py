@@ -15,7 +15,8 @@ from support.tiny_models import VOCAB, Answer, make_engine, random_draft, reques
 from support.trace_examples import keep_in
 
 from aurora_lit.kernels import native
-from aurora_lit.models.target import Target
+from aurora_lit.models.interface import Target
+from aurora_lit.models.loading import load_target
 from aurora_lit.modules.draft.eagle3 import Eagle3Draft
 from aurora_lit.request import Request, Source
 from aurora_lit.serve.engine.engine import Engine
@@ -62,7 +63,7 @@ class TinyModels:
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> TinyModels:
     folder = save_model("llama", tmp_path_factory.mktemp("llama"), num_hidden_layers=4)
-    target = Target.load(folder, precision="fp32")
+    target = load_target(folder, precision="fp32")
     gen = torch.Generator().manual_seed(3)
     prompts = [torch.randint(0, VOCAB, (length,), generator=gen).tolist() for length in LENGTHS]
     plain = run(make_engine(target), [request(str(i), p, max_tokens=NEW) for i, p in enumerate(prompts)])
@@ -84,7 +85,7 @@ def check_states(models: TinyModels, trace: Trace, tokens: Sequence[int]) -> int
     first, end = trace.first_position, trace.first_position + len(trace.token_ids_T)
     assert trace.token_ids_T.tolist() == list(tokens[first:end])
     rounding = {"atol": 1e-4, "rtol": 2**-8}
-    aux_BT3H, last_BTH = target.forward_uncached(torch.tensor([list(tokens)]))
+    aux_BT3H, last_BTH = target.in_torch.forward_uncached(torch.tensor([list(tokens)]))
     torch.testing.assert_close(trace.aux_T3H.float(), aux_BT3H[0, first:end], **rounding)
     unread = max(0, LENGTHS[int(trace.request_id)] - 1 - first)
     assert not trace.last_TH[:unread].any(), "of a prompt only the last state counts"
@@ -103,7 +104,7 @@ def check_states(models: TinyModels, trace: Trace, tokens: Sequence[int]) -> int
         for r, root, count, _ in rounds
     ]
     # One pass for all rounds: what pads a path comes after it, and a position sees none after it.
-    last_RTH = target.forward_uncached(torch.nn.utils.rnn.pad_sequence(paths, batch_first=True))[1]
+    last_RTH = target.in_torch.forward_uncached(torch.nn.utils.rnn.pad_sequence(paths, batch_first=True))[1]
     start, found, expected = 0, [], []
     for (r, root, count, accepted), last_TH in zip(rounds, last_RTH, strict=True):
         num_kept = min(count, accepted + 1)
@@ -393,7 +394,7 @@ def test_copies_that_continue_what_was_drafted_are_no_proposals_of_the_draft(
 
 
 def test_the_states_of_a_bf16_target_are_recorded(models: TinyModels, tmp_path: Path) -> None:
-    target = Target.load(save_model("llama", tmp_path, num_hidden_layers=4), precision="bf16")
+    target = load_target(save_model("llama", tmp_path, num_hidden_layers=4), precision="bf16")
     traces: list[Trace] = []
     recorder = TraceRecorder(keep_in(traces), hidden_size=target.hidden_size)
     engine = make_engine(target, copy.deepcopy(models.draft), max_draft_tokens=3, observer=recorder)
@@ -401,7 +402,7 @@ def test_the_states_of_a_bf16_target_are_recorded(models: TinyModels, tmp_path: 
     for trace in traces:
         tokens = torch.tensor([all_tokens(models, answers[trace.request_id], trace.request_id)])
         with torch.no_grad():
-            aux_BT3H, last_BTH = target.forward_uncached(tokens)
+            aux_BT3H, last_BTH = target.in_torch.forward_uncached(tokens)
         T = len(trace.token_ids_T)
         # The engine's KV cache rounds keys and values, a plain pass does not.
         for got, expected, start in ((trace.last_TH, last_BTH, trace.answer_start - 1), (trace.aux_T3H, aux_BT3H, 0)):

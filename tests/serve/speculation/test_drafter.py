@@ -15,7 +15,8 @@ from support.tiny_models import VOCAB, Answer, make_engine, random_draft, reques
 from aurora_lit.kernels import native
 from aurora_lit.kernels.draft_steps import Drafted
 from aurora_lit.kernels.matmul import ColumnDraws
-from aurora_lit.models.target import Target
+from aurora_lit.models.interface import Target
+from aurora_lit.models.loading import load_target
 from aurora_lit.serve.engine.sequence import RunningSequence
 from aurora_lit.serve.speculation import proposer as proposer_module
 from aurora_lit.serve.speculation.costs import READ_IN_A_STEP, Costs
@@ -32,7 +33,7 @@ def target(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     folder: Path = save_model(
         "llama", tmp_path_factory.mktemp("llama"), num_hidden_layers=4, max_position_embeddings=1024
     )
-    return Target.load(folder, precision=request.param)
+    return load_target(folder, precision=request.param)
 
 
 def drafters(target: Target, count: int) -> list[Drafter]:
@@ -40,7 +41,7 @@ def drafters(target: Target, count: int) -> list[Drafter]:
     capacity = LENGTH + 40
     tokens_SL = torch.randint(0, VOCAB, (1, capacity + 1), generator=torch.Generator().manual_seed(2)).repeat(2, 1)
     with torch.no_grad():
-        features_BTF, _ = target.forward_uncached(tokens_SL[:1, :LENGTH])
+        features_BTF, _ = target.in_torch.forward_uncached(tokens_SL[:1, :LENGTH])
     draft, made = random_draft(target, max_position_embeddings=1024), []
     for _ in range(count):
         drafter = Drafter(copy.deepcopy(draft), target, tokens_SL=tokens_SL, capacity=capacity)

@@ -11,7 +11,8 @@ import torch
 from support.tiny_models import VOCAB, make_engine, random_draft, request, run, save_model, trained_draft
 
 from aurora_lit.kernels.draft_steps import Drafted
-from aurora_lit.models.target import Target
+from aurora_lit.models.interface import Target
+from aurora_lit.models.loading import load_target
 from aurora_lit.modules.draft.eagle3 import Eagle3Draft
 from aurora_lit.serve.speculation.drafter import Drafter
 
@@ -21,7 +22,7 @@ PROMPT = (3, 14, 15, 9, 26)
 @pytest.fixture(scope="module")
 def target(tmp_path_factory: pytest.TempPathFactory) -> Target:
     folder: Path = save_model("llama", tmp_path_factory.mktemp("llama"), num_hidden_layers=4)
-    return Target.load(folder, precision="fp32")
+    return load_target(folder, precision="fp32")
 
 
 @pytest.fixture(scope="module")

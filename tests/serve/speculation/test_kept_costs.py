@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 from support.tiny_models import make_engine, random_draft
 
-from aurora_lit.models.target import Target
+from aurora_lit.models.interface import Target
 from aurora_lit.request import Request, SamplingParams
 from aurora_lit.serve.engine.engine import Engine
 from aurora_lit.serve.speculation import calibration, kept_costs

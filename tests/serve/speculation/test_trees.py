@@ -13,8 +13,9 @@ import torch
 from support.tiny_models import VOCAB, Answer, make_engine, random_draft, request, run, save_model, trained_draft
 
 from aurora_lit.kernels import native
+from aurora_lit.models.interface import Target
 from aurora_lit.models.kv_cache import KVCache, keys_by_position, values_by_position
-from aurora_lit.models.target import Target
+from aurora_lit.models.loading import load_target
 from aurora_lit.modules.draft.eagle3 import Eagle3Draft
 from aurora_lit.request import Request, Source
 from aurora_lit.serve.engine.engine import Engine
@@ -48,7 +49,7 @@ class TinyModels:
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> TinyModels:
     folder = save_model("llama", tmp_path_factory.mktemp("llama"), num_hidden_layers=4)
-    targets = {precision: Target.load(folder, precision=precision) for precision in PRECISIONS}
+    targets = {precision: load_target(folder, precision=precision) for precision in PRECISIONS}
     gen = torch.Generator().manual_seed(3)
     prompts = [torch.randint(0, VOCAB, (length,), generator=gen).tolist() for length in LENGTHS]
     plain = run(make_engine(targets["fp32"]), [request(str(i), p, max_tokens=NEW) for i, p in enumerate(prompts)])
@@ -147,15 +148,15 @@ def test_different_query_lengths_give_the_bits_of_equal_ones(
 
 
 def test_layers_that_are_not_fused_propose_chains(models: TinyModels) -> None:
-    target = models.targets["fp32"]
-    decoder, target._decoder = target._decoder, None
+    native = models.targets["fp32"]
+    models.targets["fp32"] = native.in_torch
     try:
-        assert not target.supports_trees
+        assert not models.targets["fp32"].has_native_decoder
         assert models.engine(precision="fp32", adaptive=True).planner.limits.sibling_tokens == 0
         engine = models.engine(precision="fp32", branches=False)
         assert {o.num_proposed for a in run(engine, models.requests()).values() for o in a.rounds[:-1]} == {4}
     finally:
-        target._decoder = decoder
+        models.targets["fp32"] = native
 
 
 # -- engines -------------------------------------------------------------------------------------------------------

@@ -18,8 +18,10 @@ from support.tiny_models import random_draft, request, run, save_model
 from aurora_lit.config import load_config
 from aurora_lit.drafts.checkpoint import save_draft
 from aurora_lit.errors import CheckpointError, ConfigError
+from aurora_lit.kernels import native
+from aurora_lit.models.interface import Target
 from aurora_lit.models.kv_cache import KVCache
-from aurora_lit.models.target import Target
+from aurora_lit.models.loading import load_target
 from aurora_lit.request import StructuredOutputsParams
 from aurora_lit.serve.engine.slot_allocator import slot_capacity
 from aurora_lit.serve.engine.trace_recorder import TraceRecorder
@@ -36,7 +38,7 @@ def test_an_end_token_that_has_no_row_in_the_model_ends_nothing() -> None:
 
 @pytest.fixture
 def target(tmp_path: Path) -> Target:
-    return Target.load(save_model("llama", tmp_path / "target", num_hidden_layers=4), precision="fp32")
+    return load_target(save_model("llama", tmp_path / "target", num_hidden_layers=4), precision="fp32")
 
 
 def test_every_setting_of_the_engine_reaches_it(target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -67,6 +69,18 @@ def test_every_setting_of_the_engine_reaches_it(target: Target, monkeypatch: pyt
         }
         assert memory.capacity_mb == (3, 9)[number]
         assert memory.scope == ("domain", "client")[number], "others can connect: each client has its own"
+
+
+@pytest.mark.skipif(native.library() is None, reason="no C++ compiler, or AURORA_LIT_NATIVE=0")
+def test_a_target_whose_layers_are_not_native_says_why_at_the_start(
+    target: Target, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(build, "Engine", lambda *_, **__: "an engine")
+    config = load_config(None, ["draft.checkpoint=null", "learn.enabled=false"])
+    for folder, told in ((None, []), (save_model("gemma", tmp_path / "gemma"), ["no row for gemma"])):
+        served = target if folder is None else load_target(folder, precision="bf16")
+        build._engine(config, served, tiny_tokenizer(), observer=None)
+        assert [record.getMessage().split("families.py has ")[-1] for record in caplog.records] == told
 
 
 def test_costs_are_kept_for_what_they_were_measured_on(
@@ -110,9 +124,9 @@ def test_a_named_draft_is_used_where_nothing_learns_and_told_of_where_it_is_not(
     assert f"draft.checkpoint={tmp_path / 'mine'} are not used" in caplog.text
 
 
-@pytest.mark.parametrize(("strategy", "copies"), [("single", 1), ("tensor_parallel", 3), ("fsdp", 2)])
+@pytest.mark.parametrize("copies", [1, 3])
 def test_slots_whose_keys_and_values_do_not_fit_into_memory_are_refused_and_others_are_not(
-    strategy: str, copies: int, target: Target, monkeypatch: pytest.MonkeyPatch
+    copies: int, target: Target, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A byte decides. The draft's keys and values count, those of every process that holds a part of the target, and
     the states that draft and traces are made of.
@@ -120,12 +134,10 @@ def test_slots_whose_keys_and_values_do_not_fit_into_memory_are_refused_and_othe
     `copies`: of the one head that this process holds, in all processes.
     """
     assert target.num_kv_heads == 1
-    if strategy == "tensor_parallel":
-        target.model.config.num_key_value_heads = copies
+    monkeypatch.setattr(type(target), "all_kv_heads", property(lambda _: copies))
     settings = ["engine.max_batch_size=3", "engine.max_seq_len=256", "engine.prefill_chunk_tokens=32"]
-    ranks = [f"engine.strategy={strategy}", f"engine.devices={1 if strategy == 'single' else 2}"]
     more = ["target.precision=fp32", "draft.checkpoint=null", "learn.from_scratch=true"]
-    config = load_config(None, [*settings, *ranks, *more])
+    config = load_config(None, [*settings, *more])
     monkeypatch.setattr(build, "Engine", lambda *_, **__: "an engine")
     of_target = KVCache(num_layers=4, num_slots=3, num_kv_heads=1, head_dim=target.head_dim, capacity=320)
     heads = target.hidden_size // target.head_dim
@@ -172,7 +184,7 @@ def test_memory_that_the_system_does_not_reserve_is_told_with_the_settings(
 
 def test_structured_outputs_are_served_though_the_tokenizer_has_a_token_more_than_the_target(tmp_path: Path) -> None:
     tokenizer = tiny_tokenizer()
-    target = Target.load(save_model("llama", tmp_path, vocab_size=len(tokenizer)), precision="fp32")
+    target = load_target(save_model("llama", tmp_path, vocab_size=len(tokenizer)), precision="fp32")
     tokenizer.backend_tokenizer.add_special_tokens(["<|image|>"])
     settings = ["draft.checkpoint=null", "learn.enabled=false"]
     sizes = ["engine.max_seq_len=64", "engine.prefill_chunk_tokens=32"]
@@ -196,7 +208,7 @@ def test_a_sharded_target_makes_its_grammars_tokenizers_before_it_is_watched(
 
 
 def test_the_shape_of_another_targets_draft_is_refused_too(target: Target, tmp_path: Path) -> None:
-    other = Target.load(save_model("llama", tmp_path / "other", hidden_size=96, num_hidden_layers=4), precision="fp32")
+    other = load_target(save_model("llama", tmp_path / "other", hidden_size=96, num_hidden_layers=4), precision="fp32")
     save_draft(random_draft(other), tmp_path / "theirs")
     config = load_config(None, [f"draft.checkpoint={tmp_path / 'theirs'}", "learn.from_scratch=true"])
     with pytest.raises(CheckpointError, match=r"draft.checkpoint: .*hidden_size is 96, but the target needs 64; train"):

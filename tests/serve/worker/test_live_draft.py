@@ -23,7 +23,8 @@ from aurora_lit.drafts.live_watch import TrafficKind
 from aurora_lit.drafts.store import DraftStore
 from aurora_lit.drafts.versions import version_name
 from aurora_lit.errors import CheckpointError
-from aurora_lit.models.target import Target
+from aurora_lit.models.interface import Target
+from aurora_lit.models.loading import load_target
 from aurora_lit.modules.draft.eagle3 import Eagle3Config, Eagle3Draft
 from aurora_lit.request import Output, Request
 from aurora_lit.serve.engine.engine import Engine
@@ -50,7 +51,7 @@ class ServingCase:
 
 @pytest.fixture(scope="module")
 def case(tmp_path_factory: pytest.TempPathFactory) -> ServingCase:
-    target = Target.load(save_model("llama", tmp_path_factory.mktemp("llama"), seed=3), precision="fp32")
+    target = load_target(save_model("llama", tmp_path_factory.mktemp("llama"), seed=3), precision="fp32")
     torch.manual_seed(0)
     requests = []
     for number in range(32):

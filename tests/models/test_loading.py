@@ -16,9 +16,10 @@ from support.tiny_models import VOCAB, make_engine, random_draft, save_model
 from aurora_lit.errors import CacheError
 from aurora_lit.kernels import native
 from aurora_lit.kernels.packed_linear import PackedEmbedding
-from aurora_lit.models import packed_file, packed_target
-from aurora_lit.models.packed_target import PackedTarget, load_target, packed_key, packed_path, write_packed
-from aurora_lit.models.target import Target
+from aurora_lit.models import loading, packed_file
+from aurora_lit.models.interface import Target
+from aurora_lit.models.loading import load_target, packed_key, packed_path
+from aurora_lit.models.native_target import NativeTarget, packed_contents, read_native
 from aurora_lit.modules.draft.eagle3 import Eagle3Draft
 from aurora_lit.request import Request, SamplingParams
 
@@ -27,15 +28,16 @@ pytestmark = pytest.mark.skipif(native.library() is None, reason="no C++ compile
 
 @pytest.fixture(autouse=True)
 def no_model_is_too_small(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(packed_target, "_SMALLEST_BYTES", 0)
+    monkeypatch.setattr(loading, "_SMALLEST_BYTES", 0)
 
 
-def packed_and_fresh(folder: Path, cache_dir: Path, precision: str) -> tuple[PackedTarget, Target]:
-    fresh = Target.load(folder, precision=precision)
+def packed_and_fresh(folder: Path, cache_dir: Path, precision: str) -> tuple[NativeTarget, NativeTarget]:
+    fresh = load_target(folder, precision=precision)
     key = packed_key(folder, precision=precision)
     path = packed_path(folder, key=key, cache_dir=cache_dir)
-    write_packed(fresh, path, key=key)
-    return PackedTarget.read(path, key=key), fresh
+    facts, tensors = packed_contents(fresh)
+    packed_file.write(path, tensors, facts=facts, key=key)
+    return read_native(*packed_file.read(path, key=key)), fresh
 
 
 def outputs(target: Target) -> list[torch.Tensor]:
@@ -67,6 +69,7 @@ def answer(target: Target, draft: Eagle3Draft) -> tuple[list[int], int]:
         ("llama", {"tie_word_embeddings": True}),
         ("llama", {"attention_bias": True, "num_key_value_heads": 2, "hidden_size": 72, "head_dim": 32}),
         ("qwen2", {}),
+        ("qwen3", {}),
         ("llama3", {}),
     ],
 )
@@ -76,7 +79,7 @@ def test_outputs_are_those_of_the_freshly_packed_target(
     packed, fresh = packed_and_fresh(
         save_model(family, tmp_path / "model", num_hidden_layers=4, **changes), tmp_path, precision
     )
-    assert packed.supports_trees
+    assert packed.has_native_decoder
     for ours, expected in zip(outputs(packed), outputs(fresh), strict=True):
         assert torch.equal(ours, expected)
     assert torch.equal(packed.embedding_rows(), fresh.embedding_rows())
@@ -98,7 +101,7 @@ def test_a_tied_embedding_is_read_from_the_head_where_that_is_exact(
     precision: str, shared: bool, tmp_path: Path
 ) -> None:
     folder = save_model("llama", tmp_path / "model", tie_word_embeddings=True)
-    model = Target.load(folder, precision="int8").head_rows(torch.arange(VOCAB))  # values that 8 bits hold
+    model = load_target(folder, precision="int8").head_rows(torch.arange(VOCAB))  # values that 8 bits hold
     weights = packed_weights(folder)
     weights["model.embed_tokens.weight"] = model
     from safetensors.torch import save_file
@@ -130,10 +133,10 @@ def test_the_second_load_reads_the_file_and_no_model(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = load_target(folder, precision="bf16", cache_dir=tmp_path)
-    monkeypatch.setattr(Target, "load", None)
+    monkeypatch.setattr(loading, "_load", None)
     second = load_target(folder, precision="bf16", cache_dir=tmp_path)
-    assert isinstance(first, PackedTarget)
-    assert isinstance(second, PackedTarget)
+    assert first.in_torch is None
+    assert second.in_torch is None
     assert len(files(tmp_path)) == 1
 
 
@@ -152,7 +155,7 @@ def test_a_damaged_file_is_refused_and_made_again(
             "empty": b"",
             "flipped": bytes(flipped),
             "longer": content + b"\0" * 64,
-            "other facts": content.replace(b'logit_factor\\": 1.0', b'logit_factor\\": 2.0'),
+            "other facts": content.replace(b'vocab_size\\": 61', b'vocab_size\\": 62'),
             "no header": b"\xff" * len(content),
         }[damage]
     )
@@ -171,7 +174,7 @@ def test_a_file_made_from_something_else_is_refused(changed: str, folder: Path, 
     (path,) = files(tmp_path)
     key = packed_key(folder, precision="bf16")
     with pytest.raises(CacheError, match=changed):
-        PackedTarget.read(path, key={**key, changed: "other"})
+        packed_file.read(path, key={**key, changed: "other"})
     assert packed_path(folder, key={**key, changed: "other"}, cache_dir=tmp_path) != path
 
 
@@ -186,16 +189,16 @@ def test_a_file_is_named_by_the_code_the_kernels_and_the_libraries_that_made_it(
 
     assert not changed()
     with monkeypatch.context() as patched:
-        patched.setattr(packed_target.native, "build_digest", lambda: "of another processor")
+        patched.setattr(loading.native, "build_digest", lambda: "of another processor")
         assert changed() == {"kernels"}
     for library in ("torch", "transformers"):
         with monkeypatch.context() as patched:
-            patched.setattr(packed_target.torch, "__version__", "2.99") if library == "torch" else patched.setattr(
-                packed_target.importlib.metadata, "version", lambda name: "9.9"
+            patched.setattr(loading.torch, "__version__", "2.99") if library == "torch" else patched.setattr(
+                loading.importlib.metadata, "version", lambda name: "9.9"
             )
             assert changed() == {"libraries"}
     with monkeypatch.context() as patched:
-        patched.setattr(packed_target, "_CODE", [*packed_target._CODE, Path(__file__)])
+        patched.setattr(loading, "_CODE", [*loading._CODE, Path(__file__)])
         assert changed() == {"code"}
 
 
@@ -242,16 +245,16 @@ def test_a_cache_that_cannot_be_written_is_said_and_serving_goes_on(
     with caplog.at_level(logging.WARNING):
         target = load_target(folder, precision="bf16", cache_dir=tmp_path)
     assert "every start packs them" in caplog.text
-    assert target.supports_trees
+    assert target.has_native_decoder
 
 
 @pytest.mark.parametrize(("family", "smallest"), [("gpt2", 0), ("llama", 1 << 30)])
 def test_models_that_are_small_or_not_fused_have_no_file(
     family: str, smallest: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(packed_target, "_SMALLEST_BYTES", smallest)
+    monkeypatch.setattr(loading, "_SMALLEST_BYTES", smallest)
     target = load_target(save_model(family, tmp_path / "model"), precision="bf16", cache_dir=tmp_path)
-    assert not isinstance(target, PackedTarget)
+    assert target.in_torch is not None
     assert not (tmp_path / "packed").exists()
 
 
