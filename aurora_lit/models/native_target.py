@@ -136,8 +136,8 @@ class NativeTarget(WholeTarget):
         self.decoder.move(kv_cache.keys_SGCQPE, kv_cache.values_SGMDE, slot=slot, froms=froms, tos=tos)
 
     def _run(self, ids_N: torch.Tensor, kv_cache: KVCache, **batch: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        cache = {"keys": kv_cache.keys_SGCQPE, "values": kv_cache.values_SGMDE}
-        _, last_NH, aux_NF = self.decoder(self.embedding(ids_N).float(), **cache, **batch)
+        batch |= {"keys": kv_cache.keys_SGCQPE, "values": kv_cache.values_SGMDE}
+        _, last_NH, aux_NF = self.decoder(self.embedding(ids_N).float(), **batch)
         assert aux_NF is not None
         return aux_NF, last_NH
 
