@@ -113,6 +113,7 @@ def test_the_cache_folder_is_that_of_models(
     assert build._folder() == cache_root(None) / "kernels" == Path(os.path.expanduser(expected)) / "kernels"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
 @pytest.mark.parametrize("name", ["choose.hpp", "sampler.hpp"])
 def test_a_header_includes_what_it_uses(name: str) -> None:

@@ -38,12 +38,16 @@ from aurora_lit.modules.losses.lk import lk_loss
 from aurora_lit.modules.losses.policy import draft_index
 
 LENGTHS, NEW = (3, 17, 30), 12
+LEARNED = ("llama", "gemma2", "mixtral", "gpt2")
+"""Families on whose answers a draft is trained: of the others its loss is the same function of states and head, which
+`test_learning_uses_the_targets_own_distribution` looks at."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class FamilyCase:
     """A tiny model of a family, the same in transformers, and prompts."""
 
+    family: str
     target: Target
     model: PreTrainedModel
     prompts: list[list[int]]
@@ -70,7 +74,12 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     folder = save_model(request.param, tmp_path_factory.mktemp(request.param), num_hidden_layers=4)
     gen = torch.Generator().manual_seed(3)
     prompts = [torch.randint(0, VOCAB, (length,), generator=gen).tolist() for length in LENGTHS]
-    return FamilyCase(target=load_target(folder, precision="fp32"), model=reference_model(folder), prompts=prompts)
+    return FamilyCase(
+        family=request.param,
+        target=load_target(folder, precision="fp32"),
+        model=reference_model(folder),
+        prompts=prompts,
+    )
 
 
 def test_greedy_output_equals_transformers_and_a_draft_learns_to_predict_it(case: FamilyCase) -> None:
@@ -79,7 +88,8 @@ def test_greedy_output_equals_transformers_and_a_draft_learns_to_predict_it(case
     assert [len(answer) for answer in greedy] == [NEW] * 3
     assert greedy == case.choices(greedy)
     assert case.answer(draft, batch=1)[0] == greedy
-
+    if case.family not in LEARNED:
+        return
     width = max(LENGTHS) + NEW
     texts = [(p + a + [0] * width)[:width] for p, a in zip(case.prompts, greedy, strict=True)]
     module, batch = draft_module(case.target, draft, num_steps=2), draft_batch(case.target, torch.tensor(texts))

@@ -48,7 +48,9 @@ def test_noise_is_finite_for_every_extreme_of_the_hash(monkeypatch: pytest.Monke
     assert gumbel(zero_1, zero_1, zero_1)[0].tolist() == pytest.approx(expected, abs=1e-3)
 
 
-@pytest.mark.parametrize("neighbour", ["position", "token", "key"])
+@pytest.mark.parametrize(
+    "neighbour", ["position", *(pytest.param(each, marks=pytest.mark.slow) for each in ("token", "key"))]
+)
 def test_neighbouring_noise_is_independent(neighbour: str) -> None:
     """Chi-square of two million pairs of cells on a 16 x 16 grid, from high bits and from low bits of the hash."""
     key_N, position_N, token_V = torch.arange(1000) * 7, torch.arange(1000) % 50, torch.arange(0, 4000, 2)

@@ -136,6 +136,7 @@ def test_unseeded_exploring_and_recorded_rounds_stay_on_the_device(folder: Path,
         assert {tensor.device.type for tensor in (trace.token_ids_T, trace.aux_T3H, trace.last_TH)} == {"cpu"}
 
 
+@pytest.mark.slow
 def test_a_draft_is_swapped_on_the_device(folder: Path, device: torch.device) -> None:
     cpu = load_target(folder, precision="fp32")
     target = load_target(folder, precision="fp32", device=device)

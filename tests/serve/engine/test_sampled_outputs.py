@@ -27,7 +27,11 @@ from aurora_lit.serve.engine.engine import Engine
 from aurora_lit.serve.speculation.proposer import Proposer
 
 needs_kernels = pytest.mark.skipif(native.library() is None, reason="torch's own sums depend on the batch")
-PRECISIONS = ["fp32", *(pytest.param(p, marks=needs_kernels) for p in ("bf16", "int8", "int4"))]
+PRECISIONS = [
+    "fp32",
+    pytest.param("int4", marks=needs_kernels),
+    *(pytest.param(precision, marks=[needs_kernels, pytest.mark.slow]) for precision in ("bf16", "int8")),
+]
 WAYS: dict[str, dict[str, Any]] = {
     "chains": {},
     "branches": {"branches": True},

@@ -103,7 +103,14 @@ def test_outputs_are_those_of_plain_decoding_and_of_the_grammar(case: Case, way:
     assert any(text_of(answers[r.request_id].token_ids) not in LANGUAGE for r in asked[40:])
 
 
-@pytest.mark.parametrize("options", [options for options in OPTIONS if options != "greedy"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        options if options == "penalties" else pytest.param(options, marks=pytest.mark.slow)
+        for options in OPTIONS
+        if options != "greedy"
+    ],
+)
 def test_outputs_have_the_masked_law(case: Case, options: str) -> None:
     """Chi-square of whole outputs of 1500 keys against every output's enumerated probability, in plain decoding."""
     count = 1500
