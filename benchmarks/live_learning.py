@@ -19,35 +19,31 @@ the learned one with the traffic memory, and plain decoding. Two servers could n
 from __future__ import annotations
 
 import argparse
+import csv
+import functools
 import itertools
 import json
 import shutil
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import psutil
 
-from aurora_lit.bench.server_process import LOOPBACK, free_port, running_server
-from aurora_lit.bench.stream_plan import read_arrivals
 from aurora_lit.config import load_config
 from aurora_lit.drafts.store import DraftStore
 from aurora_lit.errors import ConfigError
 from aurora_lit.learn.pretrain.prompts import encode_prompt, read_prompts
 from aurora_lit.serve.worker.load_models import load_tokenizer
 from benchmarks import one_process
-from benchmarks.paired import Arm, Chat, ask
+from benchmarks.load import Chat, Json, ask, chat, free_port, running_server, send_at, sending, status
 
-Json = dict[str, Any]
 _COUNTERS = ("steps", "positions", "published", "refused", "shifts", "processor_s")
 """What a phase adds to them is reported."""
-_MOST_AT_ONCE = 64
-"""Requests that run or wait together at given times; later ones are late then."""
 _NO_MEMORY, _MEMORY = "memory.capacity_mb=0", "memory.capacity_mb=64"
 
 
@@ -73,48 +69,43 @@ class Sent(NamedTuple):
         )
 
 
-def send(port: int, chats: Iterator[Chat], *, seconds: float, clients: int, max_tokens: int) -> Sent:
+def send(url: str, chats: Iterator[Chat], *, seconds: float, clients: int, max_tokens: int) -> Sent:
     """Keep `clients` requests running for so long. Raises ConfigError if there are too few prompts."""
-    ends = time.monotonic() + seconds
-
-    def client(_: int) -> list[tuple[int, float]]:
-        answered = []
-        while time.monotonic() < ends:
-            answered.append(ask_next(port, numbered, max_tokens))
-        return answered
-
-    numbered = enumerate(chats)  # CPython's enumerate is safe for threads
-    with ThreadPoolExecutor(clients) as pool:
-        return Sent.of(list(itertools.chain.from_iterable(pool.map(client, range(clients)))))
+    with sending(functools.partial(ask, url), bodies(chats, max_tokens), clients=clients) as running:
+        running.wait(seconds)
+    return Sent.of([(answer.tokens, answer.seconds) for answer in running.answers])
 
 
-def send_at(port: int, chats: Iterator[Chat], arrivals_s: Sequence[float], *, max_tokens: int) -> Sent:
-    """Send a request at each of these times after now. Raises ConfigError if there are too few prompts."""
-    started, numbered = time.monotonic(), enumerate(chats)
-
-    def send_one(arrives_s: float) -> tuple[int, float]:
-        time.sleep(max(0.0, started + arrives_s - time.monotonic()))
-        return ask_next(port, numbered, max_tokens)
-
-    with ThreadPoolExecutor(_MOST_AT_ONCE) as pool:
-        return Sent.of(list(pool.map(send_one, arrivals_s)))
+def bodies(chats: Iterator[Chat], max_tokens: int) -> Iterator[Json]:
+    """Requests with these prompts, every second one greedy. Raises ConfigError at their end."""
+    for number, turns in enumerate(chats):
+        temperature = 0.0 if number % 2 else None
+        how: Json = {"max_tokens": max_tokens, "temperature": temperature, "seed": number}
+        yield chat(turns, **how, cache_salt="all", store=True)
+    raise ConfigError("--phases: a file has fewer prompts than a phase sends; give more, or less --seconds")
 
 
-def ask_next(port: int, numbered: Iterator[tuple[int, Chat]], max_tokens: int) -> tuple[int, float]:
-    """Send the next prompt; its answer's tokens, and seconds. Raises ConfigError if there is none."""
-    number, chat = next(numbered, (0, None))
-    if chat is None:
-        raise ConfigError("--phases: a file has fewer prompts than a phase sends; give more, or less --seconds")
-    arm, began = Arm(True, 0.0 if number % 2 else None, True), time.monotonic()
-    answer = ask(port, chat, arm, {}, max_tokens=max_tokens, seed=number, salt="all")
-    return answer.tokens, answer.ended_s - began
+def read_arrivals(path: Path, requests: int) -> list[float]:
+    """The first arrival times of a CSV file with a column `timestamp_s`, in seconds after the first of them.
+
+    Raises ConfigError if there are fewer than `requests`.
+    """
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            times = [float(row["timestamp_s"]) for row in itertools.islice(csv.DictReader(file), requests)]
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        raise ConfigError(f"{path} has no arrival times ({error!r}); give it a column timestamp_s") from error
+    if len(times) < requests:
+        raise ConfigError(
+            f"{path} has {len(times)} arrivals for {requests} requests; send fewer, or give more arrivals"
+        )
+    return [time_s - times[0] for time_s in times]
 
 
-def learner_status(port: int) -> Json:
+def learner_status(url: str) -> Json:
     """What the server says of its learner, with its processor seconds and resident MiB; waits until there is one."""
     while True:
-        with LOOPBACK.open(f"http://127.0.0.1:{port}/v1/aurora/status", timeout=60) as response:
-            found: Json = json.load(response)["learner"]
+        found: Json = status(url)["learner"]
         if found["state"] == "running":
             break
         time.sleep(0.5)
@@ -210,17 +201,19 @@ def _serve(traffic: dict[Path, Iterator[Chat]], options: argparse.Namespace, rep
     config = replace(config, server=replace(config.server, port=free_port()))
     store = DraftStore(Path(config.checkpoint.dir) / config.checkpoint.run, keep=config.checkpoint.keep)
     drafts: list[str | None] = []
-    with running_server(config, options.out / "server.log"):
-        before = learner_status(config.server.port)
+    with running_server(config, options.out / "server.log") as url:
+        before = learner_status(url)
         for number, path in enumerate(options.phases, start=1):
-            port, fresh, most = config.server.port, traffic[path], options.max_tokens
+            fresh, most = traffic[path], options.max_tokens
             if options.arrivals is None:
-                sent = send(port, fresh, seconds=options.seconds, clients=options.clients, max_tokens=most)
+                sent = send(url, fresh, seconds=options.seconds, clients=options.clients, max_tokens=most)
             else:
                 times_s = read_arrivals(options.arrivals, max(1, round(options.rate * options.seconds)))
                 scale = options.seconds / times_s[-1] if times_s[-1] else 0.0
-                sent = send_at(port, fresh, [scale * time_s for time_s in times_s], max_tokens=most)
-            after = learner_status(config.server.port)
+                due_s = [scale * time_s for time_s in times_s]
+                answers = send_at(functools.partial(ask, url), bodies(fresh, most), due_s)
+                sent = Sent.of([(answer.tokens, answer.seconds) for answer in answers])
+            after = learner_status(url)
             report["phases"].append({"traffic": path.stem, **phase_report(before, after, sent)})
             print(json.dumps(report["phases"][-1]), flush=True)
             _write(options.out, report)

@@ -10,50 +10,37 @@ in /proc: a page that n processes share counts as 1/n in each), and at the end w
 from __future__ import annotations
 
 import argparse
-import itertools
 import sys
 import tempfile
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import httpx
-import psutil
 from rich.console import Console
 from rich.table import Table
 
-from aurora_lit.bench.server_process import free_port, running_server
 from aurora_lit.config import load_config
 from aurora_lit.learn.pretrain.prompts import read_prompts
+from benchmarks.load import Server, chat, exchange, free_port, send_all, started_aurora
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 
 
-def request_kinds(client: httpx.Client, max_tokens: int) -> list[Callable[[str], None]]:
+def request_kinds(url: str, max_tokens: int) -> list[Callable[[str], None]]:
     """A function for each kind of request: it takes the prompt and raises if the answer is not as expected."""
 
-    def post(path: str, wanted: int = 200, **fields: Any) -> None:
-        response = client.post(path, json={"max_tokens": max_tokens, **fields})
-        assert response.status_code == wanted, response.text
-
-    def stream(path: str, *, leave_after: int | None, **fields: Any) -> None:
-        body = {"max_tokens": max_tokens, "stream": True, **fields}
-        with client.stream("POST", path, json=body) as response:
-            assert response.status_code == 200
-            list(itertools.islice(response.iter_lines(), leave_after))
-
-    def turn(prompt: str) -> dict[str, Any]:
-        return {"messages": [{"role": "user", "content": prompt}]}
+    def post(path: str, *, wanted: int = 200, leave_after: int | None = None, **fields: Any) -> None:
+        found, lines, _ = exchange(url, path, {"max_tokens": max_tokens, **fields}, most_lines=leave_after)
+        assert found == wanted, b"".join(line for _, line in lines)
 
     return [
-        lambda prompt: post(CHAT, **turn(prompt), temperature=0),
-        lambda prompt: stream(CHAT, leave_after=None, **turn(prompt)),
-        lambda prompt: stream(TEXT, leave_after=3, prompt=prompt, seed=7),
-        lambda prompt: post(CHAT, **turn(prompt), n=2, logprobs=True, top_logprobs=3, store=False),
+        lambda prompt: post(CHAT, **chat(prompt, temperature=0)),
+        lambda prompt: post(CHAT, **chat(prompt), stream=True),
+        lambda prompt: post(TEXT, leave_after=3, prompt=prompt, seed=7, stream=True),
+        lambda prompt: post(CHAT, **chat(prompt, n=2, logprobs=True, top_logprobs=3, store=False)),
         lambda prompt: post(TEXT, prompt=[prompt, prompt[:20]], echo=True, logprobs=2, temperature=0),
         lambda prompt: post(TEXT, prompt=prompt, repetition_penalty=1.2, top_p=0.9, stop=["\n\n"]),
-        lambda prompt: post(CHAT, wanted=400, **turn(prompt), temperature=-1),
+        lambda prompt: post(CHAT, wanted=400, **chat(prompt, temperature=-1)),
         lambda prompt: post(TEXT, wanted=400, prompt=[10**9]),
     ]
 
@@ -61,16 +48,10 @@ def request_kinds(client: httpx.Client, max_tokens: int) -> list[Callable[[str],
 KINDS = ("on huge pages", "heap", "other anonymous", "shared memory", "libraries and files")
 
 
-def shares_mb(server: psutil.Process) -> dict[str, dict[str, float]]:
+def shares_mb(server: Server) -> dict[str, dict[str, float]]:
     """MiB of each process of the server, by role and process id, and by kind (`KINDS`)."""
-    shares = {}
-    for process in [server, *server.children(recursive=True)]:
-        words = " ".join(process.cmdline())
-        if "resource_tracker" in words:
-            continue
-        name = "learner" if " learn " in words else "engine worker" if "spawn_main" in words else "main, manager, HTTP"
-        shares[f"{name} {process.pid}"] = _share_mb(process.pid)
-    return shares
+    roles = {member: server.role(member) for member in server.members()}
+    return {f"{role} {each.pid}": _share_mb(each.pid) for each, role in roles.items() if role != "resource tracker"}
 
 
 def _share_mb(pid: int) -> dict[str, float]:
@@ -99,30 +80,23 @@ def main() -> int:
     parser.add_argument("--max-tokens", type=int, default=16)
     parser.add_argument("overrides", nargs="*", help="settings, key=value, after --")
     args = parser.parse_args()
-    port = free_port()
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch)
-        config = load_config(
-            None, [f"server.port={port}", f"checkpoint.dir={folder}", f"learn.logs={folder}", *args.overrides]
-        )
+    url = f"http://127.0.0.1:{(port := free_port())}"
+    with tempfile.TemporaryDirectory() as folder:
+        settings = [f"server.port={port}", f"checkpoint.dir={folder}", f"learn.logs={folder}", *args.overrides]
+        room = load_config(None, settings).engine.max_seq_len
         texts = [prompt.messages[0] for path in args.prompts for prompt in read_prompts(path)]
-        prompts = [
-            text for text in texts if len(text) < config.engine.max_seq_len
-        ]  # a token has at least one character
+        prompts = [text for text in texts if len(text) < room]  # a token has at least one character
         readings = []
-        with (
-            running_server(config, folder / "log") as url,
-            httpx.Client(base_url=url, timeout=600, trust_env=False) as client,
-        ):
-            (server,) = [child for child in psutil.Process().children() if "serve" in child.cmdline()]
-            send = request_kinds(client, args.max_tokens)
-            with ThreadPoolExecutor(args.concurrency) as pool:
-                for part in range(10):
-                    numbers = range(part * args.requests // 10, (part + 1) * args.requests // 10)
-                    list(pool.map(lambda i: send[i % len(send)](prompts[i % len(prompts)]), numbers))
-                    readings.append((numbers.stop, shares_mb(server)))
-                    held = ", ".join(f"{name}: {sum(share.values()):.1f}" for name, share in readings[-1][1].items())
-                    print(f"{numbers.stop} requests, MiB: {held}", file=sys.stderr, flush=True)
+        with started_aurora(settings, Path(folder) / "log") as server:
+            server.wait_until_ready(f"{url}/ready")
+            kinds_of = request_kinds(url, args.max_tokens)
+            for part in range(10):
+                numbers = range(part * args.requests // 10, (part + 1) * args.requests // 10)
+                send = lambda i: kinds_of[i % len(kinds_of)](prompts[i % len(prompts)])  # noqa: E731
+                send_all(send, numbers, clients=args.concurrency)
+                readings.append((numbers.stop, shares_mb(server)))
+                held = ", ".join(f"{name}: {sum(share.values()):.1f}" for name, share in readings[-1][1].items())
+                print(f"{numbers.stop} requests, MiB: {held}", file=sys.stderr, flush=True)
     table, kinds = Table(title="MiB, proportional share"), Table(title="at the end")
     for each, columns in ((table, [f"after {after}" for after, _ in readings]), (kinds, KINDS)):
         each.add_column("process")

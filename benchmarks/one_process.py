@@ -37,7 +37,7 @@ from aurora_lit.request import PLANS, SamplingParams
 from aurora_lit.serve.engine.engine import Engine
 from aurora_lit.serve.worker.build import build_engine
 from aurora_lit.serve.worker.load_models import load_serving_target
-from benchmarks.paired import interval
+from benchmarks.load import interval
 
 
 class Turn(NamedTuple):

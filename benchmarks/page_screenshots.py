@@ -12,29 +12,26 @@ so that they stay small.
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
-import json
 import shutil
 import sys
 import tempfile
-import threading
 import time
-import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from aurora_lit.bench.server_process import LOOPBACK, free_port, running_server
 from aurora_lit.config import load_config
+from benchmarks.load import Json, ask, chat, free_port, running_server, sending
 from benchmarks.templated_prompts import make_prompts
 
 _DOMAINS = ("billing", "support", "alerts")
 _QUESTION = "Write SQL that counts orders per customer."
 _COLOURS = 128
 _MOST_REQUESTS = 10_000
-"""Of a client and domain, before its prompts repeat, and the memory answers them."""
+"""Of a domain, before its prompts repeat, and the memory answers them."""
 
 
 def find_chromium() -> str | None:
@@ -42,39 +39,14 @@ def find_chromium() -> str | None:
     return next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
 
-@contextmanager
-def traffic(url: str, *, seconds: float, clients: int, max_tokens: int) -> Iterator[None]:
-    """Inside the context, each client sends one request after the other, of one domain in each third of `seconds`."""
-    ended, began = threading.Event(), time.monotonic()
-
-    def send(client: int) -> None:
-        prompts = {domain: make_prompts(domain, _MOST_REQUESTS, seed=client) for domain in _DOMAINS}
-        for number in itertools.count():
-            phase = int((time.monotonic() - began) / seconds * len(_DOMAINS))
-            domain = _DOMAINS[min(phase, len(_DOMAINS) - 1)]
-            body = {
-                "messages": [{"role": "user", "content": prompts[domain][number % _MOST_REQUESTS]}],
-                "max_tokens": max_tokens,
-                "temperature": 0.0,
-                "user": f"client {client}",
-                "metadata": {"aurora_domain": domain},
-            }
-            if ended.is_set():
-                return
-            headers = {"Content-Type": "application/json"}
-            request = urllib.request.Request(f"{url}/v1/chat/completions", json.dumps(body).encode(), headers)
-            with LOOPBACK.open(request, timeout=120) as response:
-                response.read()
-
-    threads = [threading.Thread(target=send, args=(client,), daemon=True) for client in range(clients)]
-    for thread in threads:
-        thread.start()
-    try:
-        yield
-    finally:
-        ended.set()
-        for thread in threads:
-            thread.join()
+def traffic(*, seconds: float, clients: int, max_tokens: int) -> Iterator[Json]:
+    """Requests for so many seconds and on, of one domain in each third of them."""
+    began, prompts = time.monotonic(), {domain: make_prompts(domain, _MOST_REQUESTS) for domain in _DOMAINS}
+    for number in itertools.count():
+        phase = int((time.monotonic() - began) / seconds * len(_DOMAINS))
+        domain = _DOMAINS[min(phase, len(_DOMAINS) - 1)]
+        how: Json = {"max_tokens": max_tokens, "temperature": 0.0, "user": f"client {number % clients}"}
+        yield chat(prompts[domain][number % _MOST_REQUESTS], **how, metadata={"aurora_domain": domain})
 
 
 def picture(page: Any, path: Path, *, height: int) -> None:
@@ -107,10 +79,11 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as scratch, sync_playwright() as playwright:
         config = load_config(None, [f"checkpoint.dir={scratch}", *options.overrides])
         config = replace(config, server=replace(config.server, port=free_port()))
+        requests = traffic(seconds=options.seconds, clients=options.clients, max_tokens=options.max_tokens)
         browser = playwright.chromium.launch(executable_path=find_chromium())
         with (
             running_server(config, options.out / "server.log") as url,
-            traffic(url, seconds=options.seconds, clients=options.clients, max_tokens=options.max_tokens),
+            sending(functools.partial(ask, url), requests, clients=options.clients),
         ):
             page = browser.new_page(viewport={"width": 1360, "height": 900})
             page.goto(url)

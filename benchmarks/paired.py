@@ -18,8 +18,8 @@ Other comparisons: `--against off-greedy` has temperature T without speculation 
 `--against plain-neighbour` counts all clients but the last one, whose requests ask for log-probabilities and penalties
 in the first half only; `--against no-learner` has a learner, which is stopped (SIGSTOP) in the second half; and with
 `--other draft.checkpoint=FOLDER` both speculate and remember, but the second half goes to a second server with these
-settings, while the first one waits. `--other-code FOLDER` runs that server from another checkout, which must know all
-settings of this one.
+settings, while the first one waits. `--other-code FOLDER` runs that server from another checkout, which must know the
+settings that are given after `--` and keeps its own defaults.
 
 With `--stream` the table also has the 99th percentile of the pauses between two chunks of an answer.
 """
@@ -28,10 +28,8 @@ from __future__ import annotations
 
 import argparse
 import functools
-import http.client
 import itertools
 import json
-import math
 import os
 import secrets
 import signal
@@ -39,34 +37,37 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-import numpy as np
 import psutil
 from rich.table import Table
-from scipy.stats import t as student_t
 
 from aurora_lit.bench.reporting import report_console
-from aurora_lit.bench.server_process import LOOPBACK, free_port, running_server
 from aurora_lit.config import load_config
 from aurora_lit.errors import AuroraError
 from aurora_lit.ipc.learner_status import LEARNER_STATUS_NAME, LearnerStatusPage
 from aurora_lit.learn.pretrain.prompts import read_prompts
+from benchmarks.load import (
+    Chat,
+    Json,
+    ask,
+    chat,
+    free_port,
+    interval,
+    percentile_ms,
+    running_server,
+    send_all,
+    status,
+)
 
-_TIMEOUT_S = 600.0
 _SETTLE_S = 15.0
 """Before anything is measured: a server that has just started times its operations while it is idle, in a first start
 for long. Beside that the other one would be slow, and would keep costs that are wrong."""
 _NEIGHBOUR = {"logprobs": True, "top_logprobs": 5, "frequency_penalty": 0.3, "presence_penalty": 0.3}
-
-
-Chat = list[dict[str, str]]
-"""A request's turns."""
 
 
 class Arm(NamedTuple):
@@ -86,17 +87,6 @@ class Arm(NamedTuple):
     """False: the server's learner is stopped meanwhile."""
 
 
-class Answer(NamedTuple):
-    """What a request came to."""
-
-    text: str
-    tokens: int
-    ended_s: float
-    """By the monotonic clock."""
-    pauses_s: tuple[float, ...] = ()
-    """Of a stream: from one chunk to the next."""
-
-
 class Outcome(NamedTuple):
     """One half of a pair."""
 
@@ -108,60 +98,34 @@ class Outcome(NamedTuple):
     pauses_s: list[float]
 
 
-def ask(port: int, chat: Chat, arm: Arm, more: Mapping[str, Any], *, max_tokens: int, seed: int, salt: str) -> Answer:
-    """One request. `more`: further fields of it."""
-    body = {
-        "messages": chat,
-        "max_tokens": max_tokens,
-        **({} if arm.temperature is None else {"temperature": arm.temperature}),
-        "seed": seed,
-        "speculate": arm.speculate,
-        "cache_salt": salt,
-        "store": arm.remembers,
-        **({"stream": True, "stream_options": {"include_usage": True}} if arm.streams else {}),
+def body_of(turns: Chat, arm: Arm, *, max_tokens: int, seed: int, salt: str, **more: Any) -> Json:
+    """A request of an arm. `more`: further fields of it."""
+    return chat(
+        turns,
+        max_tokens=max_tokens,
+        temperature=arm.temperature,
+        seed=seed,
+        speculate=arm.speculate,
+        cache_salt=salt,
+        store=arm.remembers,
+        stream=arm.streams or None,
         **more,
-    }
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=_TIMEOUT_S)
-    try:
-        connection.request("POST", "/v1/chat/completions", json.dumps(body), {"Content-Type": "application/json"})
-        response = connection.getresponse()
-        lines = [(line, time.monotonic()) for line in response]
-    finally:
-        connection.close()
-    content, ended_s = b"".join(line for line, _ in lines).decode(), time.monotonic()
-    if response.status != 200:
-        raise AuroraError(f"the server answered {response.status}: {content}")
-    if not arm.streams:
-        whole = json.loads(content)
-        return Answer(whole["choices"][0]["message"]["content"], whole["usage"]["completion_tokens"], ended_s)
-    events = [event.removeprefix("data: ") for event in content.split("\n\n") if event]
-    chunks = [json.loads(event) for event in events if event != "[DONE]"]
-    text = "".join(choice["delta"].get("content") or "" for chunk in chunks for choice in chunk["choices"])
-    came_s = [at for line, at in lines if line.startswith(b"data: {")]
-    pauses_s = tuple(after - before for before, after in itertools.pairwise(came_s))
-    return Answer(text, chunks[-1]["usage"]["completion_tokens"], ended_s, pauses_s)
+    )
 
 
-def status(port: int) -> dict[str, Any]:
-    """What the server says of itself."""
-    with LOOPBACK.open(f"http://127.0.0.1:{port}/v1/aurora/status", timeout=_TIMEOUT_S) as response:
-        found: dict[str, Any] = json.load(response)
-    return found
-
-
-def rounds_by_plan(port: int) -> dict[str, int]:
+def rounds_by_plan(url: str) -> dict[str, int]:
     """The server's counters of rounds."""
-    plans: dict[str, int] = status(port)["speculation"]["rounds_by_plan"]
+    plans: dict[str, int] = status(url)["speculation"]["rounds_by_plan"]
     return plans
 
 
 @contextmanager
-def stopped_learner(port: int) -> Iterator[None]:
+def stopped_learner(url: str) -> Iterator[None]:
     """Inside, the server's learner does not run. Raises AuroraError if there is none.
 
     It is stopped between two turns: while it computes, rounds leave it a core.
     """
-    pid = status(port)["learner"]["pid"]
+    pid = status(url)["learner"]["pid"]
     if not pid:
         raise AuroraError("the server has no learner; leave learn.enabled=false out")
     arguments = [Path(argument) for argument in psutil.Process(pid).cmdline()]
@@ -178,40 +142,29 @@ def stopped_learner(port: int) -> Iterator[None]:
         os.kill(pid, signal.SIGCONT)
 
 
-def run(port: int, chats: Sequence[Chat], arm: Arm, *, max_tokens: int, seed: int, setting: str) -> Outcome:
+def run(url: str, chats: Sequence[Chat], arm: Arm, *, max_tokens: int, seed: int, setting: str) -> Outcome:
     """Send every chat at the same time. `setting`: names what shares a memory."""
-    salt = f"{setting}-{arm}"
-    more: list[dict[str, Any]] = [{} for _ in chats]
+    more: list[Json] = [{} for _ in chats]
     if arm.neighbour:
         more[-1] = {"ignore_eos": True, **(_NEIGHBOUR if arm.neighbour != "plain" else {})}
-    before = rounds_by_plan(port)
+    how: Json = {"max_tokens": max_tokens, "seed": seed, "salt": f"{setting}-{arm}"}
+    bodies = [body_of(turns, arm, **how, **fields) for turns, fields in zip(chats, more, strict=True)]
+    before = rounds_by_plan(url)
     started = time.monotonic()
-    with ThreadPoolExecutor(len(chats)) as pool:
-        asked = functools.partial(ask, port, arm=arm, max_tokens=max_tokens, seed=seed, salt=salt)
-        answers = list(pool.map(lambda chat, fields: asked(chat=chat, more=fields), chats, more))
+    answers = send_all(functools.partial(ask, url), bodies, clients=len(bodies))
     if arm.neighbour:
         answers.pop()
     seconds = max(answer.ended_s for answer in answers) - started
-    plans = {name: count - before[name] for name, count in rounds_by_plan(port).items()}
+    plans = {name: count - before[name] for name, count in rounds_by_plan(url).items()}
     rounds = sum(plans.values())
     tokens = sum(answer.tokens for answer in answers)
-    pauses_s = [pause for answer in answers for pause in answer.pauses_s]
+    pauses_s = [after - earlier for answer in answers for earlier, after in itertools.pairwise(answer.chunks_s)]
     texts = [answer.text for answer in answers]
     return Outcome(tokens, tokens / seconds, texts, rounds, rounds - plans["plain"], pauses_s)
 
 
-def interval(ratios: Sequence[float]) -> tuple[float, float, float]:
-    """Geometric mean and its 95 % interval; one ratio has no interval, so its bounds are NaN."""
-    logs = [math.log(ratio) for ratio in ratios]
-    mean = statistics.mean(logs)
-    if len(logs) < 2:
-        return math.exp(mean), math.nan, math.nan
-    half = float(student_t.ppf(0.975, len(logs) - 1)) * statistics.stdev(logs) / math.sqrt(len(logs))
-    return math.exp(mean), math.exp(mean - half), math.exp(mean + half)
-
-
 def measure(
-    ports: Sequence[int], turns: Iterator[Chat], arms: tuple[Arm, Arm], clients: int, options: Any
+    urls: Sequence[str], turns: Iterator[Chat], arms: tuple[Arm, Arm], clients: int, options: Any
 ) -> dict[str, Any]:
     """All pairs of one setting, after some that are not counted; the ratio is that of the first arm over the second."""
     ratios: list[float] = []
@@ -224,11 +177,11 @@ def measure(
         seed = pair + options.warm_up
         halves = {}
         for arm in order:
-            port = ports[arm.server]
+            url = urls[arm.server]
             with ExitStack() as meanwhile:
                 if not arm.learns:
-                    meanwhile.enter_context(stopped_learner(port))
-                halves[arm] = run(port, chats, arm, max_tokens=options.max_tokens, seed=seed, setting=setting)
+                    meanwhile.enter_context(stopped_learner(url))
+                halves[arm] = run(url, chats, arm, max_tokens=options.max_tokens, seed=seed, setting=setting)
         if pair < 0:
             continue
         one, other = halves[arms[0]], halves[arms[1]]
@@ -246,12 +199,8 @@ def measure(
         "speculating": sum(half.speculating_rounds for half in sides[0]) / sum(half.rounds for half in sides[0]),
         "unequal_pairs": unequal,
         "pairs": len(ratios),
-        "pause_p99_ms": [_p99_ms([pause for half in side for pause in half.pauses_s]) for side in sides],
+        "pause_p99_ms": [percentile_ms([pause for half in side for pause in half.pauses_s], 99) for side in sides],
     }
-
-
-def _p99_ms(pauses_s: Sequence[float]) -> float | None:
-    return 1000 * float(np.percentile(pauses_s, 99)) if pauses_s else None
 
 
 def arms_of(options: argparse.Namespace, temperature: float | None) -> tuple[Arm, Arm]:
@@ -306,7 +255,6 @@ def main() -> int:
         own = [*overrides, f"checkpoint.dir={scratch.name}/second"]
         configs.append(load_config(None, [*own, *options.overrides, *options.other]))
     configs = [replace(config, server=replace(config.server, port=free_port())) for config in configs]
-    ports = [config.server.port for config in configs]
     chats = [
         [prompt.chat for prompt in read_prompts(path) if len(prompt.messages[0]) <= options.max_prompt_characters]
         for path in options.prompts
@@ -321,16 +269,17 @@ def main() -> int:
     columns = ["ratio", "95 % interval", "tokens/s", "tokens a round", "speculating", "unequal", "pairs"]
     columns += ["pause p99, ms"] * options.stream
     table = Table("temperature", "clients", *columns)
-    rows = []
+    rows, urls = [], []
     with ExitStack() as servers:
         servers.enter_context(scratch)
         for number, config in enumerate(configs):
             log = Path(options.out or Path(scratch.name) / "server").with_suffix(f".{number}.log")
-            servers.enter_context(running_server(config, log, code=options.other_code if number else None))
+            code = options.other_code if number else None
+            urls.append(servers.enter_context(running_server(config, log, code=code)))
         time.sleep(_SETTLE_S)
         for temperature, clients in itertools.product(options.temperatures, options.clients):
             arms = arms_of(options, temperature)
-            found = measure(ports, turns, arms, clients, options)
+            found = measure(urls, turns, arms, clients, options)
             rows.append({"temperature": temperature, "clients": clients, **found})
             one, other = found["tokens_per_s"]
             named = "default" if temperature is None else temperature

@@ -13,13 +13,8 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import os
-import signal
 import statistics
-import subprocess
-import sys
 import tempfile
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,79 +22,52 @@ from typing import Any
 
 import numpy as np
 
-from aurora_lit.bench.server_process import LOOPBACK, free_port
 from aurora_lit.learn.pretrain.prompts import read_prompts
-from benchmarks.peers.client import Answer, ask, served_model
+from benchmarks.load import Answer, ask, chat, free_port, get, sending, started_aurora
 
 ROOT = Path(__file__).resolve().parents[1]
-_PATIENCE_S = 300.0
 
 
-def wait_until_ready(port: int, server: subprocess.Popen[bytes]) -> None:
-    """Wait for the server; raises SystemExit if it ends before."""
-    began = time.monotonic()
-    while time.monotonic() - began < _PATIENCE_S and server.poll() is None:
-        try:
-            with LOOPBACK.open(f"http://127.0.0.1:{port}/ready", timeout=5):
-                return
-        except OSError:
-            time.sleep(0.1)
-    raise SystemExit("the server did not start")
-
-
-def measure(port: int, short: Iterator[str], long: list[str], *, clients: int, max_tokens: int) -> dict[str, Any]:
+def measure(url: str, short: Iterator[str], long: list[str], *, clients: int, max_tokens: int) -> dict[str, Any]:
     """The running answers' pauses beside every long prompt."""
-    model, running, over = served_model(port), [], threading.Event()
-    turn = threading.Lock()
+    model = get(url, "/v1/models")["data"][0]["id"]
 
-    def stream() -> None:
-        while not over.is_set():
-            with turn:
-                prompt = next(short)
-            answer = ask(port, model, prompt, max_tokens=max_tokens)
-            running.append(answer)
+    def stream(prompt: str, most: int = max_tokens) -> Answer:
+        return ask(url, chat(prompt, model=model, max_tokens=most, temperature=0.0, stream=True))
 
-    threads = [threading.Thread(target=stream) for _ in range(clients)]
-    for thread in threads:
-        thread.start()
-    time.sleep(3.0)
+    stream(next(short), most=32)
     arrivals: list[Answer] = []
-    for prompt in long:
-        arrivals.append(ask(port, model, prompt, max_tokens=4))
-        time.sleep(0.5)
-    over.set()
-    for thread in threads:
-        thread.join()
+    with sending(stream, short, clients=clients) as running:
+        time.sleep(3.0)
+        for prompt in long:
+            arrivals.append(stream(prompt, most=4))
+            time.sleep(0.5)
+    answers = running.answers
     pauses = [
         after - before
-        for answer in running
+        for answer in answers
         for before, after in itertools.pairwise(answer.pieces_s)
         if any(before < arrival.pieces_s[0] and after > arrival.sent_s for arrival in arrivals)
     ]
-    began, ended = min(answer.sent_s for answer in running), max(answer.ended_s for answer in running)
+    began, ended = min(answer.sent_s for answer in answers), max(answer.ended_s for answer in answers)
     return {
         "pauses": pauses,
-        "first": [arrival.pieces_s[0] - arrival.sent_s for arrival in arrivals],
-        "speed": sum(answer.tokens for answer in running) / (ended - began),
+        "first": [arrival.first_token_s for arrival in arrivals],
+        "speed": sum(answer.tokens for answer in answers) / (ended - began),
     }
 
 
 def run(checkout: Path, settings: list[str], short: Iterator[str], long: list[str], options: Any) -> dict[str, Any]:
     """Measure a server of a checkout, or the one that listens on --port."""
+    how = {"clients": options.clients, "max_tokens": options.max_tokens}
     if options.port:
-        ask(options.port, served_model(options.port), next(short), max_tokens=32)
-        return measure(options.port, short, long, clients=options.clients, max_tokens=options.max_tokens)
-    port, environment = free_port(), {**os.environ, "PYTHONPATH": str(checkout)}
-    with tempfile.TemporaryDirectory() as scratch, open(Path(scratch) / "log", "w+") as log:
-        command = [sys.executable, "-m", "aurora_lit", "serve", f"server.port={port}", f"checkpoint.dir={scratch}"]
-        server = subprocess.Popen([*command, *settings], cwd=scratch, env=environment, stdout=log, stderr=log)
-        try:
-            wait_until_ready(port, server)
-            ask(port, served_model(port), next(short), max_tokens=32)
-            return measure(port, short, long, clients=options.clients, max_tokens=options.max_tokens)
-        finally:
-            server.send_signal(signal.SIGTERM)
-            server.wait(60)
+        return measure(f"http://127.0.0.1:{options.port}", short, long, **how)
+    url = f"http://127.0.0.1:{(port := free_port())}"
+    with tempfile.TemporaryDirectory() as scratch:
+        arguments = [f"server.port={port}", f"checkpoint.dir={scratch}", *settings]
+        with started_aurora(arguments, Path(scratch) / "log", code=checkout) as server:
+            server.wait_until_ready(f"{url}/ready")
+            return measure(url, short, long, **how)
 
 
 def main() -> None:

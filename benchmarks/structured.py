@@ -19,8 +19,6 @@ import argparse
 import json
 import sys
 import tempfile
-import time
-import urllib.request
 from collections import defaultdict
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
@@ -28,8 +26,8 @@ from typing import Any
 
 import jsonschema
 
-from aurora_lit.bench.server_process import LOOPBACK, free_port, running_server
 from aurora_lit.config import load_config
+from benchmarks.load import ask, chat, free_port, running_server
 from benchmarks.structured_schemas import SCHEMAS
 
 WAYS: dict[str, tuple[bool, bool]] = {"schema": (True, True), "schema, plain": (True, False), "free": (False, True)}
@@ -38,38 +36,33 @@ TOPICS = ("", " in Spain", " from the future", " for children", " of the year 19
 Record = dict[str, Any]
 
 
-def ask(url: str, name: str, number: int, *, way: str, temperature: float, max_tokens: int) -> Record:
+def describe(url: str, name: str, number: int, *, way: str, temperature: float, max_tokens: int) -> Record:
     """One answer, as a record of the table."""
     schema, (has_schema, speculates) = SCHEMAS[name], WAYS[way]
     topic = TOPICS[number % len(TOPICS)]
-    wish = f"Describe {name}{topic}. Answer with JSON only."
-    body: Record = {
-        "messages": [{"role": "user", "content": wish}],
-        "temperature": temperature,
-        "seed": number,
-        "max_tokens": max_tokens,
-        "speculate": speculates,
-        "store": False,
-    }
-    if has_schema:
-        body["response_format"] = {"type": "json_schema", "json_schema": {"name": "answer", "schema": schema}}
-    request = urllib.request.Request(
-        f"{url}/v1/chat/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
+    answer = ask(
+        url,
+        chat(
+            f"Describe {name}{topic}. Answer with JSON only.",
+            temperature=temperature,
+            seed=number,
+            max_tokens=max_tokens,
+            speculate=speculates,
+            store=False,
+            response_format={"type": "json_schema", "json_schema": {"name": "answer", "schema": schema}}
+            if has_schema
+            else None,
+        ),
     )
-    began = time.perf_counter()
-    with LOOPBACK.open(request, timeout=300) as response:
-        answer = json.load(response)
-    seconds = time.perf_counter() - began
-    (choice,) = answer["choices"]
     return {
         "name": name,
         "way": way,
         "temperature": temperature,
-        "tokens": answer["usage"]["completion_tokens"],
-        "seconds": seconds,
-        "reason": choice["finish_reason"],
-        "fault": fault_of(choice["message"]["content"], schema),
-        "text": choice["message"]["content"],
+        "tokens": answer.tokens,
+        "seconds": answer.seconds,
+        "reason": answer.finish_reason,
+        "fault": fault_of(answer.text, schema),
+        "text": answer.text,
     }
 
 
@@ -140,11 +133,13 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder, running_server(config, Path(folder) / "log") as url:
         for name in list(SCHEMAS)[part - 1 :: parts]:
             for number in range(options.answers):
-                ask(url, name, number, way="free", temperature=0.0, max_tokens=1)  # so that all find the prompt read
+                describe(
+                    url, name, number, way="free", temperature=0.0, max_tokens=1
+                )  # so that all find the prompt read
                 for temperature in (0.0, 1.0):
                     for way in WAYS:
                         how = {"way": way, "temperature": temperature, "max_tokens": options.max_tokens}
-                        records.append(ask(url, name, number, **how))
+                        records.append(describe(url, name, number, **how))
                         if options.out is not None:
                             with options.out.open("a") as file:
                                 file.write(json.dumps(records[-1]) + "\n")

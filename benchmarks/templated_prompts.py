@@ -9,7 +9,7 @@ and the answers share their form, not their contents: what a memory of earlier a
 amounts, dates and problems are drawn by a generator with a seed; a seed always gives the same files. The contents come
 from a few dozen sentence patterns, so they repeat more than real mails.
 
-Leaves out the answers (benchmarks/memory_replay) and real prompts.
+Leaves out the answers, and real prompts.
 """
 
 from __future__ import annotations

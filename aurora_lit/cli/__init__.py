@@ -8,9 +8,7 @@ Start with main.py. The files, each importing only files above it:
     status.py       `status`: what a running server and its learner are doing
     drafts.py       `drafts`: published versions with their scores; rolling back and promoting
     generate.py     `generate`: one answer in the terminal, with accepted tokens and the target's own coloured
-    model_sizes.py  the sizes of a target and its draft, from their configurations
-    footprint.py    how much memory a deployment needs, computed from its model's sizes; the smallest set of GPUs
-    vllm_recipe.py  `doctor --vllm`: what a learner beside vLLM needs, from the model's sizes
+    footprint.py    how much memory a deployment needs, computed from its model's configuration
     checks.py       the checks of `doctor`, one function for each line of the report
     doctor.py       `doctor`: whether this machine can serve, what to do if not, and the memory table
     vllm.py         `vllm`: vLLM's server with a learner beside it

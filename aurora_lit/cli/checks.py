@@ -6,6 +6,8 @@ happen, such as a download.
 Leaves out the report (cli/doctor.py) and how much memory a deployment needs (cli/footprint.py).
 """
 
+from __future__ import annotations
+
 import importlib.metadata
 import os
 import platform
@@ -14,7 +16,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from aurora_lit.config import AuroraConfig, draft_folder, versions_folder
 from aurora_lit.drafts.versions import PublishedVersions
@@ -23,6 +25,9 @@ from aurora_lit.ipc.run_folder import default_parent
 from aurora_lit.machine import available_bytes, available_cores
 from aurora_lit.models.source import UNQUANTISED, cache_root, cached, unreadable_weights
 from aurora_lit.placement import describe, uses_gpus
+
+if TYPE_CHECKING:
+    from aurora_lit.cli.footprint import TargetShape
 
 _GIB = 1 << 30
 _DOWNLOAD_BYTES = 2 * _GIB
@@ -197,14 +202,14 @@ def check_address(config: AuroraConfig) -> Check:
 def check_target(config: AuroraConfig) -> Check:
     """The target is in the cache or can be downloaded, has a tokenizer, can be split as engine.strategy says, and its
     weights can be read."""
-    from aurora_lit.cli.model_sizes import model_shape
+    from aurora_lit.cli.footprint import model_shape
     from aurora_lit.models.partition import check_partition
     from aurora_lit.models.tokenizer import check_vocabulary
 
     target = config.target
     root, folder = cache_root(target.cache_dir), _cached_target(config)
     if folder is not None:
-        check_partition(config, model_shape(config, folder=folder))
+        check_partition(config, model_shape(config, folder))
         check_vocabulary(folder)
         if (reason := unreadable_weights(folder)) is not None:
             return _fail("target", f"{folder} {reason}", UNQUANTISED)
@@ -228,8 +233,6 @@ def check_target(config: AuroraConfig) -> Check:
             f"not in the cache; {free / _GIB:.1f} GiB free in {existing}",
             f"set {setting} to a writable folder with {_DOWNLOAD_BYTES / _GIB:.0f} GiB free",
         )
-    if (shape := model_shape(config, folder=None)) is not None:
-        check_partition(config, shape)
     return _warn("target", f"{target.source} is not in {root} yet", "nothing: the first start downloads it")
 
 
@@ -239,24 +242,29 @@ def _cached_target(config: AuroraConfig) -> Path | None:
     return cached(target.source, cache_dir=cache_root(target.cache_dir), sha256=target.sha256)
 
 
+def _target_shape(config: AuroraConfig) -> TargetShape | None:
+    """The sizes of the target that a draft must match; None if it is not present."""
+    from aurora_lit.cli.footprint import TargetShape, model_shape
+
+    folder = _cached_target(config)
+    return None if folder is None else TargetShape.of(model_shape(config, folder))
+
+
 def check_memory(config: AuroraConfig) -> Check:
     """Enough free memory for the deployment: on the GPUs, or in main memory if it computes on the CPU."""
     import torch
 
-    from aurora_lit.cli.footprint import host_total, needs, total
-    from aurora_lit.cli.model_sizes import model_shape
+    from aurora_lit.cli.footprint import host_total, model_shape, needs, total
 
     free = available_bytes()
     engine = config.engine
-    shape = model_shape(config, folder=_cached_target(config))
-    if shape is None:
+    if (folder := _cached_target(config)) is None:
         return _warn(
             "memory",
             f"{free / _GIB:.1f} GiB free",
-            "what the deployment needs is not known yet: run doctor again after the download, or name the model's "
-            "config.json with target.config_file",
+            "what the deployment needs is not known yet: run doctor again after the download",
         )
-    lines = needs(config, shape, devices=engine.devices)
+    lines = needs(config, model_shape(config, folder))
     gpus = [torch.cuda.get_device_properties(index).total_memory for index in range(torch.cuda.device_count())]
     fullest = total(lines, "every device", "first device")
     if config.learn.enabled and config.learn.devices <= len(gpus):  # with fewer it computes on the CPU
@@ -285,18 +293,16 @@ def check_draft(config: AuroraConfig) -> Check:
 
     The rest of the checkpoint is validated when it is loaded.
     """
-    from aurora_lit.cli.model_sizes import model_shape, target_shape
     from aurora_lit.drafts.checkpoint import check_fits, read_config
     from aurora_lit.serve import server
 
     server.check_learning(config)
-
     folder = draft_folder(config)
     if not config.engine.speculate:
         return _ok("draft", "none: plain decoding")
-    if config.learn.enabled and (shape := model_shape(config, folder=_cached_target(config))) is not None:
+    if config.learn.enabled and (shape := _target_shape(config)) is not None:
         try:
-            PublishedVersions(versions_folder(config)).check_target(target_shape(shape))
+            PublishedVersions(versions_folder(config)).check_target(shape)
         except CheckpointError as error:
             return _warn("draft", str(error), "until then the server's learner does not start")
     if folder is None:
@@ -309,8 +315,8 @@ def check_draft(config: AuroraConfig) -> Check:
         return _fail("draft", f"{folder} has no {' and no '.join(missing)}", remedy)
     try:
         draft = read_config(folder)
-        if (shape := model_shape(config, folder=_cached_target(config))) is not None:
-            check_fits(folder, draft, target_shape(shape))
+        if (shape := _target_shape(config)) is not None:
+            check_fits(folder, draft, shape)
     except CheckpointError as error:
         return _fail("draft", str(error), remedy)
     if config.learn.from_scratch:

@@ -41,21 +41,18 @@ def doctor(config: AuroraConfig, *, as_json: bool = False) -> bool:
 
 
 def _memory(config: AuroraConfig) -> dict[str, Any] | None:
-    """The memory table's lines and sums, and the smallest sets of GPUs; None if the model's sizes are not known."""
-    from aurora_lit.cli.footprint import CARDS_GB, Place, fewest_devices, needs, total
-    from aurora_lit.cli.model_sizes import model_shape
+    """The memory table's lines and sums; None if the model's sizes are not known."""
+    from aurora_lit.cli.footprint import Place, model_shape, needs, total
 
     target = config.target
     try:
         folder = cached(target.source, cache_dir=cache_root(target.cache_dir), sha256=target.sha256)
-        shape = model_shape(config, folder=folder)
-        if shape is None:
+        if folder is None:
             return None
-        lines = needs(config, shape, devices=config.engine.devices)
+        lines = needs(config, model_shape(config, folder))
         return {
             "needs": [asdict(need) for need in lines],
             "totals": {place: total(lines, place) for place in get_args(Place)},
-            "smallest": {f"{card} GB": fewest_devices(config, shape, card_gb=card) for card in CARDS_GB},
         }
     except Exception:  # check_memory, which computes the same, has reported it
         return None
@@ -73,10 +70,3 @@ def _print_memory(console: Console, config: AuroraConfig, memory: dict[str, Any]
                 table.add_row(place, need["what"], f"{need['num_bytes'] / _GIB:.2f}", need["how"])
         table.add_row(place, "[bold]total[/]", f"[bold]{num_bytes / _GIB:.2f}[/]", "", end_section=True)
     console.print(table)
-    sets = []
-    for card, found in memory["smallest"].items():
-        if found is None:
-            sets.append(f"{card}: not with {engine.strategy}")
-        else:
-            sets.append(f"{card}: {found[0]}" + (f" and {found[1]} for the learner" if found[1] else ""))
-    console.print(f"Smallest set of GPUs with engine.strategy={engine.strategy}: {'; '.join(sets)}.")

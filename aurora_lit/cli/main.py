@@ -104,15 +104,9 @@ def vllm(model: str, draft: Path, overrides: tuple[str, ...], print_config: bool
 
 @main.command()
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
-@click.option("--vllm", "beside_vllm", is_flag=True, help="Instead: what a learner beside vLLM needs for this target.")
 @configured
-def doctor(config: AuroraConfig, as_json: bool, beside_vllm: bool) -> None:
+def doctor(config: AuroraConfig, as_json: bool) -> None:
     """Check whether this machine can serve. Exits with code 1 if not."""
-    if beside_vllm:
-        from aurora_lit.cli.vllm_recipe import show
-
-        show(config, as_json=as_json)
-        return
     from aurora_lit.cli.doctor import doctor as run
 
     if not run(config, as_json=as_json):

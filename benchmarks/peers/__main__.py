@@ -29,7 +29,6 @@ from rich.console import Console
 from rich.progress import Progress
 
 from aurora_lit.bench.reporting import progress_bar, report_console
-from aurora_lit.bench.server_process import free_port
 from aurora_lit.config import AuroraConfig, draft_folder, load_config, to_yaml
 from aurora_lit.drafts.export import export
 from aurora_lit.durable import is_as_begun
@@ -38,12 +37,12 @@ from aurora_lit.learn.pretrain.prompts import encode_prompt, read_prompts
 from aurora_lit.models.package_index import file_sha256
 from aurora_lit.models.source import find_target
 from aurora_lit.serve.worker.load_models import load_tokenizer
+from benchmarks.load import ask, chat, free_port, started
 
 from . import environments, gguf_files
-from .client import ask, run_load, served_model
+from .client import run_load, served_model
 from .engines import OURS, PEERS, SLOT_TOKENS, SLOTS, Engine
 from .report import Pair, ServerRun, summarise, table
-from .servers import running
 
 _OVERRIDES = ("learn.enabled=false", f"engine.max_batch_size={SLOTS}", f"engine.max_seq_len={SLOT_TOKENS}")
 """Settings of our server, which the command line may override. The learner is off, since the peers do not learn."""
@@ -248,24 +247,20 @@ def _measure(
     bar: Progress,
 ) -> ServerRun:
     """Start a server, measure it with every number of clients, each after an unmeasured warm-up, and stop it."""
-    port = free_port()
+    url = f"http://127.0.0.1:{(port := free_port())}"
     command, environ = engine.substituted({**substitutions, "port": str(port)})
     loads = {}
     task = bar.add_task(engine.name, total=sum(count + len(prompts[count]) for count in counts))
     advance: Callable[[], object] = lambda: bar.advance(task)  # noqa: E731
     try:
-        with running(
-            command,
-            environ,
-            ready_url=f"http://127.0.0.1:{port}{engine.ready}",
-            log=arguments.out / "logs" / f"{engine.name}.log",
-        ) as server:
-            ask(port, served_model(port), prompts[0][0], max_tokens=1)
+        with started(command, environ, arguments.out / "logs" / f"{engine.name}.log") as server:
+            server.wait_until_ready(f"{url}{engine.ready}")
+            ask(url, chat(prompts[0][0], model=served_model(url), max_tokens=1, temperature=0.0, stream=True))
             first_answer_s = server.age_s()
             for count in counts:
                 how = {"clients": count, "max_tokens": arguments.max_tokens, "temperature": arguments.temperature}
-                run_load(port, prompts[0][:count], **how, on_answer=advance)
-                loads[count] = run_load(port, prompts[count], **how, on_answer=advance)
+                run_load(url, prompts[0][:count], **how, on_answer=advance)
+                loads[count] = run_load(url, prompts[count], **how, on_answer=advance)
             return ServerRun(loads=loads, first_answer_s=first_answer_s, memory_mb=server.memory_mb())
     finally:
         bar.remove_task(task)

@@ -16,8 +16,8 @@ from support.fake_engine import tiny_tokenizer
 
 from aurora_lit.errors import ConfigError
 from benchmarks import live_learning
-from benchmarks.live_learning import Sent, arms_of, phase_report, send, send_at
-from benchmarks.paired import Answer, Chat
+from benchmarks.live_learning import Sent, arms_of, phase_report, read_arrivals, send
+from benchmarks.load import Answer, Chat, Json
 
 SYSTEM = {"role": "system", "content": "be brief"}
 STATUS = {"version": "start", "steps": 4, "positions": 500, "published": 0, "refused": 1, "shifts": 2}
@@ -28,10 +28,11 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, float | None]]:
     """Prompts and temperatures of the requests that were sent; each takes a hundredth of a second."""
     found: list[tuple[str, float | None]] = []
 
-    def ask(port: int, chat: Any, arm: Any, more: Any, **_: Any) -> Answer:
-        found.append((chat[-1]["content"], arm.temperature))
+    def ask(url: str, body: Json) -> Answer:
+        found.append((body["messages"][-1]["content"], body.get("temperature")))
+        began = time.monotonic()
         time.sleep(0.01)
-        return Answer("text", 7, time.monotonic())
+        return Answer(sent_s=began, ended_s=time.monotonic(), text="text", tokens=7)
 
     monkeypatch.setattr(live_learning, "ask", ask)
     return found
@@ -41,28 +42,27 @@ def chats(texts: Iterable[str]) -> Iterator[Chat]:
     return ([{"role": "user", "content": text}] for text in texts)
 
 
-def test_every_prompt_is_sent_once_and_every_second_one_is_greedy(asked: list[tuple[str, float | None]]) -> None:
-    sent = send(0, chats(map(str, itertools.count())), seconds=0.2, clients=4, max_tokens=8)
+def test_every_second_prompt_is_greedy_and_too_few_are_an_error(asked: list[tuple[str, float | None]]) -> None:
+    sent = send("", chats(map(str, itertools.count())), seconds=0.2, clients=4, max_tokens=8)
     assert len(asked) == sent.requests > 4
     assert sent.tokens == 7 * sent.requests
-    assert sorted(int(prompt) for prompt, _ in asked) == list(range(sent.requests))
+    assert 0.01 <= sent.median_s <= sent.p95_s
+    assert sent.token_ms == pytest.approx(1e3 * sent.median_s / 7, rel=0.5)
     counts = Counter(temperature for _, temperature in asked)
     assert abs(counts[0.0] - counts[None]) <= 1
-
-
-def test_requests_are_sent_at_their_times_though_others_run(asked: list[tuple[str, float | None]]) -> None:
-    times_s = [0.0, 0.004, 0.004, 0.15]
-    began = time.monotonic()
-    sent = send_at(0, chats(map(str, itertools.count())), times_s, max_tokens=8)
-    assert 0.15 <= time.monotonic() - began < 0.6, "the second did not wait for the first"
-    assert sent.requests == len(asked) == 4
-    assert 0.01 <= sent.median_s <= sent.p95_s < 0.4
-    assert sent.token_ms == pytest.approx(1e3 * sent.median_s / 7)
-
-
-def test_too_few_prompts_are_an_error(asked: list[tuple[str, float | None]]) -> None:
     with pytest.raises(ConfigError, match="--phases"):
-        send(0, chats(["a", "b"]), seconds=60.0, clients=2, max_tokens=8)
+        send("", chats(["a", "b"]), seconds=60.0, clients=2, max_tokens=8)
+
+
+def test_arrival_times_begin_with_zero_and_are_as_many_as_asked_for(tmp_path: Path) -> None:
+    times = tmp_path / "times.csv"
+    times.write_text("timestamp_s,prompt_tokens\n" + "".join(f"{100 + i / 4},3\n" for i in range(6)))
+    assert read_arrivals(times, 3) == [0.0, 0.25, 0.5]
+    with pytest.raises(ConfigError, match="has 6 arrivals for 7 requests"):
+        read_arrivals(times, 7)
+    times.write_text("a\n1\n")
+    with pytest.raises(ConfigError, match="column timestamp_s"):
+        read_arrivals(times, 1)
 
 
 def test_a_phase_reports_what_it_added() -> None:

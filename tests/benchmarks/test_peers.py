@@ -4,72 +4,29 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
-import sys
-import threading
-import time
-from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 import torch
 from rich.console import Console
-from support import ROOT
 from tokenizers import Tokenizer
 from tokenizers.decoders import ByteLevel as ByteLevelDecoder
 from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from aurora_lit.bench.server_process import free_port
 from aurora_lit.config import load_config
 from aurora_lit.errors import AuroraError, ConfigError
+from benchmarks.load import Answer
 from benchmarks.peers import __main__ as driver
 from benchmarks.peers import environments
-from benchmarks.peers.client import Answer, Load, read_answer, run_load, summarise
+from benchmarks.peers.client import Load, summarise
 from benchmarks.peers.engines import OURS, PEERS, Engine
 from benchmarks.peers.gguf_files import write_f32
 from benchmarks.peers.report import Pair, ServerRun
 from benchmarks.peers.report import summarise as ratios
-from benchmarks.peers.servers import running
-
-
-def event(**fields: Any) -> bytes:
-    return b"data: " + json.dumps(fields).encode() + b"\n"
-
-
-def delta(text: str) -> dict[str, Any]:
-    return {"choices": [{"delta": {"content": text}}]}
-
-
-def test_an_answer_is_timed_by_its_pieces_of_text_and_counted_by_its_usage() -> None:
-    lines = [
-        (10.0, event(choices=[{"delta": {"role": "assistant", "content": ""}}])),
-        (10.5, event(**delta("Hello"))),
-        (10.5, b"\n"),
-        (10.9, event(**delta(" you"))),
-        (11.0, event(choices=[{"delta": {}, "finish_reason": "stop"}])),
-        (11.0, event(choices=[], usage={"completion_tokens": 5})),
-        (11.1, b"data: [DONE]\n"),
-    ]
-    answer = read_answer(lines, sent_s=9.0, ended_s=11.2)
-    assert answer == Answer(sent_s=9.0, pieces_s=(10.5, 10.9), ended_s=11.2, tokens=5, text="Hello you")
-
-
-@pytest.mark.parametrize(
-    ("lines", "reason"),
-    [
-        ([event(**delta("a"))], "without usage"),
-        ([event(choices=[], usage={"completion_tokens": 1})], "without text"),
-        ([event(**delta("a")), event(error={"message": "out of memory"})], "out of memory"),
-    ],
-)
-def test_an_incomplete_answer_is_an_error(lines: list[bytes], reason: str) -> None:
-    with pytest.raises(AuroraError, match=reason):
-        read_answer([(0.0, line) for line in lines], sent_s=0.0, ended_s=1.0)
 
 
 def test_speed_is_over_all_answers_and_pauses_are_between_pieces() -> None:
@@ -82,118 +39,10 @@ def test_speed_is_over_all_answers_and_pauses_are_between_pieces() -> None:
     assert load.pause_p50_s == 0.5  # 0.5, 0.5, 1.5
     assert load.pause_p99_s == pytest.approx(1.48)
     assert load.texts == ["a", "b"]
-
-
-class StubServer(ThreadingHTTPServer):
-    """Answers with the prompt's words, and records the largest number of concurrent requests."""
-
-    daemon_threads = True
-
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), StubHandler)
-        self.lock = threading.Lock()
-        self.num_concurrent = self.max_concurrent = 0
-        self.bodies: list[dict[str, Any]] = []
-
-
-class StubHandler(BaseHTTPRequestHandler):
-    server: StubServer
-
-    def do_GET(self) -> None:
-        self.send_response(200)
-        self.end_headers()
-        self.wfile.write(b'{"data": [{"id": "stub"}]}')
-
-    def do_POST(self) -> None:
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        with self.server.lock:
-            self.server.num_concurrent += 1
-            self.server.max_concurrent = max(self.server.max_concurrent, self.server.num_concurrent)
-            self.server.bodies.append(body)
-        self.send_response(200)
-        self.end_headers()
-        words = body["messages"][0]["content"].split()
-        for word in words:
-            self.wfile.write(event(**delta(word)))
-            time.sleep(0.02)
-        with self.server.lock:
-            self.server.num_concurrent -= 1
-        self.wfile.write(event(choices=[], usage={"completion_tokens": len(words)}) + b"data: [DONE]\n")
-
-    def log_message(self, format: str, *words: Any) -> None:
-        pass
-
-
-@pytest.fixture
-def stub() -> Iterator[StubServer]:
-    with StubServer() as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield server
-        server.shutdown()
-
-
-def test_clients_run_concurrently_and_answers_keep_the_prompts_order(stub: StubServer) -> None:
-    prompts = [f"a{i} b{i} c{i}" for i in range(9)]
-    load = run_load(stub.server_address[1], prompts, clients=3, max_tokens=7, temperature=0.7)
-    assert stub.max_concurrent == 3
-    assert load.tokens == 27
-    assert load.texts == [prompt.replace(" ", "") for prompt in prompts]
-    assert all(body["model"] == "stub" and body["temperature"] == 0.7 for body in stub.bodies)
-    assert all(body["max_tokens"] == 7 and body["stream"] for body in stub.bodies)
-
-
-SERVER = """
-import http.server, pathlib, subprocess, sys
-child = subprocess.Popen([sys.executable, "-c", "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); "
-                                                "time.sleep(60)"])
-pathlib.Path(sys.argv[2]).write_text(str(child.pid))
-http.server.HTTPServer(("127.0.0.1", int(sys.argv[1])), http.server.SimpleHTTPRequestHandler).serve_forever()
-"""
-
-
-@pytest.mark.slow
-def test_stopping_a_server_ends_its_child_processes(tmp_path: Path) -> None:
-    port, pid_file = free_port(), tmp_path / "child"
-    command = [sys.executable, "-c", SERVER, str(port), str(pid_file)]
-    with running(command, {}, ready_url=f"http://127.0.0.1:{port}/", log=tmp_path / "log") as server:
-        child = psutil.Process(int(pid_file.read_text()))
-        assert child.is_running()
-        alone = psutil.Process(child.ppid()).memory_full_info().pss / 1e6
-        assert server.memory_mb() > alone + 2, "its child counts too"
-        assert 0 < server.age_s() < 600
-    assert not child.is_running() or child.status() == psutil.STATUS_ZOMBIE
-
-
-def test_a_server_ends_when_the_benchmark_is_killed(tmp_path: Path) -> None:
-    port, pid_file = free_port(), tmp_path / "server"
-    server = f"import os, pathlib, time; pathlib.Path({str(pid_file)!r}).write_text(str(os.getpid())); time.sleep(60)"
-    killed = f"""
-import pathlib, sys
-from benchmarks.peers.servers import running
-log = pathlib.Path({str(tmp_path / "log")!r})
-with running([sys.executable, "-c", {server!r}], {{}}, ready_url="http://127.0.0.1:{port}/", log=log):
-    pass
-"""
-    with subprocess.Popen([sys.executable, "-c", killed], cwd=ROOT) as process:
-        end = time.monotonic() + 60
-        while not (pid_file.exists() and pid_file.read_text()):
-            assert time.monotonic() < end, "the server did not start"
-            time.sleep(0.02)
-        process.kill()
-    server_pid = int(pid_file.read_text())
-    while psutil.pid_exists(server_pid) and psutil.Process(server_pid).status() != psutil.STATUS_ZOMBIE:
-        assert time.monotonic() < end, "the server is still running"
-        time.sleep(0.02)
-
-
-def test_a_server_that_exits_at_start_is_an_error_that_names_its_log(tmp_path: Path) -> None:
-    command = [sys.executable, "-c", "print('no such model')"]
-    with (
-        pytest.raises(AuroraError, match=f"see {tmp_path}/log"),
-        running(command, {}, ready_url="http://127.0.0.1:1/", log=tmp_path / "log"),
-    ):
-        pass
-    assert (tmp_path / "log").read_text() == "no such model\n"
+    with pytest.raises(AuroraError, match="without text"):
+        summarise([first, replace(second, pieces_s=())])
+    with pytest.raises(AuroraError, match="nothing to time"):
+        summarise([replace(first, pieces_s=(1.0,))])
 
 
 def byte_level_model(folder: Path) -> Path:

@@ -14,11 +14,11 @@ from click.testing import CliRunner, Result
 from support.fork_host import run_program
 
 import aurora_lit
-from aurora_lit.bench.server_process import free_port
 from aurora_lit.cli.main import main
 from aurora_lit.config import AuroraConfig, load_config
 from aurora_lit.errors import SourceError
 from aurora_lit.ipc.run_folder import FOLDER_VARIABLE
+from benchmarks.load import free_port
 
 COMMANDS = (
     ["serve"],
@@ -284,19 +284,6 @@ def test_wrong_batch_sizes_are_refused(batch: str, prompt_files: list[str]) -> N
     result = run("bench", "throughput", "--prompts", prompt_files[0], "--batch", batch)
     assert result.exit_code == 2
     assert "write numbers such as 1,4,8" in result.stderr
-
-
-def test_bench_ablation_passes_arms_and_seeds(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    recorder = Recorder(monkeypatch, "aurora_lit.bench.ablation.run", "run")
-    line = ("bench", "ablation", "--traces", str(tmp_path), "--arms", "static,full", "--every", "8")
-    assert run(*line, "--seeds", "0,2").exit_code == 0
-    options = recorder.calls[0][1]
-    assert (options["arms"], options["seeds"], options["every"]) == (("static", "full"), (0, 2), 8)
-    assert not options["shuffle_phases"]
-    assert run(*line, "--shuffle-phases").exit_code == 0
-    assert recorder.calls[1][1]["shuffle_phases"]
-    refused = run(*line, "--seeds", "-1")
-    assert (refused.exit_code, "write numbers such as" in refused.stderr) == (2, True)
 
 
 @pytest.mark.parametrize(

@@ -16,8 +16,7 @@ np = pytest.importorskip("numpy")
 from aurora_lit.cli import checks as checks_module  # noqa: E402
 from aurora_lit.cli.checks import Check, run_checks  # noqa: E402
 from aurora_lit.cli.doctor import doctor  # noqa: E402
-from aurora_lit.cli.footprint import host_total, needs, total  # noqa: E402
-from aurora_lit.cli.model_sizes import model_shape  # noqa: E402
+from aurora_lit.cli.footprint import host_total, model_shape, needs, total  # noqa: E402
 from aurora_lit.config import PROJECT_FOLDER, AuroraConfig, load_config  # noqa: E402
 from aurora_lit.models import source as source_module  # noqa: E402
 
@@ -257,9 +256,7 @@ def test_a_target_that_cannot_be_split_as_configured_fails(overrides: list[str])
 def test_on_a_cpu_memory_need_is_that_of_all_processes(model: Path) -> None:
     def need(*overrides: str) -> int:
         config = load_config(None, ["draft.checkpoint=null", "learn.from_scratch=true", *overrides])
-        shape = model_shape(config, folder=model)
-        assert shape is not None
-        lines = needs(config, shape, devices=config.engine.devices)
+        lines = needs(config, model_shape(config, model))
         assert host_total(config, lines) >= sum(line.num_bytes for line in lines if not line.for_learner)
         return host_total(config, lines)
 
@@ -275,14 +272,13 @@ def test_each_process_of_a_learner_needs_memory(model: Path) -> None:
     where there are fewer GPUs than processes."""
     settings = ["draft.checkpoint=null", "learn.from_scratch=true", "learn.enabled=true"]
     config = load_config(None, settings)
-    shape = model_shape(config, folder=model)
-    assert shape is not None
-    lines = needs(config, shape, devices=1)
+    shape = model_shape(config, model)
+    lines = needs(config, shape)
     (reading,) = (line.num_bytes for line in lines if line.what == "learner, while starting")
 
     def more(devices: int, *, gpus: int) -> int:
         several = load_config(None, [*settings, f"learn.devices={devices}"])
-        need = host_total(several, needs(several, shape, devices=1), gpus=gpus)
+        need = host_total(several, needs(several, shape), gpus=gpus)
         return need - host_total(config, lines, gpus=gpus)
 
     of_one = total(lines, "learner's device")
@@ -292,19 +288,15 @@ def test_each_process_of_a_learner_needs_memory(model: Path) -> None:
     assert [more(devices, gpus=1) for devices in (2, 3)] == [2 * of_one, 3 * of_one + reading]
 
 
-def test_memory_needs_are_known_before_the_download_from_a_config_file(
-    overrides: list[str], model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_the_memory_table_is_printed_once_the_target_is_present(
+    overrides: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    absent = [*overrides, "target.source=pypi:x==1#y.gguf", f"target.cache_dir={tmp_path}"]
-    assert states(load_config(None, absent))["memory"].state == "warn"
-    config = load_config(None, [*absent, f"target.config_file={model / 'config.json'}", "learn.from_scratch=true"])
+    absent = load_config(None, [*overrides, "target.source=pypi:x==1#y.gguf", f"target.cache_dir={tmp_path}"])
+    assert states(absent)["memory"].state == "warn"
+    config = load_config(None, [*overrides, "learn.from_scratch=true"])
     assert "GiB needed" in states(config)["memory"].found
-    split = ["engine.strategy=tensor_parallel", "engine.devices=64", f"target.config_file={model / 'config.json'}"]
-    assert "whole key-value heads" in states(load_config(None, [*absent, *split]))["target"].found
     doctor(config)
-    said = capsys.readouterr().out
-    assert "learner, draft" in said
-    assert "Smallest set of GPUs with engine.strategy=single: 24 GB: 1" in " ".join(said.split())
+    assert "learner, draft" in capsys.readouterr().out
     doctor(config, as_json=True)
     report = json.loads(capsys.readouterr().out)["memory"]
     assert report["totals"]["host"] == sum(each["num_bytes"] for each in report["needs"] if each["where"] == "host")
@@ -326,9 +318,7 @@ def test_a_learner_with_fewer_gpus_than_processes_needs_no_memory_of_them(
     config = load_config(
         None, [*overrides, "learn.enabled=true", "learn.from_scratch=true", f"learn.devices={processes}"]
     )
-    shape = model_shape(config, folder=Path(config.target.source))
-    assert shape is not None
-    lines = needs(config, shape, devices=1)
+    lines = needs(config, model_shape(config, Path(config.target.source)))
     both = total(lines, "every device", "first device", "learner's device")
     monkeypatch.setattr(checks_module, "uses_gpus", lambda _: True)
     monkeypatch.setattr(checks_module, "available_bytes", lambda: 1 << 50)

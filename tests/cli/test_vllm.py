@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
-import shlex
 import signal
 import subprocess
 import threading
@@ -19,9 +18,7 @@ import pytest
 from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 from support.fake_drafts import SMALL_SHAPE
-from transformers import Qwen3MoeConfig
 
-from aurora_lit.bench.server_process import free_port
 from aurora_lit.cli import vllm as vllm_command_file
 from aurora_lit.cli.main import main
 from aurora_lit.cli.vllm import (
@@ -35,8 +32,7 @@ from aurora_lit.cli.vllm import (
     start,
     vllm_command,
 )
-from aurora_lit.cli.vllm_recipe import recipe
-from aurora_lit.config import PROJECT_FOLDER, AuroraConfig, draft_folder, load_config
+from aurora_lit.config import PROJECT_FOLDER, draft_folder
 from aurora_lit.drafts.checkpoint import save_draft
 from aurora_lit.drafts.store import DraftStore
 from aurora_lit.errors import CheckpointError, ConfigError
@@ -48,6 +44,7 @@ from aurora_lit.ipc.run_folder import RING_NAME
 from aurora_lit.models import source as source_module
 from aurora_lit.modules.draft.eagle3 import Eagle3Config, Eagle3Draft
 from aurora_lit.vllm.deployment import Deployment
+from benchmarks.load import free_port
 
 DRAFT = PROJECT_FOLDER / "checkpoints" / "smollm2-base"
 SMALL = Eagle3Config(**{**SMALL_SHAPE, "draft_vocab_size": 11})
@@ -427,75 +424,3 @@ def test_the_learners_metrics_are_served_apart_and_go_on_when_it_has_ended(tmp_p
     assert found == [0, 3, 3]
     with pytest.raises(ConfigError, match=f"--learner-metrics-port {port} cannot be opened on 127.0.0.1"):
         _serve_metrics(tmp_path, page, host="127.0.0.1", port=port, model="m")
-
-
-# -- doctor --vllm -------------------------------------------------------------------------------------------------
-
-
-def config_of(name: str, *overrides: str) -> AuroraConfig:
-    shape = f"target.config_file=configs/shapes/{name}.json"
-    source = f"target.source=hf:nobody/{name}"
-    return load_config(None, [source, shape, "target.sha256=null", "draft.checkpoint=null", *overrides])
-
-
-@pytest.mark.parametrize(
-    ("name", "billions", "active", "cards", "trace_kib"),
-    [
-        ("llama-3.1-70b", 70.6, 70.6, 4, 64),
-        ("llama-3.1-405b", 405.9, 405.9, 16, 128),
-        ("mixtral-8x22b", 140.6, 39.2, 8, 48),
-    ],
-)
-def test_the_recipe_follows_from_the_models_sizes(
-    name: str, billions: float, active: float, cards: int, trace_kib: int
-) -> None:
-    found = recipe(config_of(name, "learn.from_scratch=true"))
-    assert found.target_parameters / 1e9 == pytest.approx(billions, abs=0.05)
-    assert found.active_parameters / 1e9 == pytest.approx(active, abs=0.05)
-    assert (found.cards, found.trace_bytes_per_token) == (cards, trace_kib * 1024)
-    assert found.tensor_parallel * found.pipeline_parallel == cards
-    assert found.ring_tokens == (256 << 20) // found.trace_bytes_per_token
-
-
-def test_of_experts_those_count_that_a_token_uses(tmp_path: Path) -> None:
-    """Where their width is another one than that of a dense layer, and some layers are dense."""
-    shape = Qwen3MoeConfig(
-        hidden_size=64,
-        intermediate_size=1024,
-        moe_intermediate_size=32,
-        num_experts=16,
-        num_experts_per_tok=4,
-        num_hidden_layers=3,
-        mlp_only_layers=[1],
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        head_dim=32,
-        vocab_size=512,
-    )
-    (tmp_path / "config.json").write_text(shape.to_json_string())
-    overrides = ["target.source=hf:nobody/moe", f"target.config_file={tmp_path / 'config.json'}", "target.sha256=null"]
-    found = recipe(load_config(None, [*overrides, "draft.checkpoint=null", "learn.from_scratch=true"]))
-    of_experts = 2 * 16 * 3 * 64 * 32
-    assert found.target_parameters - found.active_parameters == of_experts * 3 // 4
-
-
-def test_a_larger_share_of_compute_learns_from_more_tokens() -> None:
-    low, high = (recipe(config_of("llama-3.1-70b", f"learn.compute_share={share}")) for share in (0.04, 0.08))
-    assert high.learned_share == pytest.approx(2 * low.learned_share)
-
-
-def test_the_recipe_is_printed_with_vllms_command() -> None:
-    result = CliRunner().invoke(main, ["doctor", "--vllm", "--config", "configs/mixtral-8x22b.yaml"])
-    assert result.exit_code == 0
-    assert "--tensor-parallel-size 8" in result.output
-
-
-@pytest.mark.parametrize("name", ["llama-3.1-70b", "mixtral-8x22b"])
-def test_the_printed_command_learns_with_the_settings_of_the_file(name: str, tmp_path: Path) -> None:
-    file = PROJECT_FOLDER / "configs" / f"{name}.yaml"
-    printed = CliRunner().invoke(main, ["doctor", "--vllm", "--config", str(file)]).output
-    _, *words = shlex.split(printed.splitlines()[-1])
-    (tmp_path / "read.yaml").write_text(CliRunner().invoke(main, [*words, "--print-config"]).output)
-    learns, asked = load_config(tmp_path / "read.yaml", []), load_config(file, [])
-    assert (learns.trace, learns.checkpoint) == (asked.trace, asked.checkpoint)
-    assert learns.learn == replace(asked.learn, enabled=True, from_scratch=False)  # by its own learner, from --draft

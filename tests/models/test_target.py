@@ -17,7 +17,7 @@ from support.kernel_formats import rounded_inputs, stored_weight
 from support.tiny_models import FAMILIES, VOCAB, reference_model, save_model
 
 from aurora_lit.bench.reference import load_reference
-from aurora_lit.cli.model_sizes import model_shape
+from aurora_lit.cli.footprint import model_shape
 from aurora_lit.config import load_config
 from aurora_lit.distributed import Ranks
 from aurora_lit.errors import SourceError
@@ -383,7 +383,7 @@ def test_a_models_own_python_code_is_never_run(
             own_code, precision="fp32", strategy="fsdp", ranks=cast(Ranks, SimpleNamespace(device=CPU))
         ),
         "tokenizer": lambda: transformers_tokenizer(own_code),
-        "table": lambda: model_shape(config, folder=own_code),
+        "table": lambda: model_shape(config, own_code),
         "partition": lambda: load_models.prepare(sharded),
         "reference": lambda: load_reference(config, frozenset([1]), max_tokens=1, temperature=0.0),
     }

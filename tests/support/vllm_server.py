@@ -20,7 +20,6 @@ from typing import Any
 
 import httpx
 
-from aurora_lit.bench.server_process import free_port
 from aurora_lit.config import PROJECT_FOLDER, load_config
 from aurora_lit.drafts.checkpoint import CONFIG_NAME, WEIGHTS_NAME
 from aurora_lit.drafts.store import DraftStore
@@ -31,6 +30,7 @@ from aurora_lit.ipc.run_folder import RING_NAME, live_folders
 from aurora_lit.models.source import find_target
 from aurora_lit.traces.record import LAYOUT_DIGEST, Trace, from_bytes
 from aurora_lit.vllm.deployment import VARIABLE, Deployment
+from benchmarks.load import free_port
 
 SOURCE = load_config(None, []).target.source
 DRAFT = PROJECT_FOLDER / "checkpoints" / "smollm2-base"

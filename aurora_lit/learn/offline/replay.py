@@ -9,7 +9,7 @@ remembered after their score (learn/offline/copies.py). The policy gradient uses
 the rounds that the draft served in the replay would have had (learn/offline/on_policy.py), not those of the recorded
 draft. Steps, gate and published versions are those of online learning; time is counted in traces, so a replay is
 repeatable. Leaves out how a trace is scored (learn/offline/scoring.py), the command and its report (cli/replay.py), and
-comparisons of several settings (bench/ablation/run.py).
+comparisons of several settings (benchmarks/ablation.py).
 
 Several processes may replay together, as online learners do (learn/online/data_parallel.py). All read the same traces
 and divide what is scored. The first one alone makes rounds, batches and decisions: the others take its steps with it,

@@ -1,0 +1,407 @@
+"""Load on a server over HTTP: starts it, sends chats from concurrent clients, records what each request came to.
+
+    with running_server(config, Path("log")) as url:
+        bodies = [chat(text, max_tokens=64, stream=True) for text in texts]
+        answers = send_all(functools.partial(ask, url), bodies, clients=4)
+    answers[0].first_token_s, answers[0].pauses_s, answers[0].accepted_length
+
+`send_all` sends so many requests, `sending` keeps clients busy until it is told to stop, and `send_at` sends at given
+times. While requests run, arriving lines are only timestamped and stored; each answer is parsed when it has ended.
+
+Leaves out what is compared, and what is made of the records (the scripts beside this file).
+"""
+
+from __future__ import annotations
+
+import functools
+import http.client
+import itertools
+import json
+import math
+import os
+import random
+import signal
+import socket
+import statistics
+import subprocess
+import tempfile
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+from urllib.parse import urlsplit
+
+import numpy as np
+import psutil
+import yaml
+from scipy.stats import t as student_t
+
+from aurora_lit.config import AuroraConfig
+from aurora_lit.errors import AuroraError
+from aurora_lit.ipc.process_lifetime import die_with_parent, module_command
+
+TIMEOUT_S = 600.0
+_START_S, _END_S = 600.0, 60.0
+"""Longest waits for a server to become ready, and to end."""
+_MOST_AT_ONCE = 64
+"""Requests that run or wait together in `send_at`; later ones are late then."""
+LOOPBACK = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+"""Opens URLs of this machine. A proxy that the environment names would look for them on its own."""
+
+T = TypeVar("T")
+R = TypeVar("R")
+Json = dict[str, Any]
+Chat = list[dict[str, str]]
+"""A request's turns."""
+
+
+# -- requests ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """What a request came to. Times are those of the monotonic clock."""
+
+    sent_s: float
+    ended_s: float
+    text: str
+    tokens: int
+    finish_reason: str = ""
+    chunks_s: tuple[float, ...] = ()
+    """Of a stream: when each chunk arrived, those without text included."""
+    pieces_s: tuple[float, ...] = ()
+    """Of a stream: when each piece of text arrived; a piece may hold several tokens."""
+    speculation: Json = field(default_factory=dict)
+    """What our server says of the request's rounds (`metrics.speculative_decoding`)."""
+    sources: Mapping[str, int] = field(default_factory=dict)
+    """Number of tokens by source, if the request set `return_token_sources`."""
+
+    @property
+    def seconds(self) -> float:
+        """From the request to its last byte."""
+        return self.ended_s - self.sent_s
+
+    @property
+    def first_token_s(self) -> float:
+        """From the request to the first piece of text of a stream."""
+        return self.pieces_s[0] - self.sent_s
+
+    @property
+    def pauses_s(self) -> list[float]:
+        """From one piece of text to the next."""
+        return [after - before for before, after in itertools.pairwise(self.pieces_s)]
+
+    @property
+    def accepted_length(self) -> float:
+        """Tokens of a round with proposals, the target's own included; 1 if there was none."""
+        return float(self.speculation.get("mean_acceptance_length", 1.0))
+
+
+def chat(prompt: str | Chat, **fields: Any) -> Json:
+    """The body of a chat request; fields that are None are left out, and a stream gets its usage."""
+    turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    given = {name: value for name, value in fields.items() if value is not None}
+    more = {"stream_options": {"include_usage": True}} if fields.get("stream") else {}
+    return {"messages": turns, **given, **more}
+
+
+def exchange(
+    url: str, path: str, body: Json, *, most_lines: int | None = None
+) -> tuple[int, list[tuple[float, bytes]], float]:
+    """POST a body; the status, the response's lines with their times, and when it ended.
+
+    most_lines: close the connection after so many lines.
+    """
+    connection = http.client.HTTPConnection(urlsplit(url).netloc, timeout=TIMEOUT_S)
+    try:
+        connection.request("POST", path, json.dumps(body), {"Content-Type": "application/json"})
+        response = connection.getresponse()
+        lines = [(time.monotonic(), line) for line in itertools.islice(response, most_lines)]
+        return response.status, lines, time.monotonic()
+    finally:
+        connection.close()
+
+
+def ask(url: str, body: Json) -> Answer:
+    """Send one chat request, streamed or not. Raises AuroraError if the server refuses or fails it."""
+    sent_s = time.monotonic()
+    status, lines, ended_s = exchange(url, "/v1/chat/completions", body)
+    if status != 200:
+        raise AuroraError(f"{url} answered {status}: {b''.join(line for _, line in lines)[:500]!r}")
+    return read_answer(lines, sent_s=sent_s, ended_s=ended_s, streamed=bool(body.get("stream")))
+
+
+def read_answer(lines: Sequence[tuple[float, bytes]], *, sent_s: float, ended_s: float, streamed: bool) -> Answer:
+    """Parse the timestamped lines of a response. Raises AuroraError if it holds an error, or lacks its usage."""
+    events = list(_events(lines)) if streamed else [(ended_s, json.loads(b"".join(line for _, line in lines)))]
+    chunks, pieces, texts = [], [], []
+    usage, reason, speculation, sources = None, "", {}, Counter[str]()
+    for stamp, event in events:
+        if "error" in event:
+            raise AuroraError(f"the server ended an answer with an error: {event['error']}")
+        chunks.append(stamp)
+        for choice in event.get("choices", ()):
+            if text := choice["delta" if streamed else "message"].get("content"):
+                pieces.append(stamp)
+                texts.append(text)
+            reason = choice.get("finish_reason") or reason
+            sources.update(token["source"] for token in choice.get("token_sources", ()))
+        usage = event.get("usage") or usage
+        speculation = event.get("metrics", {}).get("speculative_decoding", speculation)
+    if usage is None:
+        raise AuroraError(f"an answer ended without its usage after {len(lines)} lines, so the request failed")
+    return Answer(
+        sent_s=sent_s,
+        ended_s=ended_s,
+        text="".join(texts),
+        tokens=int(usage["completion_tokens"]),
+        finish_reason=reason,
+        chunks_s=tuple(chunks) if streamed else (),
+        pieces_s=tuple(pieces) if streamed else (),
+        speculation=speculation,
+        sources=sources,
+    )
+
+
+def _events(lines: Iterable[tuple[float, bytes]]) -> Iterator[tuple[float, Json]]:
+    for stamp, line in lines:
+        if line.startswith(b"data:") and line[5:].strip() != b"[DONE]":
+            yield stamp, json.loads(line[5:])
+
+
+def get(url: str, path: str) -> Json:
+    """The JSON at a path of the server."""
+    with LOOPBACK.open(f"{url}{path}", timeout=TIMEOUT_S) as response:
+        found: Json = json.load(response)
+    return found
+
+
+def status(url: str) -> Json:
+    """What our server says of itself."""
+    return get(url, "/v1/aurora/status")
+
+
+# -- clients -----------------------------------------------------------------------------------------------------------
+
+
+def send_all(send: Callable[[T], R], items: Sequence[T], *, clients: int) -> list[R]:
+    """Send every item, `clients` of them at the same time; the results in the items' order."""
+    with ThreadPoolExecutor(clients) as pool:
+        return list(pool.map(send, items))
+
+
+def send_at(send: Callable[[T], R], items: Iterator[T], arrivals_s: Sequence[float]) -> list[R]:
+    """Send an item at each of these times after now, while others still run."""
+    started, lock = time.monotonic(), threading.Lock()
+
+    def send_one(arrives_s: float) -> R:
+        time.sleep(max(0.0, started + arrives_s - time.monotonic()))
+        with lock:
+            item = next(items)
+        return send(item)
+
+    with ThreadPoolExecutor(_MOST_AT_ONCE) as pool:
+        return list(pool.map(send_one, arrivals_s))
+
+
+class Sending(Generic[R]):
+    """Clients that run; see `sending`."""
+
+    def __init__(self) -> None:
+        self.answers: list[R] = []
+        """In the order in which they ended."""
+        self.over = threading.Event()
+
+    def wait(self, seconds: float) -> bool:
+        """Wait so long; False, at once, if a client has ended: by an error, or since no item was left."""
+        return not self.over.wait(seconds)
+
+
+@contextmanager
+def sending(send: Callable[[T], R], items: Iterator[T], *, clients: int) -> Iterator[Sending[R]]:
+    """Inside, each client sends the next item as soon as its last one is answered; at the end those that run end.
+
+    A client's error is raised at the end.
+    """
+    running, lock = Sending[R](), threading.Lock()
+
+    def client() -> None:
+        try:
+            while not running.over.is_set():
+                with lock:
+                    item = next(items)
+                running.answers.append(send(item))
+        except StopIteration:
+            pass
+        finally:
+            running.over.set()
+
+    with ThreadPoolExecutor(clients) as pool:
+        futures = [pool.submit(client) for _ in range(clients)]
+        try:
+            yield running
+        finally:
+            running.over.set()
+        for future in futures:
+            future.result()
+
+
+# -- figures -----------------------------------------------------------------------------------------------------------
+
+
+def interval(ratios: Sequence[float]) -> tuple[float, float, float]:
+    """Geometric mean and its 95 % interval (Student's t on the logarithms); of one ratio the bounds are NaN."""
+    logs = [math.log(ratio) for ratio in ratios]
+    mean = statistics.mean(logs)
+    if len(logs) < 2:
+        return math.exp(mean), math.nan, math.nan
+    half = float(student_t.ppf(0.975, len(logs) - 1)) * statistics.stdev(logs) / math.sqrt(len(logs))
+    return math.exp(mean), math.exp(mean - half), math.exp(mean + half)
+
+
+def percentile_ms(seconds: Sequence[float], percent: float) -> float | None:
+    """A percentile in milliseconds, between two of the values at most; None if there are none."""
+    return 1e3 * float(np.percentile(seconds, percent)) if seconds else None
+
+
+# -- servers -----------------------------------------------------------------------------------------------------------
+
+
+def free_port() -> int:
+    """A free TCP port of the loopback interface, below those that systems give to connections: it stays free."""
+    while True:
+        port = random.SystemRandom().randrange(10_000, 32_768)
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+
+
+class Server:
+    """A server's main process, and those that it started."""
+
+    def __init__(self, process: subprocess.Popen[bytes], log: Path) -> None:
+        self.process, self.log, self._started_s = process, log, time.monotonic()
+
+    def age_s(self) -> float:
+        """Seconds since its start."""
+        return time.monotonic() - self._started_s
+
+    def members(self) -> list[psutil.Process]:
+        """All its processes."""
+        main = psutil.Process(self.process.pid)
+        return [main, *main.children(recursive=True)]
+
+    def role(self, member: psutil.Process) -> str:
+        """Which of our server's processes this is."""
+        command = " ".join(member.cmdline())
+        if member.pid == self.process.pid:
+            return "main"
+        for words, name in ((" learn ", "learner"), ("resource_tracker", "resource tracker")):
+            if words in command:
+                return name
+        if "spawn_main" in command:
+            return "engine worker"
+        return "HTTP" if any(c.status == psutil.CONN_LISTEN for c in member.net_connections("tcp")) else "queue manager"
+
+    def memory_mb(self) -> float:
+        """MB of all its processes; memory that processes share is divided among them (PSS)."""
+        return sum(member.memory_full_info().pss for member in self.members()) / 1e6
+
+    def wait_until_ready(self, url: str, *, within_s: float = _START_S) -> None:
+        """Wait until `url` answers 200. Raises AuroraError if the server ends before, or after `within_s` seconds."""
+        deadline = time.monotonic() + within_s
+        while time.monotonic() < deadline:
+            self.check_runs()
+            try:
+                with LOOPBACK.open(url, timeout=5) as response:
+                    if response.status == 200:
+                        return
+            except (urllib.error.URLError, OSError):
+                time.sleep(0.1)
+        raise AuroraError(f"the server was not ready after {within_s:.0f} s; see {self.log}")
+
+    def check_runs(self) -> None:
+        """Raise AuroraError, with the end of its log, if the server has ended."""
+        if self.process.poll() is not None:
+            last = self.log.read_text(errors="replace")[-2000:]
+            raise AuroraError(f"the server exited while starting; see {self.log}: {last}")
+
+
+@contextmanager
+def started(command: Sequence[str], environment: Mapping[str, str], log: Path) -> Iterator[Server]:
+    """Start a server in a session of its own, and at the end end it with every process that it started.
+
+    It gets SIGTERM, so that it can clean up, when this process ends in any way. Its output goes to `log`.
+    """
+    follow = functools.partial(die_with_parent, os.getpid(), by=signal.SIGTERM)
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            command,
+            stdout=output,
+            stderr=output,
+            stdin=subprocess.DEVNULL,
+            env=os.environ | dict(environment),
+            preexec_fn=follow,
+            start_new_session=True,
+        )
+        server = Server(process, log)
+        try:
+            yield server
+        finally:
+            _end(server)
+
+
+def _end(server: Server) -> None:
+    """Terminate a server, then kill it and whatever it started if they have not ended."""
+    family = server.members()[1:] if server.process.poll() is None else []
+    server.process.terminate()
+    try:
+        server.process.wait(_END_S)
+    except subprocess.TimeoutExpired:
+        server.process.kill()
+        server.process.wait()
+    _, alive = psutil.wait_procs(family, timeout=5)
+    for member in alive:
+        member.kill()
+    psutil.wait_procs(alive)
+
+
+@contextmanager
+def started_aurora(arguments: Sequence[str], log: Path, *, code: Path | None = None) -> Iterator[Server]:
+    """Start `aurora-lit serve` with these arguments. code: a checkout whose package it runs; None: this one."""
+    # Not the working directory, which `python -m` would look into first: it may be a checkout as well.
+    other = {} if code is None else {"PYTHONPATH": str(code.resolve()), "PYTHONSAFEPATH": "1"}
+    with started([*module_command("aurora_lit"), "serve", *arguments], other, log) as server:
+        yield server
+
+
+@contextmanager
+def running_server(config: AuroraConfig, log: Path, *, code: Path | None = None) -> Iterator[str]:
+    """A running `aurora-lit serve`, with all settings that are not their default; yields its URL.
+
+    code: a checkout whose package it runs, which must know those settings and keeps its own defaults; None: this one.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        path = Path(scratch) / "server.yaml"
+        path.write_text(yaml.safe_dump(changed_settings(config)))
+        with started_aurora(["--config", str(path)], log, code=code) as server:
+            url = f"http://127.0.0.1:{config.server.port}"
+            server.wait_until_ready(f"{url}/ready")
+            yield url
+
+
+def changed_settings(config: AuroraConfig) -> dict[str, Json]:
+    """Section → key → value of the settings that are not their default."""
+    default = asdict(AuroraConfig())
+    return {
+        name: {key: value for key, value in section.items() if value != default[name][key]}
+        for name, section in asdict(config).items()
+    }
