@@ -115,6 +115,7 @@ def test_segments_of_a_request_have_the_rounds_of_the_whole(
     assert found == {trace.request_id: whole_rounds(trace) for trace in whole}
 
 
+@pytest.mark.slow
 def test_exploring_rounds_accept_as_a_live_engines_do(
     target: Target, good_draft: Eagle3Draft, recorded: list[Trace]
 ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
@@ -29,17 +30,23 @@ from aurora_lit.modules.losses.objective import OnlineWeights, StepReport
 from aurora_lit.traces.log import TraceLogWriter, read_index, read_shard
 
 
-@pytest.fixture
-def log(target: Target, tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def recorded(target: Target, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Greedy answers of the target, which a draft can learn."""
     gen = torch.Generator().manual_seed(1)
     prompts = [tuple(torch.randint(0, VOCAB, (3,), generator=gen).tolist()) for _ in range(60)]
     questions = [PromptToAnswer(domain="chat", prompt_ids=prompt, temperature=0.0, seed=0) for prompt in prompts]
-    writer = TraceLogWriter(tmp_path / "traces", kind="answer")
+    folder = tmp_path_factory.mktemp("recorded")
+    writer = TraceLogWriter(folder, kind="answer")
     for trace in generate_answers(target, questions, eos_token_ids=frozenset(), max_answer_tokens=20):
         writer.append(trace)
     writer.flush()
-    return tmp_path / "traces"
+    return folder
+
+
+@pytest.fixture
+def log(recorded: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(recorded, tmp_path / "traces"))
 
 
 def trainer(target: Target, folder: Path, *, learning_rate: float = 4e-3) -> DraftTrainer:

@@ -13,6 +13,7 @@ import pytest
 import torch
 from support.tiny_models import VOCAB, make_engine, request, run, save_model, trained_draft
 
+from aurora_lit.ipc.engine_status import EngineCounters
 from aurora_lit.kernels import native
 from aurora_lit.models.interface import Target
 from aurora_lit.models.loading import load_target
@@ -22,7 +23,7 @@ from aurora_lit.serve.engine import prefill as prefill_module
 from aurora_lit.serve.engine.engine import Engine
 from aurora_lit.serve.engine.prefill import Prefill
 from aurora_lit.serve.engine.round_plan import RoundPlan
-from aurora_lit.serve.engine.sequence import EngineStats, RunningSequence
+from aurora_lit.serve.engine.sequence import RunningSequence
 from aurora_lit.serve.engine.slot_allocator import SlotAllocator
 from aurora_lit.serve.engine.target_runner import Columns, States, TargetRunner
 
@@ -42,7 +43,7 @@ def make_prefill(num_prefilling: int, *, max_round_s: float = 0.050) -> Prefill:
         tokens_SL=tokens_SL,
         chunk_tokens=256,
         max_round_s=max_round_s,
-        stats=EngineStats(),
+        counters=EngineCounters(),
     )
     prefill.sequences.extend(
         RunningSequence(request=request(str(slot), [slot] * 600), slot=slot, prompt_length=600, length=600)
