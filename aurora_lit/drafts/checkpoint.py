@@ -36,6 +36,12 @@ CONFIG_NAME, WEIGHTS_NAME, VALUE_NAME, MANIFEST_NAME = (
     "manifest.json",
 )
 _VALUE_PREFIX = "value_head."
+# Fields of config.json as `Eagle3Config` names them: whole numbers, and flags that are only there if they are set.
+_SIZES = (
+    *("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim"),
+    *("vocab_size", "draft_vocab_size", "max_position_embeddings"),
+)
+_NORMS = ("norm_before_residual", "norm_before_fc", "fc_norm")
 
 
 class TargetShape(Protocol):
@@ -185,25 +191,16 @@ def read_config(folder: Path) -> Eagle3Config:
                 "most drafts read [2, n // 2, n - 3]"
             )
         low, middle, high = layers
+        sizes: dict[str, Any] = {name: int(_number(raw, name)) for name in _SIZES}
+        own_width = "target_hidden_size" if raw.get("target_hidden_size") else "hidden_size"
         return Eagle3Config(
-            hidden_size=int(_number(raw, "hidden_size")),
-            target_hidden_size=int(
-                _number(raw, "target_hidden_size" if raw.get("target_hidden_size") else "hidden_size")
-            ),
-            intermediate_size=int(_number(raw, "intermediate_size")),
-            num_attention_heads=int(_number(raw, "num_attention_heads")),
-            num_key_value_heads=int(_number(raw, "num_key_value_heads")),
-            head_dim=int(_number(raw, "head_dim")),
-            vocab_size=int(_number(raw, "vocab_size")),
-            draft_vocab_size=int(_number(raw, "draft_vocab_size")),
+            **sizes,
+            target_hidden_size=int(_number(raw, own_width)),
             aux_layer_ids=(int(low), int(middle), int(high)),
             rms_norm_eps=_number(raw, "rms_norm_eps"),
             rope_theta=_number(raw, "rope_theta"),
-            max_position_embeddings=int(_number(raw, "max_position_embeddings")),
             rope_scaling=raw["rope_scaling"],
-            norm_before_residual=bool(raw.get("norm_before_residual")),
-            norm_before_fc=bool(raw.get("norm_before_fc")),
-            fc_norm=bool(raw.get("fc_norm")),
+            **{name: bool(raw.get(name)) for name in _NORMS},
         )
     except CheckpointError as error:
         raise _refusal(folder, str(error)) from error
@@ -222,30 +219,22 @@ def _number(raw: dict[str, Any], name: str) -> float:
 
 def _config_json(config: Eagle3Config, dtype: torch.dtype) -> dict[str, Any]:
     layers, scaling = list(config.aux_layer_ids), config.rope_scaling
-    norms = {name: True for name in ("norm_before_residual", "norm_before_fc", "fc_norm") if getattr(config, name)}
     return {
         "architectures": [ARCHITECTURE],
         "model_type": "llama",
-        "hidden_size": config.hidden_size,
         "target_hidden_size": config.target_hidden_size,
-        "intermediate_size": config.intermediate_size,
         "num_hidden_layers": 1,
-        "num_attention_heads": config.num_attention_heads,
-        "num_key_value_heads": config.num_key_value_heads,
-        "head_dim": config.head_dim,
+        **{name: getattr(config, name) for name in _SIZES},
         "hidden_act": "silu",
         "rms_norm_eps": config.rms_norm_eps,
         "rope_theta": config.rope_theta,
         "rope_scaling": None if scaling is None else {"rope_type": "llama3", **asdict(scaling)},
-        "max_position_embeddings": config.max_position_embeddings,
-        "vocab_size": config.vocab_size,
-        "draft_vocab_size": config.draft_vocab_size,
         "tie_word_embeddings": False,
         "attention_bias": False,
         "torch_dtype": str(dtype).removeprefix("torch."),
         LAYER_IDS: layers,
         "eagle_config": eagle_config(layers),
-        **norms,
+        **{name: True for name in _NORMS if getattr(config, name)},
     }
 
 

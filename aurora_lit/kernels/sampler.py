@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -30,16 +31,26 @@ class _Row(ctypes.Structure):
     )
 
 
-def choose_dense(
-    logits_DV: Tensor,
-    *,
-    params: Sequence[SamplingParams],
-    contexts: Sequence[Tensor],
-    prompt_lengths: Sequence[int],
-    temperature_D: Tensor,
-    key_D: Tensor,
-    position_D: Tensor,
-) -> Tensor:
+@dataclass(frozen=True, kw_only=True)
+class DenseRows:
+    """What decides the tokens of D rows besides their logits."""
+
+    params: Sequence[SamplingParams]
+    """Of each row's request, without their temperature and seed."""
+    contexts: Sequence[Tensor]
+    """int64 on the CPU, the tokens before each row: prompt, output and the proposals that the row follows. Only rows
+    with a penalty read them."""
+    prompt_lengths: Sequence[int]
+    """Tokens of each context that belong to the prompt."""
+    temperature_D: Tensor
+    """fp32; 0: greedy."""
+    key_D: Tensor
+    """int64, keys of the noise."""
+    position_D: Tensor
+    """int64, index in the output of each row's token."""
+
+
+def choose_dense(logits_DV: Tensor, rows: DenseRows) -> Tensor:
     """As `choose_dense` in modules/sampling/choice.py, for contiguous fp32 logits on the CPU.
 
     Raises IndexError for a token that is not in the vocabulary.
@@ -49,13 +60,13 @@ def choose_dense(
     assert logits_DV.dtype == torch.float32
     assert logits_DV.is_contiguous()
     D, vocab_size = logits_DV.shape
-    contexts = [context.long().contiguous() for context in contexts]
-    rows = (_Row * D)()
+    contexts = [context.long().contiguous() for context in rows.contexts]
+    native_rows = (_Row * D)()
     # By the identity of a request's options, which all its columns share; also keeps alive what the rows point to.
     bias_by_params: dict[int, tuple[ctypes.Array[ctypes.c_int64], ctypes.Array[ctypes.c_float]]] = {}
-    numbers = (prompt_lengths, temperature_D.tolist(), key_D.tolist(), position_D.tolist())
+    numbers = (rows.prompt_lengths, rows.temperature_D.tolist(), rows.key_D.tolist(), rows.position_D.tolist())
     for row, p, context, prompt_length, temperature, key, position in zip(
-        rows, params, contexts, *numbers, strict=True
+        native_rows, rows.params, contexts, *numbers, strict=True
     ):
         if p.logit_bias:
             if id(p) not in bias_by_params:
@@ -71,7 +82,7 @@ def choose_dense(
         row.min_p, row.top_k, row.top_p = p.min_p, p.top_k, p.top_p
     token_D = torch.zeros(D, dtype=torch.int64)
     logits, tokens_out = ctypes.c_void_p(logits_DV.data_ptr()), ctypes.c_void_p(token_D.data_ptr())
-    if not kernels.aurora_choose_dense(logits, ctypes.c_int64(vocab_size), rows, ctypes.c_int64(D), tokens_out):
+    if not kernels.aurora_choose_dense(logits, ctypes.c_int64(vocab_size), native_rows, ctypes.c_int64(D), tokens_out):
         raise IndexError(f"a logit bias or a context names a token that is not in the vocabulary of {vocab_size}")
     return token_D
 

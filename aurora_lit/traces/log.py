@@ -41,8 +41,6 @@ _LEFTOVERS = (".tmp??????", ".*-?????*.safetensors.tmp", f".{INDEX_NAME}.tmp")
 _PADDING = {"proposal_RK": -1, "behaviour_logprob_RK": _UNKNOWN}
 """Round fields with a column for each proposal, and the value that pads them to the longest round of the shard."""
 _PLAIN_FIELDS = ("request_id", "served_domain", "client", "verify", "temperature", "first_position", "prompt_length")
-_OLD_VERIFY_MODES = {"seeded": "sampled", "free": "sampled"}
-"""Names in older logs. Nothing is lost: learning computes acceptance anew, by today's rule."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,24 +170,18 @@ def read_shard(path: Path) -> Iterator[Trace]:
     with safe_open(path, framework="pt") as shard:
         tensors = {key: shard.get_tensor(key) for key in shard.keys()}  # noqa: SIM118  (not a dict)
         metadata = shard.metadata()
-    domains = json.loads(metadata["domains"])
-    plain = json.loads(metadata.get("plain", "null")) or [{}] * len(domains)
-    for fields in plain:
-        if fields.get("verify") in _OLD_VERIFY_MODES:
-            fields["verify"] = _OLD_VERIFY_MODES[fields["verify"]]
+    domains, plain = json.loads(metadata["domains"]), json.loads(metadata["plain"])
     parts: dict[str, Any] = {
         name: tensors[key].split(tensors["lengths"].tolist()) for key, name in _POSITION_FIELDS.items()
     }
     lse = tensors["lse"].split(tensors["lengths"].tolist())
-    if "num_rounds" in tensors:
-        parts |= {name: tensors[name].split(tensors["num_rounds"].tolist()) for name in ROUND_FIELDS}
-        parts["rejected_last_NH"] = tensors["rejected"].split(tensors["num_rejected"].tolist())
+    parts |= {name: tensors[name].split(tensors["num_rounds"].tolist()) for name in ROUND_FIELDS}
+    parts["rejected_last_NH"] = tensors["rejected"].split(tensors["num_rejected"].tolist())
     for i, (domain, answer_start) in enumerate(zip(domains, tensors["answer_starts"].tolist(), strict=True)):
         fields = {name: part[i] for name, part in parts.items()}
-        if "proposal_RK" in fields:
-            longest = int(fields["num_proposed_R"].max()) if len(fields["num_proposed_R"]) else 0
-            for name in _PADDING:
-                fields[name] = fields[name][:, :longest]
+        longest = int(fields["num_proposed_R"].max()) if len(fields["num_proposed_R"]) else 0
+        for name in _PADDING:
+            fields[name] = fields[name][:, :longest]
         yield Trace(
             **plain[i],
             **fields,

@@ -64,7 +64,7 @@ class Trace:
     first_position: int = 0
     """Position in the request of token_ids_T[0]."""
     prompt_length: int = 0
-    """Tokens of the request's prompt; 0 if unknown, as in older logs."""
+    """Tokens of the request's prompt; 0 if unknown."""
     answer_start: int
     """Index in the segment of the first generated token that no earlier segment contains; T if there is none."""
     token_ids_T: Tensor

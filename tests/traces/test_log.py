@@ -6,7 +6,6 @@ import errno
 import fcntl
 import json
 import os
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -171,15 +170,6 @@ def test_live_traces_come_back_with_their_rounds(tmp_path: Path) -> None:
     assert all(same_trace(a, b) for a, b in zip(got, live, strict=True))
     for trace in got:
         check(trace)
-
-
-@pytest.mark.parametrize("old", ["seeded", "free"])
-def test_sampled_traces_of_older_logs_are_read(old: str, tmp_path: Path) -> None:
-    trace = trace_with_rounds([(1, 4, 1)], verify=old)
-    write_log(tmp_path, [trace])
-    (got,) = read(tmp_path)
-    check(got)
-    assert same_trace(got, replace(trace, verify="sampled"))
 
 
 def test_a_bounded_log_deletes_its_oldest_shards(tmp_path: Path) -> None:

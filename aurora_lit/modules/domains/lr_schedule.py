@@ -122,7 +122,6 @@ class DomainAwareLR(LRScheduler):
         The rate is that of before, which a shift since the last step has not changed yet, unless its base has changed.
         """
         super().load_state_dict({name: value for name, value in state_dict.items() if name not in _SETTINGS})
-        self.backoff = max(self.backoff, _MIN_BACKOFF)  # an older version's may be less
         if list(state_dict["base_lrs"]) != list(self.base_lrs):
             self._last_lr = self.get_lr()
         for group, base_lr, lr in zip(self.optimizer.param_groups, self.base_lrs, self._last_lr, strict=True):

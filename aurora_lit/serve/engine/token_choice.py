@@ -20,6 +20,7 @@ import torch
 from numpy.typing import NDArray
 
 from aurora_lit.kernels.matmul import ColumnDraws
+from aurora_lit.kernels.sampler import DenseRows
 from aurora_lit.models.interface import Target
 from aurora_lit.modules.sampling.choice import choose_dense
 from aurora_lit.modules.sampling.tree import depths
@@ -89,12 +90,14 @@ def choose_tokens(
                 logits_DV[line, list(sequence.end_tokens)] = float("-inf")
         token_D = choose_dense(
             logits_DV,
-            params=[columns[n].row.sequence.params for n in dense],
-            contexts=[_context(columns[n], tokens_SL) for n in dense],
-            prompt_lengths=[columns[n].row.sequence.prompt_length for n in dense],
-            temperature_D=temperature_N[dense],
-            key_D=key_N[dense],
-            position_D=position_N[dense],
+            DenseRows(
+                params=[columns[n].row.sequence.params for n in dense],
+                contexts=[_context(columns[n], tokens_SL) for n in dense],
+                prompt_lengths=[columns[n].row.sequence.prompt_length for n in dense],
+                temperature_D=temperature_N[dense],
+                key_D=key_N[dense],
+                position_D=position_N[dense],
+            ),
         )
         for n, token in zip(dense, token_D.tolist(), strict=True):
             tokens[n] = token

@@ -13,6 +13,7 @@ from support.toy_sampling import BASE, OPTIONS, PROMPT, Toy, reference_p
 
 from aurora_lit.kernels import native, sampler
 from aurora_lit.kernels.packed_linear import PackedLinear
+from aurora_lit.kernels.sampler import DenseRows
 from aurora_lit.kernels.weight_format import WeightFormat
 from aurora_lit.modules.sampling import choice
 from aurora_lit.modules.sampling.choice import choose, choose_dense, choose_dense_in_torch
@@ -71,23 +72,23 @@ def random_rows(vocab: int, *, seed: int, rows: int = 60) -> tuple[torch.Tensor,
 def test_native_choices_with_options_equal_torchs(vocab: int, seed: int) -> None:
     """But for thresholds that rounding moves past a token, and for perturbed logits equal up to rounding: rare."""
     logits_DV, of_rows = random_rows(vocab, seed=seed)
-    expected_D = choose_dense_in_torch(logits_DV.clone(), **of_rows)
-    assert (sampler.choose_dense(logits_DV.clone(), **of_rows) != expected_D).sum() <= 1
+    expected_D = choose_dense_in_torch(logits_DV.clone(), DenseRows(**of_rows))
+    assert (sampler.choose_dense(logits_DV.clone(), DenseRows(**of_rows)) != expected_D).sum() <= 1
 
 
 @needs_kernels
 def test_native_choices_do_not_depend_on_rows_beside_them_or_on_threads() -> None:
     logits_DV, of_rows = random_rows(1000, seed=3)
-    together_D = sampler.choose_dense(logits_DV.clone(), **of_rows)
+    together_D = sampler.choose_dense(logits_DV.clone(), DenseRows(**of_rows))
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(3 - min(before, 2))
-        assert torch.equal(sampler.choose_dense(logits_DV.clone(), **of_rows), together_D)
+        assert torch.equal(sampler.choose_dense(logits_DV.clone(), DenseRows(**of_rows)), together_D)
     finally:
         torch.set_num_threads(before)
     for row in range(len(logits_DV)):
         part = {name: value[row : row + 1] for name, value in of_rows.items()}  # type: ignore[index]
-        assert sampler.choose_dense(logits_DV[row : row + 1].clone(), **part) == together_D[row]
+        assert sampler.choose_dense(logits_DV[row : row + 1].clone(), DenseRows(**part)) == together_D[row]
 
 
 @needs_kernels
@@ -124,7 +125,7 @@ def assert_support_and_law(logits_V: torch.Tensor, params: SamplingParams) -> No
     no_context = torch.empty(0, dtype=torch.int64)
     of_rows = {"params": [params] * draws, "contexts": [no_context] * draws, "prompt_lengths": [0] * draws}
     count = torch.bincount(
-        sampler.choose_dense(logits_V.repeat(draws, 1), **of_rows, **draws_of([params] * draws)), minlength=V
+        sampler.choose_dense(logits_V.repeat(draws, 1), DenseRows(**of_rows, **draws_of([params] * draws))), minlength=V
     )
     p_V = with_ties(logits_V, params)
     assert torch.equal(count > 0, p_V * draws > 12), "with so many draws every likely token occurs"
@@ -168,7 +169,7 @@ def after_repetitions(params: SamplingParams, *, rows: int) -> tuple[torch.Tenso
 @pytest.mark.parametrize("name", OPTIONS)
 def test_native_draws_have_every_options_law(name: str) -> None:
     logits_DV, p_V, of_rows = after_repetitions(OPTIONS[name], rows=40_000)
-    assert in_law(torch.bincount(sampler.choose_dense(logits_DV, **of_rows), minlength=6), p_V)
+    assert in_law(torch.bincount(sampler.choose_dense(logits_DV, DenseRows(**of_rows)), minlength=6), p_V)
 
 
 @pytest.mark.parametrize("name", OPTIONS)
@@ -182,7 +183,7 @@ def test_torch_draws_from_every_options_law(name: str, monkeypatch: pytest.Monke
 
     logits_DV, p_V, of_rows = after_repetitions(OPTIONS[name], rows=2)
     monkeypatch.setattr(choice, "choose", recorded)
-    choose_dense_in_torch(logits_DV, **of_rows)
+    choose_dense_in_torch(logits_DV, DenseRows(**of_rows))
     (p_DV,) = drawn_from
     assert torch.allclose(p_DV, p_V.expand(2, -1), rtol=1e-5, atol=1e-12)
 
@@ -197,7 +198,7 @@ def test_a_row_without_options_gets_the_token_of_the_fused_choice() -> None:
     fused = {"temperature_N": temperature_N, "key_N": key_N, "position_N": position_N}
     token_N, _ = layer.choose(x_NI, **fused, dense_N=torch.full((300,), -1))
     of_rows = {"params": params, "contexts": [torch.empty(0)] * 300, "prompt_lengths": [0] * 300}
-    assert torch.equal(choose_dense(layer(x_NI), **of_rows, **draws_of(params)), token_N)
+    assert torch.equal(choose_dense(layer(x_NI), DenseRows(**of_rows, **draws_of(params))), token_N)
     assert (choose(layer(x_NI), **fused) == token_N).float().mean() > 0.99
 
 
@@ -210,7 +211,7 @@ def test_logits_that_are_infinite_or_no_numbers_choose_some_token(option: dict[s
     logits_DV[4, 1:] = -infinity
     params = [replace(BASE, **option)] * 5
     of_rows = {"params": params, "contexts": [torch.empty(0)] * 5, "prompt_lengths": [0] * 5}
-    token_D = choose_dense(logits_DV, **of_rows, **draws_of(params))
+    token_D = choose_dense(logits_DV, DenseRows(**of_rows, **draws_of(params)))
     assert ((token_D >= 0) & (token_D < 40)).all()
     assert token_D[4] == 0
 
@@ -228,9 +229,9 @@ def test_a_bias_is_converted_once_for_all_columns_of_its_request() -> None:
     params = [long, long, short, long, BASE, short]
     of_rows = {"params": params, "contexts": [torch.empty(0)] * 6, "prompt_lengths": [0] * 6} | draws_of(params)
     logits_DV = torch.randn(6, 40, generator=torch.Generator().manual_seed(0))
-    token_D = sampler.choose_dense(logits_DV.clone(), **of_rows)
+    token_D = sampler.choose_dense(logits_DV.clone(), DenseRows(**of_rows))
     assert sorted(reads) == [1, 2]
-    assert torch.equal(token_D, choose_dense_in_torch(logits_DV.clone(), **of_rows))
+    assert torch.equal(token_D, choose_dense_in_torch(logits_DV.clone(), DenseRows(**of_rows)))
     assert set(token_D[[0, 1, 3]].tolist()) <= {3, 5}
     assert token_D[[2, 5]].tolist() == [7, 7]
 
@@ -240,11 +241,11 @@ def test_a_token_outside_the_vocabulary_is_refused() -> None:
     row = {"contexts": [torch.tensor([3])], "prompt_lengths": [0]}
     for params, vocab in ((replace(BASE, logit_bias={9: 1.0}), 9), (replace(BASE, presence_penalty=1.0), 3)):
         with pytest.raises(IndexError, match="not in the vocabulary"):
-            choose_dense(torch.zeros(1, vocab), params=[params], **row, **draws_of([params]))
+            choose_dense(torch.zeros(1, vocab), DenseRows(params=[params], **row, **draws_of([params])))
 
 
 def test_torch_chooses_where_there_is_no_library(monkeypatch: pytest.MonkeyPatch) -> None:
     logits_DV, of_rows = random_rows(1000, seed=1)
-    expected_D = choose_dense_in_torch(logits_DV.clone(), **of_rows)
+    expected_D = choose_dense_in_torch(logits_DV.clone(), DenseRows(**of_rows))
     monkeypatch.setattr(choice.native, "library", lambda: None)
-    assert torch.equal(choose_dense(logits_DV.clone(), **of_rows), expected_D)
+    assert torch.equal(choose_dense(logits_DV.clone(), DenseRows(**of_rows)), expected_D)

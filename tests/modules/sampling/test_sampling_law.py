@@ -15,6 +15,7 @@ from support.toy_sampling import OPTIONS, PROMPT, Toy, reference_law
 
 from aurora_lit.kernels import native
 from aurora_lit.kernels.packed_linear import PackedLinear
+from aurora_lit.kernels.sampler import DenseRows
 from aurora_lit.kernels.weight_format import WeightFormat
 from aurora_lit.modules.sampling.choice import choose, choose_dense
 from aurora_lit.modules.sampling.noise import gumbel
@@ -121,12 +122,14 @@ def test_pairs_with_options_have_the_law_of_their_definition(name: str) -> None:
     ) -> torch.Tensor:
         return choose_dense(
             logits_NV.contiguous(),
-            [plain] * rows,
-            contexts,
-            [len(PROMPT)] * rows,
-            torch.full((rows,), params.temperature),
-            key_N,
-            torch.full((rows,), position),
+            DenseRows(
+                params=[plain] * rows,
+                contexts=contexts,
+                prompt_lengths=[len(PROMPT)] * rows,
+                temperature_D=torch.full((rows,), params.temperature),
+                key_D=key_N,
+                position_D=torch.full((rows,), position),
+            ),
         )
 
     contexts = [torch.tensor([*PROMPT, token]) for token in range(V)]
