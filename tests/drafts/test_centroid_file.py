@@ -129,11 +129,11 @@ def test_other_metadata_is_refused_with_a_reason(path: Path, metadata: dict[str,
         read_centroids(path, TARGET)
 
 
-@pytest.mark.parametrize(("change", "value"), [("vocab_size", 12), ("hidden_size", 16), ("aux_layer_ids", (1, 2, 4))])
-def test_domains_of_another_target_are_refused(path: Path, change: str, value: object) -> None:
+def test_domains_of_another_target_are_refused(path: Path) -> None:
     write_centroids(path, some_centroids(), version=1, target=TARGET)
-    with pytest.raises(CheckpointError, match="it is of a target"):
-        read_centroids(path, SimpleNamespace(**{**vars(TARGET), change: value}))
+    for changes in ({"vocab_size": 12}, {"hidden_size": 16}, {"aux_layer_ids": (1, 2, 4)}):
+        with pytest.raises(CheckpointError, match="it is of a target"):
+            read_centroids(path, SimpleNamespace(**{**vars(TARGET), **changes}))
 
 
 def test_other_tensors_types_and_sizes_are_refused(path: Path) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -16,9 +17,26 @@ import numpy as np
 import torch
 from torch import nn
 
+from aurora_lit.vllm.deployment import Deployment
+
 HIDDEN = 4
 WRONG = 500
 """Added to a proposal that is not accepted."""
+
+
+def made_deployment(run_folder: Path, folder: Path, *, ring_bytes: int = 1 << 16) -> Deployment:
+    """A deployment whose file lies in `run_folder`, and drafts in `folder`."""
+    made = Deployment(
+        run_folder=run_folder,
+        starting_draft=folder / "first",
+        versions=folder / "versions",
+        keep=5,
+        ring_bytes=ring_bytes,
+        segment_tokens=64,
+        overlap_tokens=8,
+    )
+    made.write()
+    return made
 
 
 def token(request_id: str, position: int) -> int:

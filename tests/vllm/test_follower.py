@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import shutil
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from support.fake_drafts import SMALL_SHAPE
+from support.made_vllm import made_deployment
 from support.spoiled_drafts import SPOILED, Spoiled
 
 from aurora_lit.drafts.checkpoint import save_draft
@@ -81,16 +81,7 @@ def deployment(tmp_path: Path) -> Deployment:
     torch.manual_seed(0)
     (tmp_path / "run").mkdir()
     save_draft(Eagle3Draft(SHAPE), tmp_path / "first")
-    made = Deployment(
-        run_folder=tmp_path / "run",
-        starting_draft=tmp_path / "first",
-        versions=tmp_path / "versions",
-        keep=5,
-        ring_bytes=1 << 16,
-        segment_tokens=64,
-        overlap_tokens=8,
-    )
-    made.write()
+    made = made_deployment(tmp_path / "run", tmp_path)
     EngineStatusPage.create(made.run_folder / STATUS_NAME)
     return made
 
@@ -315,20 +306,6 @@ def test_a_verdict_of_the_engine_before_does_not_retire_a_version_that_was_promo
     run_with(deployment, ranks, scenario)
     assert [version for version, _ in ranks.swaps] == [name, "draft-000002"]
     assert store.versions()[0].retired is None
-
-
-def test_a_folder_that_is_deleted_while_it_serves_changes_nothing(deployment: Deployment) -> None:
-    ranks, store = MadeRanks(), store_of(deployment)
-    store.publish(Eagle3Draft(SHAPE), record={})
-
-    async def scenario() -> None:
-        await until(lambda: len(ranks.swaps) == 1)
-        shutil.rmtree(store.folder)
-        await asyncio.sleep(0.5)
-
-    run_with(deployment, ranks, scenario)
-    assert ranks.swaps[0] == ("draft-000001", False)
-    assert all(version == "first" for version, _ in ranks.swaps[1:])
 
 
 def test_an_unknown_vllm_is_one_line_and_nothing_else(deployment: Deployment, caplog: pytest.LogCaptureFixture) -> None:

@@ -11,8 +11,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from support.made_vllm import made_deployment
 
-from aurora_lit.vllm.deployment import VARIABLE, Deployment
+from aurora_lit.vllm.deployment import VARIABLE
 from aurora_lit.vllm.middleware import Middleware, with_extra_arguments
 
 
@@ -87,15 +88,7 @@ def _post(body: bytes, *, chunks: int = 2, path: str = "/v1/completions") -> tup
 
 @pytest.fixture
 def run_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    Deployment(
-        run_folder=tmp_path,
-        starting_draft=tmp_path,
-        versions=tmp_path,
-        keep=5,
-        ring_bytes=1 << 16,
-        segment_tokens=64,
-        overlap_tokens=8,
-    ).write()
+    made_deployment(tmp_path, tmp_path)
     monkeypatch.setenv(VARIABLE, str(tmp_path))
     return tmp_path
 

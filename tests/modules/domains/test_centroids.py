@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import random
+from functools import cache
 
 import torch
 from support.domain_prompts import KINDS, PromptMaker
@@ -13,13 +15,18 @@ from aurora_lit.modules.domains.clusters import WARMUP_REQUESTS
 from aurora_lit.modules.domains.detector import DomainDetector, prompt_embedding
 
 
-def trained_detector(number: int = 200, *, label: str = "") -> tuple[DomainDetector, PromptMaker]:
+@cache
+def _trained(label: str) -> tuple[DomainDetector, PromptMaker]:
     rng, prompts = random.Random(0), PromptMaker()
     detector = DomainDetector(max_domains=8, novelty_threshold=0.7)
-    for _ in range(number):
+    for _ in range(200):
         kind = rng.choice(KINDS)
         detector.assign(prompts.trace(kind, label=label if kind == "sql" else ""))
     return detector, prompts
+
+
+def trained_detector(*, label: str = "") -> tuple[DomainDetector, PromptMaker]:
+    return copy.deepcopy(_trained(label))
 
 
 def assigner_of(detector: DomainDetector) -> DomainAssigner:
@@ -93,15 +100,11 @@ def test_there_are_no_centroids_during_the_warm_up_and_without_clusters() -> Non
     assert empty.centroids() is None
 
 
-def test_an_embedding_at_the_mean_is_an_outlier() -> None:
-    detector, _ = trained_detector()
-    centroids = detector.centroids()
+def test_an_embedding_at_the_mean_is_an_outlier_and_so_is_one_without_length() -> None:
+    """The latter as one more of prompts that were all equal."""
+    centroids = trained_detector()[0].centroids()
     assert centroids is not None
     assert DomainAssigner(centroids, version=1).assign(centroids.mean_E.clone()) == UNKNOWN
-
-
-def test_an_embedding_without_length_is_an_outlier() -> None:
-    """As one more of prompts that were all equal."""
     mean_E = torch.ones(6)
     same = Centroids(
         names=("a",),
