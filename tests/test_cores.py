@@ -55,8 +55,13 @@ def test_affinity_limits_the_cores_of_a_real_process() -> None:
 
 
 @pytest.mark.process
-@pytest.mark.parametrize("pinning", [{"OMP_PROC_BIND": "true"}, {"GOMP_CPU_AFFINITY": f"{CORES[0]}-{CORES[-1]}"}])
-@pytest.mark.parametrize("module", ["aurora_lit.__main__, aurora_lit.machine", "aurora_lit.serve.engine_process"])
+@pytest.mark.parametrize(
+    ("module", "pinning"),
+    [
+        ("aurora_lit.__main__, aurora_lit.machine", {"OMP_PROC_BIND": "true"}),
+        ("aurora_lit.serve.engine_process", {"GOMP_CPU_AFFINITY": f"{CORES[0]}-{CORES[-1]}"}),
+    ],
+)
 def test_the_cores_are_those_of_before_openmp_has_bound_this_thread_to_one(
     module: str, pinning: dict[str, str]
 ) -> None:

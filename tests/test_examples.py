@@ -63,6 +63,7 @@ def test_learning_is_watched_while_requests_are_answered() -> None:
         assert "learner running: " in shown
 
 
+@pytest.mark.process
 @pytest.mark.slow
 def test_all_examples_with_the_real_model(tmp_path: Path) -> None:
     traces = tmp_path / "traces"

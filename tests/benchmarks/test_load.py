@@ -231,6 +231,7 @@ http.server.HTTPServer(("127.0.0.1", int(sys.argv[1])), http.server.SimpleHTTPRe
 """
 
 
+@pytest.mark.process
 @pytest.mark.slow
 def test_stopping_a_server_ends_its_child_processes(tmp_path: Path) -> None:
     port, pid_file = free_port(), tmp_path / "child"

@@ -169,6 +169,7 @@ def test_a_model_without_a_tensor_parallel_plan_is_refused_on_every_rank(reports
     assert all(message in rank["refused"] for rank in reports["unknown"])
 
 
+@pytest.mark.process
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_other_families(precision, tmp_path):

@@ -137,6 +137,7 @@ def test_answers_are_those_of_a_whole_target_swaps_reach_both_ranks_and_a_stoppe
     assert f"process {server} ended with exit code 2" in servers.log
 
 
+@pytest.mark.process
 @pytest.mark.slow
 def test_it_learns_while_it_serves(servers):
     """At every order the ranks know the same draft, or they would have ended (test_sharding.py)."""
@@ -156,6 +157,7 @@ def test_it_learns_while_it_serves(servers):
     wait_until_gone(servers, family, time.monotonic())
 
 
+@pytest.mark.process
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("strategy", "lost_rank", "number", "busy"),
@@ -186,6 +188,7 @@ def test_a_lost_rank_ends_the_server(strategy, lost_rank, number, busy, servers)
     assert f"process {server} ended with exit code 2" in servers.log
 
 
+@pytest.mark.process
 @pytest.mark.slow
 def test_sigterm_lets_running_requests_finish_on_all_ranks(servers):
     server = start(servers, "fsdp", "learn.enabled=false", "server.drain_s=100")  # other work may slow it down
@@ -207,6 +210,7 @@ def test_sigterm_lets_running_requests_finish_on_all_ranks(servers):
     assert f"process {server} ended with exit code 0" in servers.log
 
 
+@pytest.mark.process
 @pytest.mark.slow
 def test_a_rank_that_cannot_load_its_part_ends_the_start_with_the_reason(servers):
     file = next(Path(servers.folder / "target").glob("*.safetensors"))

@@ -22,7 +22,7 @@ from aurora_lit.models.source import find_target
 from aurora_lit.traces.record import Trace
 
 pytest.importorskip("vllm.version", reason="vLLM is not installed: nothing here is checked")
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slow, pytest.mark.process, pytest.mark.timeout(600)]
 
 PROMPTS = [
     "Write a Python function that reverses a list.\n",

@@ -30,7 +30,7 @@ from aurora_lit.drafts.checkpoint import load_draft, read_config, save_draft
 from aurora_lit.errors import AuroraError
 
 pytest.importorskip("vllm.version", reason="vLLM is not installed: nothing here is checked")
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
+pytestmark = [pytest.mark.slow, pytest.mark.process, pytest.mark.timeout(1200)]
 
 PROMPTS = ["def fibonacci(n):\n    ", "The capital of France is", "SELECT name FROM users WHERE"]
 ARGUMENTS = ("--max-model-len", "768", "--max-num-seqs", "4")

@@ -20,7 +20,7 @@ from aurora_lit.drafts.checkpoint import load_draft, read_config, save_draft
 from aurora_lit.modules.draft.eagle3 import Eagle3Draft
 
 pytest.importorskip("vllm.version", reason="vLLM is not installed: nothing here is checked")
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slow, pytest.mark.process, pytest.mark.timeout(600)]
 
 PROMPTS = ["def fibonacci(n):\n    ", "The capital of France is", "# A class for a stack\nclass Stack:\n"]
 RANKS, DRAFT_VOCABULARY = 3, 15_360

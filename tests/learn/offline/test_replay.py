@@ -588,6 +588,7 @@ def test_one_process_in_a_job_of_several_tasks_is_not_refused(recorded: list[str
     assert "holds no traces" in " ".join(done.stderr.split()), done.output
 
 
+@pytest.mark.process
 @pytest.mark.slow
 def test_two_processes_learn_what_one_learns(recorded: list[str], tmp_path: Path) -> None:
     """As they would on two machines, which here are one."""
@@ -649,6 +650,7 @@ def test_two_processes_learn_what_one_learns(recorded: list[str], tmp_path: Path
     assert (moved - other).norm() < 0.05 * (moved - began).norm()
 
 
+@pytest.mark.process
 @pytest.mark.slow
 def test_a_process_that_is_disturbed_learns_as_the_others_and_other_traces_are_an_error(
     folder: Path, recorded: list[str], tmp_path: Path

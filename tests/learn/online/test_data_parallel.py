@@ -38,6 +38,7 @@ def server(folder: Path, target: Target, tmp_path: Path) -> ServerStandIn:
     return ServerStandIn(tmp_path, folder, random_draft(target))
 
 
+@pytest.mark.process
 @pytest.mark.slow
 def test_two_processes_learn_what_one_learns_through_restarts_and_new_vocabularies(
     folder: Path, tmp_path: Path
@@ -155,6 +156,7 @@ def has_exited(process: psutil.Process) -> bool:
         return True
 
 
+@pytest.mark.process
 @pytest.mark.slow
 def test_the_command_learns_with_its_follower_and_both_exit_on_sigterm(server: ServerStandIn, target: Target) -> None:
     for trace in serve(target, random_draft(target), some_requests(10)) * 4:
@@ -171,6 +173,7 @@ def test_the_command_learns_with_its_follower_and_both_exit_on_sigterm(server: S
     assert has_exited(follower)
 
 
+@pytest.mark.process
 @pytest.mark.slow
 @pytest.mark.parametrize("killed", ["leader", "follower"])
 def test_when_one_process_is_killed_the_other_exits(server: ServerStandIn, target: Target, killed: str) -> None:

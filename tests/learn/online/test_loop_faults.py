@@ -269,11 +269,12 @@ def processes(servers: TinyServers, server: int) -> dict[str, int]:
     return {"main": server, "worker": worker, "http": http}
 
 
+@pytest.mark.process
 @pytest.mark.slow
 def test_after_kills_at_random_moments_only_unsaved_work_is_lost(
     servers: TinyServers, answers: list[list[int]]
 ) -> None:
-    storm(servers, answers, kills=8, seed=0)
+    storm(servers, answers, kills=6, seed=0)
 
 
 @pytest.mark.process

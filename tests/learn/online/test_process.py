@@ -61,6 +61,7 @@ def server(folder: Path, target: Target, tmp_path: Path) -> ServerStandIn:
     return ServerStandIn(tmp_path, folder, random_draft(target))
 
 
+@pytest.mark.process
 @pytest.mark.slow
 def test_a_killed_learner_resumes_and_publishes_and_exits_with_its_server(
     server: ServerStandIn, traffic: list[Trace]

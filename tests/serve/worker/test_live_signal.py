@@ -45,6 +45,7 @@ def ask(servers: TinyServers, number: int, *, domain: str) -> None:
     assert httpx.post(f"{servers.url}/v1/completions", json=body, timeout=40).status_code == 200
 
 
+@pytest.mark.process
 @pytest.mark.slow
 def test_a_new_domain_makes_a_live_server_explore_and_a_learned_one_does_not(
     servers: TinyServers, tmp_path: Path
@@ -122,6 +123,7 @@ def by_chance(rounds_R: torch.Tensor, share: float) -> float:
     return 4 * math.sqrt(share * (1 - share) / len(rounds_R))
 
 
+@pytest.mark.process
 @pytest.mark.slow
 def test_a_server_assigns_the_domains_that_its_learner_has_found(servers: TinyServers) -> None:
     server = servers.start()
