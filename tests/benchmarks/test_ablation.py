@@ -194,6 +194,7 @@ def options(folder: Path, out: Path, *arms: str, **changes: Any) -> argparse.Nam
     return argparse.Namespace(**{**fields, "arms": list(arms), "out": out, **changes})
 
 
+@pytest.mark.slow
 def test_a_stream_is_recorded_once_and_only_missing_arms_are_run(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -273,6 +274,7 @@ def test_arms_learn_differently_and_the_memory_remembers(folder: Path, tmp_path:
         assert arms["memory"]["measured"]["before"] == arms["static"]["measured"]["before"], "nothing is remembered yet"
 
 
+@pytest.mark.slow
 def test_the_detector_sees_no_rounds_of_the_draft_that_was_recorded(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

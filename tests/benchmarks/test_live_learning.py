@@ -83,6 +83,7 @@ def test_the_last_draft_is_compared_where_it_is_another_one() -> None:
     assert arms_of(None, None)["learned"] == arms_of(None, None)["shipped"]
 
 
+@pytest.mark.slow
 def test_a_file_that_comes_again_goes_on_and_each_phase_is_kept(
     asked: list[tuple[str, float | None]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
