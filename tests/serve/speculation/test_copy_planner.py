@@ -130,7 +130,7 @@ def test_copies_beside_a_drafts_chain_are_measured_so_that_none_has_to_be_tried(
     drafted = Proposal(tokens=[7], source=Source.DRAFT, num_drafted=1)
     monkeypatch.setattr(copy_finder, "look_up_copies", find)
     monkeypatch.setattr(CopyPlanner, "choose", lambda *_args, **_how: CopyPlan([0], 1.0))
-    monkeypatch.setattr(proposer, "_draft", lambda _sequences, candidates: [(i, drafted) for i in candidates])
+    monkeypatch.setattr(proposer, "_draft", lambda _sequences, candidates, _times: [(i, drafted) for i in candidates])
     sequence = RunningSequence(request=request("a", [1], max_tokens=99), slot=0, prompt_length=1, length=9)
     for _ in range(64 * 3):
         ((proposal,), _) = proposer.propose([sequence])
