@@ -15,10 +15,11 @@ import psutil
 import pytest
 
 from aurora_lit.errors import AuroraError
-from aurora_lit.ipc.engine_status import EngineStatusPage, WorkerState
+from aurora_lit.ipc.engine_status import EngineCounters, EngineStatusPage, WorkerState
 from aurora_lit.ipc.learner_status import LearnerStatus, LearnerStatusPage
 from aurora_lit.ipc.ring import RingWriter
 from aurora_lit.ipc.run_folder import RING_NAME
+from aurora_lit.request import Source
 from aurora_lit.serve.http.metrics import LearnerCollector, ServerMetrics
 from aurora_lit.serve.http.status import engine_json, learner_json, ring_counters
 
@@ -212,6 +213,35 @@ def test_metrics_have_the_names_that_vllm_uses(path):
     for cause in ("overwritten", "too_large"):
         assert f'aurora_traces_dropped_total{{cause="{cause}",{label},model_name="m"}} 1.0' in lines
     assert f'aurora_requests_refused_total{{{label},model_name="m",status="429"}} 1.0' in lines
+
+
+def test_counters_are_shown_under_the_names_that_they_declare(path: Path) -> None:
+    """In seconds where they are kept in microseconds; what grammars force counts with n-gram lookup."""
+    counters = EngineCounters(compared_us=2_500_000, compared_plain_us=5_000_000, round_us=1_500_000)
+    counters.count(generated=3, proposed=6, accepted_from=(Source.DRAFT, Source.MEMORY), remembered=2, explored=True)
+    counters.count(generated=3, proposed=2, accepted_from=(Source.NGRAM, Source.GRAMMAR))
+    counters.count(generated=1, proposed=0, accepted_from=())
+    counters.count_round("tree")
+    page, learner = EngineStatusPage.create(path), LearnerStatusPage.create(path.with_name("learner"))
+    page.write(max_draft_tokens=3, memory_tokens=4, **vars(counters))
+    status = page.read()
+    assert (status.drafts, status.explored_drafts, status.accepted_by_position) == (2, 1, [2, 2, 0])
+    speculation, memory = (engine_json(status, None)[section] for section in ("speculation", "memory"))
+    assert speculation["generated_by_source"] == {"target": 3, "draft": 1, "lookup": 2, "memory": 1}
+    assert speculation["rounds_by_plan"] == {"plain": 0, "lookup": 0, "memory": 0, "chain": 0, "tree": 1}
+    assert speculation["against_plain"] == {"seconds": 2.5, "plain_seconds": 5.0, "speedup": 2.0}
+    assert (speculation["rounds"], speculation["accepted_by_position"]) == (1, [2, 2, 0])
+    assert (memory["proposed"], memory["accepted"], memory["tokens"]) == (2, 1, 4)
+    lines = ServerMetrics(model="m", status=page, learner=learner, ring=lambda: None).render().decode().splitlines()
+    for sample in (
+        'aurora_generated_tokens_total{engine="0",model_name="m",source="lookup"} 2.0',
+        'aurora_rounds_total{engine="0",model_name="m",plan="tree"} 1.0',
+        'aurora_round_seconds_total{engine="0",model_name="m"} 1.5',
+        'aurora_memory_tokens{engine="0",model_name="m"} 4.0',
+        'aurora_memory_accepted_tokens_total{engine="0",model_name="m"} 1.0',
+    ):
+        assert sample in lines, sample
+    assert sum(line.startswith("vllm:spec_decode_num_accepted_tokens_per_pos_total{") for line in lines) == 3
 
 
 def test_refusals_are_exported_before_the_first(path: Path) -> None:

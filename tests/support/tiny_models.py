@@ -43,8 +43,8 @@ from aurora_lit.modules.losses.batch import TraceBatch
 from aurora_lit.modules.losses.draft_module import DraftModule
 from aurora_lit.request import Output, Request, SamplingParams, TokenLogprob
 from aurora_lit.serve.engine.engine import Engine
-from aurora_lit.serve.engine.observer import RoundObserver
 from aurora_lit.serve.engine.thread_budget import ThreadBudget
+from aurora_lit.serve.engine.trace_recorder import TraceRecorder
 from aurora_lit.serve.speculation.kept_costs import KeptCosts
 from aurora_lit.serve.speculation.planner import SIBLING_TOKENS
 from aurora_lit.settings import EngineSettings, MemorySettings
@@ -233,7 +233,7 @@ def make_engine(
     branches: bool = False,
     explore_seed: int = 0,
     draft_version: str = "",
-    observer: RoundObserver | None = None,
+    observer: TraceRecorder | None = None,
     kept_costs: KeptCosts | None = None,
     grammars: GrammarCompiler | None = None,
     threads: ThreadBudget | None = None,

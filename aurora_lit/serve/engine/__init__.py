@@ -4,13 +4,11 @@ A round admits waiting requests, plans what is proposed and which prompt chunks 
 the target over all of that, judges the proposals and commits. The engine knows token ids only; text and HTTP are
 elsewhere.
 
-May import: serve/speculation/ and above. Start with engine.py. The first three files hold the records that
+May import: serve/speculation/ and above. Start with engine.py. The first two files hold the records that
 serve/speculation/ shares, and import only what stands above it. The files, each importing only those above it:
 
-    memory_scope.py    what of the traffic memory a request may read and write
     sequence.py        RunningSequence
     round_plan.py      RoundPlan: the rows of a round, what is proposed, and which proposals are accepted
-    observer.py        RoundObserver: what the engine reports about its rounds, for recording traces
     slot_allocator.py  how large slots are, which are free, and which prefix of a prompt each already holds
     thread_budget.py   how many threads rounds use, while the learner or other processes compute
     trace_recorder.py  records rounds as traces: hidden states by slot, notes of the rounds, segments

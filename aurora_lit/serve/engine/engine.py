@@ -36,7 +36,6 @@ from aurora_lit.modules.domains.centroids import DomainAssigner, client_label, p
 from aurora_lit.modules.draft.eagle3 import Eagle3Draft
 from aurora_lit.request import Output, Request, Source
 from aurora_lit.serve.engine.commit import Commit
-from aurora_lit.serve.engine.observer import RoundObserver, notify_round
 from aurora_lit.serve.engine.prefill import MAX_ROUND_S, Prefill
 from aurora_lit.serve.engine.round_plan import RoundPlan, RowOutcome, judge
 from aurora_lit.serve.engine.sequence import RunningSequence
@@ -44,6 +43,7 @@ from aurora_lit.serve.engine.slot_allocator import SlotAllocator, slot_capacity
 from aurora_lit.serve.engine.target_runner import Columns, TargetRunner
 from aurora_lit.serve.engine.thread_budget import ThreadBudget
 from aurora_lit.serve.engine.token_choice import choose_tokens
+from aurora_lit.serve.engine.trace_recorder import TraceRecorder
 from aurora_lit.serve.engine.waiting_queue import WaitingQueue
 from aurora_lit.serve.speculation.calibration import Calibration, calibration_steps
 from aurora_lit.serve.speculation.costs import Costs
@@ -78,7 +78,7 @@ class Engine:
         max_round_s: float = MAX_ROUND_S,
         explore_seed: int = 0,
         draft_version: str = "",
-        observer: RoundObserver | None = None,
+        observer: TraceRecorder | None = None,
         kept_costs: KeptCosts | None = None,
         grammars: GrammarCompiler | None = None,
         threads: ThreadBudget | None = None,
@@ -264,7 +264,7 @@ class Engine:
             outputs.append(output)
             if self._observer and row.sequence.request.store:
                 last = functools.partial(columns.last, index)
-                notify_round(self._observer, row, output, last=last, version=self._draft_number)
+                self._observer.on_round(row, output, last=last, version=self._draft_number)
         self._prefill.complete(plan.prompts, columns, first=len(plan.decoding))
         seconds = time.perf_counter() - started  # what the end of a request takes is not a round's
         for row, output in zip(plan.decoding, outputs, strict=True):

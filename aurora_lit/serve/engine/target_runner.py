@@ -22,9 +22,9 @@ from aurora_lit.kernels.target_pass import PassResult, TargetPass
 from aurora_lit.models.interface import Target
 from aurora_lit.models.kv_cache import KVCache
 from aurora_lit.models.native_target import NativeTarget
-from aurora_lit.serve.engine.observer import RoundObserver
 from aurora_lit.serve.engine.round_plan import DecodingRow, PromptRow, RoundPlan
 from aurora_lit.serve.engine.token_choice import draws_of
+from aurora_lit.serve.engine.trace_recorder import TraceRecorder
 from aurora_lit.serve.speculation.drafter import Drafter
 
 
@@ -61,7 +61,7 @@ class TargetRunner:
     """Runs the target for the rows of a round. Each row's columns are to be stored after `run`."""
 
     def __init__(
-        self, target: Target, *, kv_cache: KVCache, drafter: Drafter | None, observer: RoundObserver | None
+        self, target: Target, *, kv_cache: KVCache, drafter: Drafter | None, observer: TraceRecorder | None
     ) -> None:
         self._target, self._kv_cache, self._drafter, self._observer = target, kv_cache, drafter, observer
         self._device = target.device

@@ -22,7 +22,8 @@ from dataclasses import dataclass, field
 import torch
 
 from aurora_lit.modules.sampling.distribution import is_greedy
-from aurora_lit.request import SamplingParams
+from aurora_lit.request import Output, SamplingParams, Source
+from aurora_lit.serve.engine.round_plan import DecodingRow
 from aurora_lit.serve.engine.sequence import RunningSequence
 from aurora_lit.traces.record import RoundNote, Trace, round_tensors
 
@@ -63,37 +64,50 @@ class TraceRecorder:
         """True if last hidden states of prompts are kept."""
 
     def attach(self, *, tokens_SL: torch.Tensor, aux_SLF: torch.Tensor | None) -> None:
-        """Allocate memory for the engine's slots."""
+        """Allocate memory for the engine's slots. Called once by the engine, with its committed tokens.
+
+        `aux_SLF`: the auxiliary states that the drafter keeps; None: there is none, so that they are kept here.
+        """
         num_slots, capacity = tokens_SL.shape
         self._tokens_SL = tokens_SL
         self._owns_aux = aux_SLF is None
         self._aux_SLF = aux_SLF if aux_SLF is not None else self._allocate(num_slots, capacity, 3, tokens_SL.device)
         self.last_SLH = self._allocate(num_slots, capacity, 1, tokens_SL.device)
-        """Last hidden states by slot, bf16."""
+        """Last hidden states by slot, bf16. Who writes them there need not call `on_forward` beside a drafter."""
         self._segments = [_Segment() for _ in range(num_slots)]
 
     def on_forward(self, *, slot: int, start: int, aux_TF: torch.Tensor, last_TH: torch.Tensor) -> None:
-        """Keep the states that the target computed."""
+        """Keep what the target computed of positions start, start + 1, … of a slot, which are committed."""
         end = start + len(last_TH)
         self.last_SLH[slot, start:end] = last_TH
         if self._owns_aux:
             self._aux_SLF[slot, start:end] = aux_TF
 
     def on_prefix_copy(self, *, source: int, slot: int, length: int, start: int) -> None:
-        """Copy the states. If the source's were not kept, the slot's are not needed either (SlotAllocator)."""
+        """Copy the states of the first `length` positions, but for the first `start`, which the slot had.
+
+        If the source's were not kept, the slot's are not needed either (SlotAllocator).
+        """
         if self._owns_aux:
             self._aux_SLF[slot, start:length] = self._aux_SLF[source, start:length]
         if self.keeps_prompts:
             self.last_SLH[slot, start:length] = self.last_SLH[source, start:length]
 
-    def on_commit(self, sequence: RunningSequence, note: RoundNote, last: Callable[[], torch.Tensor]) -> None:
-        """Add a round, with the states of its rejected proposals; the segment goes to the sink if it is full."""
+    def on_round(self, row: DecodingRow, output: Output, *, last: Callable[[], torch.Tensor], version: int) -> None:
+        """Add a committed round of one sequence, with the states of its rejected proposals, as `_note_of` has it.
+
+        `last`: returns the last hidden states [T, H] of the row's columns until the next round; a call takes 0.1 ms, so
+        it is made only for rounds that need them. `version`: number of the draft's version. The segment goes to the
+        sink if it is full.
+        """
+        sequence, (note, columns) = row.sequence, _note_of(row, output, version=version)
         segment = self._segments[sequence.slot]
         if segment.sequence is not sequence:
             segment = self._segments[sequence.slot] = _Segment(sequence=sequence, start=sequence.prompt_length)
         segment.notes.append(note)
         if note.accepted + 1 < len(note.proposals):
-            rejected_NH = last()[note.accepted + 1 : len(note.proposals)]
+            last_TH = last() if columns is None else last()[columns]
+            rejected_NH = last_TH[note.accepted + 1 : len(note.proposals)]
             segment.rejected.append(rejected_NH.to(torch.bfloat16, copy=True))  # a view would keep the whole batch's
         if sequence.length - 1 - segment.start >= self._segment_tokens:
             self._emit(segment, sequence)
@@ -145,3 +159,46 @@ class TraceRecorder:
 def verify_mode(params: SamplingParams) -> str:
     """How a request's proposals are verified, as a trace records it (traces.record.VERIFY_MODES)."""
     return "greedy" if is_greedy(params) else "sampled"
+
+
+def _note_of(row: DecodingRow, output: Output, *, version: int) -> tuple[RoundNote, list[int] | None]:
+    """A round as a trace has it, and which columns of the row that are; None: the first ones.
+
+    Of a tree, only the chain of first choices is recorded, as if it alone had been proposed: a draft learns from its
+    first choices and is evaluated by them. So of a weighed chain those are recorded, proposed or not, of which the
+    answer tells whether they were right: a draft that is not sure proposes less, and would seem to be right.
+    """
+    sequence, proposal = row.sequence, row.proposal
+    weighed, committed = (proposal if row.uncut is None else row.uncut.proposal).weighed, len(output.token_ids)
+    if weighed is not None and output.tested_choices is not None:
+        tested, right = output.tested_choices
+        note = RoundNote(
+            root=sequence.length - committed - 1,
+            version=version if tested else -1,
+            source=Source.DRAFT if tested else Source.TARGET,
+            proposals=weighed.tokens[:tested],
+            accepted=right,
+        )
+        return note, None
+    columns = proposal.first_choices
+    accepted = output.chain_accepted
+    # Without a token after the accepted ones the request ended there, and the other proposals were not verified.
+    count = len(columns) if committed > accepted else accepted
+    source = proposal.source if count else Source.TARGET
+    drafted = source is Source.DRAFT
+    explored = drafted and proposal.explored_at is not None
+    if source > Source.DRAFT:
+        count = min(count, accepted + 1)  # nothing is learned from copied tokens after a rejected one
+    if source is Source.GRAMMAR:
+        source = Source.NGRAM  # as a trace records it
+    note = RoundNote(
+        root=sequence.length - committed - 1,
+        version=version if drafted else -1,
+        source=source,
+        explored=explored,
+        draft_temperature=proposal.explored_at if explored and proposal.explored_at is not None else 1.0,
+        proposals=[proposal.tokens[column - 1] for column in columns[:count]],
+        logprobs=proposal.logprobs[:count] if explored and proposal.logprobs is not None else None,
+        accepted=accepted,
+    )
+    return note, None if proposal.parents is None else [0, *columns]

@@ -2,7 +2,7 @@
 
 Learning by remembering: it needs no training and no pass of the draft, and works from the first repeated phrase. Held
 in memory only, bounded, the oldest forgotten first. What a request may read and write is decided by its key
-(serve/engine/memory_scope.py): sequences of different keys never meet, since the index compares keys exactly.
+(`memory_partition_key`): sequences of different keys never meet, since the index compares keys exactly.
 
 Left out: the index (kernels/suffix_index.py), and how much of what it finds is proposed
 (serve/speculation/copy_planner.py).
@@ -14,13 +14,14 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Hashable
+from typing import Literal, NamedTuple
 
 import torch
 
 from aurora_lit.ipc.engine_status import EngineCounters
 from aurora_lit.kernels import native, suffix_index
 from aurora_lit.kernels.suffix_index import CONTEXT_TOKENS, DOMAIN_BITS, Copies, LookUp, SuffixMemory, is_remembered
-from aurora_lit.serve.engine.memory_scope import MemoryScope, memory_partition_key
+from aurora_lit.request import Request
 from aurora_lit.serve.engine.sequence import RunningSequence
 from aurora_lit.serve.speculation import copies_in_python
 from aurora_lit.settings import MemorySettings
@@ -31,6 +32,32 @@ _MAX_KEYS = 16_384
 """Keys that are known; what was remembered for the least recently used one can then no longer be read."""
 _MAX_DOMAINS = (1 << DOMAIN_BITS) - 1
 """Domains that have a number; a new one then gets that of the least recently used one."""
+
+
+MemoryScope = Literal["domain", "client", "off"]
+"""Who shares a part of the memory: all clients (a domain's own answers come first), or requests of one client; off:
+there is no memory."""
+
+
+class MemoryPartition(NamedTuple):
+    """The key of one part of the memory. It is compared as it is, never by a hash, so no two parts can be confused."""
+
+    client: str
+    """Pseudonym of the only client of this part; "": all clients share it."""
+    salt: str
+    """The `cache_salt` that all its requests have; "": they have none."""
+
+
+def memory_partition_key(request: Request, *, scope: MemoryScope) -> MemoryPartition | None:
+    """The part of the memory that `request` may read and write; None: it has no memory.
+
+    A request with `store` False may read its part but must write nothing, for which its writer checks `Request.store`.
+    With scope client, a request of an unknown client has no memory: what one such client wrote, another would read.
+    """
+    if scope == "off" or (scope == "client" and not request.client):
+        return None
+    client = request.client if scope == "client" else ""
+    return MemoryPartition(client=client, salt=request.cache_salt)
 
 
 class TrafficMemory:

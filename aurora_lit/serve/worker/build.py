@@ -37,7 +37,6 @@ from aurora_lit.modules.domains.centroids import DomainAssigner
 from aurora_lit.modules.draft.eagle3 import Eagle3Draft
 from aurora_lit.placement import describe
 from aurora_lit.serve.engine.engine import Engine
-from aurora_lit.serve.engine.observer import RoundObserver
 from aurora_lit.serve.engine.prefill import MAX_ROUND_S
 from aurora_lit.serve.engine.slot_allocator import slot_capacity
 from aurora_lit.serve.engine.thread_budget import ThreadBudget, thread_budget
@@ -169,7 +168,7 @@ def _engine(
     target: Target,
     tokenizer: Tokenizer | PreTrainedTokenizerBase,
     *,
-    observer: RoundObserver | None,
+    observer: TraceRecorder | None,
     kept_costs: KeptCosts | None = None,
     threads: ThreadBudget | None = None,
     max_round_s: float = MAX_ROUND_S,

@@ -13,10 +13,9 @@ from support.tiny_models import request
 from aurora_lit.ipc.engine_status import EngineCounters
 from aurora_lit.kernels import native
 from aurora_lit.kernels.suffix_index import DOMAIN_BITS, NUM_CELLS, Copies, LookUp
-from aurora_lit.serve.engine.memory_scope import MemoryScope
 from aurora_lit.serve.engine.sequence import RunningSequence
 from aurora_lit.serve.speculation import traffic_memory
-from aurora_lit.serve.speculation.traffic_memory import TrafficMemory, look_up_copies
+from aurora_lit.serve.speculation.traffic_memory import MemoryScope, TrafficMemory, look_up_copies
 
 pytestmark = pytest.mark.skipif(native.library() is None, reason="needs kernels")
 

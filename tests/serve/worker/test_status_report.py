@@ -2,23 +2,32 @@
 
 from __future__ import annotations
 
+import dataclasses
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from aurora_lit.serve.worker.status_report import _memory_fields
+from support.fake_engine import FakeEngine
+
+from aurora_lit.ipc.engine_status import EngineStatusPage
+from aurora_lit.serve.worker.call_tracker import CallTracker
+from aurora_lit.serve.worker.parts import WorkerParts
+from aurora_lit.serve.worker.status_report import StatusReport
 
 
-def test_each_figure_of_the_memory_has_its_own_field() -> None:
-    stats = SimpleNamespace(answers=3, look_ups=4, hits=5, proposed=6, accepted=7)
-    memory: Any = SimpleNamespace(index=SimpleNamespace(capacity=9, counts=(1, 2)), stats=stats)
-    assert _memory_fields(None) == {}
-    assert _memory_fields(memory) == {
-        "memory_capacity": 9,
-        "memory_tokens": 1,
-        "memory_evicted": 2,
-        "memory_answers": 3,
-        "memory_look_ups": 4,
-        "memory_hits": 5,
-        "memory_proposed": 6,
-        "memory_accepted": 7,
-    }
+def test_every_counter_of_the_engine_and_each_figure_of_the_memory_has_its_own_field(tmp_path: Path) -> None:
+    engine: Any = FakeEngine()
+    page = EngineStatusPage.create(tmp_path / "status")
+    page.write(max_draft_tokens=31)
+    report = StatusReport(WorkerParts(engine=engine, unrecorded=lambda: 5), CallTracker(engine), None, page)
+    report.write()
+    assert page.read().memory_capacity == 0, "there is none"
+    engine.memory = SimpleNamespace(index=SimpleNamespace(capacity=9, counts=(1, 2)))
+    for number, field in enumerate(dataclasses.fields(engine.counters), start=100):
+        value = getattr(engine.counters, field.name)
+        setattr(engine.counters, field.name, [number] * len(value) if isinstance(value, list) else number)
+    report.write(started_ns=3)
+    now = page.read()
+    assert {name: getattr(now, name) for name in vars(engine.counters)} == vars(engine.counters)
+    assert (now.memory_capacity, now.memory_tokens, now.memory_evicted) == (9, 1, 2)
+    assert (now.unrecorded, now.started_ns, now.draft_version) == (5, 3, "fake-000001")

@@ -9,7 +9,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from aurora_lit.request import Request, SamplingParams
-from aurora_lit.serve.engine.memory_scope import MemoryPartition, memory_partition_key
+from aurora_lit.serve.speculation.traffic_memory import MemoryPartition, memory_partition_key
 
 Scope = Literal["domain", "client", "off"]
 WORDS = ("", "a", "b", "ab", "0", "é")
