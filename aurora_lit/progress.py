@@ -11,8 +11,10 @@ Work that waits for another process calls `advance(0)` about every second: a lin
 from __future__ import annotations
 
 import sys
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Self, TextIO
 
 from rich.console import Console
@@ -89,6 +91,28 @@ class Progress:
     def _print(self, text: str) -> None:
         if self._shown:
             print(f"{self.what}: {text}", file=self._stream, flush=True)
+
+
+@contextmanager
+def waiting(what: str, *, every_s: float = 30.0) -> Iterator[None]:
+    """For work that a library does in one call: without a terminal, a line says every `every_s` how long it has taken.
+
+    In a terminal the library shows its own progress.
+    """
+    ended, began = threading.Event(), time.monotonic()
+    progress = Progress(what, None, "seconds", every_s=every_s, shown=not sys.stderr.isatty())
+
+    def tell() -> None:
+        while not ended.wait(min(1.0, every_s)):
+            progress.advance(int(time.monotonic() - began) - progress.done)
+
+    thread = threading.Thread(target=tell, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
 
 
 def _duration(seconds: float) -> str:

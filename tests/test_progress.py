@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import io
+import sys
+import time
 
-from aurora_lit.progress import Progress
+import pytest
+
+from aurora_lit.progress import Progress, waiting
 
 
 class Clock:
@@ -74,3 +78,15 @@ def test_a_terminal_gets_a_bar() -> None:
         progress.advance(3, note="loss 2.5")
     assert "[answering]" in stream.getvalue()
     assert "3 of 4 prompts (75 %), loss 2.5" in stream.getvalue()
+
+
+def test_the_time_that_a_library_takes_is_told_in_a_log_and_left_to_it_in_a_terminal(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for stream, told in ((io.StringIO(), True), (Terminal(), False)):
+        monkeypatch.setattr(sys, "stderr", stream)
+        with waiting("Converting x", every_s=0.02):
+            deadline = time.monotonic() + (10 if told else 0.2)
+            while "Converting x: 0 seconds\n" not in stream.getvalue() and time.monotonic() < deadline:
+                time.sleep(0.01)
+        assert ("Converting x: 0 seconds\n" in stream.getvalue()) == told

@@ -11,6 +11,7 @@ hidden states), V vocabulary, D draft vocabulary, H hidden size.
 from __future__ import annotations
 
 import ctypes
+import operator
 import weakref
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -19,6 +20,7 @@ import torch
 
 from aurora_lit.kernels import matmul, native
 from aurora_lit.kernels.decoder import Decoder, DecoderCall, Matrix
+from aurora_lit.kernels.matmul import ColumnDraws
 from aurora_lit.kernels.packed_linear import PackedEmbedding, PackedLinear, row_table
 from aurora_lit.kernels.weight_format import WeightFormat
 
@@ -102,6 +104,30 @@ class Drafted(NamedTuple):
         return torch.tensor(self.outcomes)
 
 
+class DraftSources(NamedTuple):
+    """What native steps read: the draft's cache, which they also write, and two tables of the engine by slot."""
+
+    keys: Sequence[torch.Tensor]
+    """Of the cache."""
+    values: Sequence[torch.Tensor]
+    features_SLF: torch.Tensor
+    """The target's features of positions, in the type of the cache."""
+    tokens_SL: torch.Tensor
+    """Committed tokens, int64."""
+
+
+class DraftRows(NamedTuple):
+    """The sequences: the draft reads positions `done` to `ends` of each, and goes on from there."""
+
+    slots: Sequence[int]
+    done: Sequence[int]
+    ends: Sequence[int]
+    draws: ColumnDraws | None = None
+    """Of each sequence's first proposed token. Where the temperature is positive, tokens are ranked by
+    logit / temperature + noise, namely the noise that the target's own token is drawn with (`gumbel` in
+    modules/sampling/noise.py); where it is 0, by their logits. None: 0 for all."""
+
+
 class _Room:
     """The arrays that calls for so many sequences, levels and nodes read and write: making them takes longer."""
 
@@ -132,11 +158,29 @@ class _Room:
         call.parents = call.tokens + row * nodes
         call.first = call.parents + row * nodes
 
+    def drafted(self, levels: int, *, is_weighed: bool) -> Drafted:
+        """What the call has found, which has drafted so many levels."""
+        B, _, nodes = self.sizes
+        found = self.found
+        begins = [(b * nodes, b * nodes + found[b]) for b in range(B)]
+        tokens = [found[B + begin : B + end] for begin, end in begins]
+        outcomes = [self.outcomes[j : j + B] for j in range(0, levels * B, B)]
+        if not is_weighed:
+            return Drafted(tokens, None, outcomes)
+        parents, first, stop = B * (1 + nodes), B * (1 + 2 * nodes), levels * B
+        return Drafted(
+            tokens,
+            [found[parents + begin : parents + end] for begin, end in begins],
+            outcomes,
+            first_choices=[found[first + b : first + stop : B] for b in range(B)],
+            shares=[self.shares[b:stop:B] for b in range(B)],
+        )
+
 
 class DraftSteps:
     """Drafts for a batch of sequences.
 
-    >>> drafted = steps(slots=[0, 2], done=[4, 0], ends=[6, 9], num_levels=4, ...)
+    >>> drafted = steps(sources, DraftRows(slots=[0, 2], done=[4, 0], ends=[6, 9]), num_levels=4)
     >>> drafted.tokens
     """
 
@@ -173,33 +217,25 @@ class DraftSteps:
             target_ids=target_id_D.data_ptr(),
         )
         self._num_outputs = head.out_features
-        self._tables: tuple[Sequence[torch.Tensor], torch.Tensor, torch.Tensor, DecoderCall] | None = None
-        """The keys of the cache, the features and the tokens that the call points to, and a pass over that cache, kept
-        alive: the call holds a copy."""
+        self._sources: DraftSources | None = None
+        self._pass: DecoderCall | None = None
+        """A pass over the sources' cache, of which the call holds a copy; both are kept alive."""
         self._room: _Room | None = None
         self._prices: Prices | None = None
         """What the call points to."""
 
     def __call__(
         self,
+        sources: DraftSources,
+        rows: DraftRows,
         *,
-        keys: Sequence[torch.Tensor],
-        values: Sequence[torch.Tensor],
-        features_SLF: torch.Tensor,
-        tokens_SL: torch.Tensor,
-        slots: Sequence[int],
-        done: Sequence[int],
-        ends: Sequence[int],
         num_levels: int,
         min_gains: Sequence[float] | None = None,
         num_siblings: int = 0,
         num_nodes: int = 0,
         weighing: Weighing | None = None,
-        draws: matmul.ColumnDraws | None = None,
     ) -> Drafted:
-        """Run the draft over positions `done` to `ends` of each sequence, then draft from there.
-
-        These positions use the target's features, `features_SLF`, which have the type of the draft's KV cache.
+        """Run the draft over each sequence's new positions, then draft from there.
 
         Args:
             num_levels: most levels.
@@ -208,58 +244,45 @@ class DraftSteps:
             num_siblings: of a weighed chain, tokens that are considered beside each of its own.
             num_nodes: of a weighed chain, most proposals for each sequence.
             weighing: which levels are drafted, and which tokens proposed. None: the whole chain, without siblings.
-            draws: of each sequence's first proposed token. Where the temperature is positive, tokens are ranked by
-                logit / temperature + noise, namely the noise that the target's own token is drawn with (`gumbel` in
-                modules/sampling/noise.py); where it is 0, by their logits. None: 0 for all.
         """
-        call, B = self._call, len(slots)
         assert weighing is not None or not (num_siblings or num_nodes), "nothing is chosen from"
-        num_nodes = num_nodes or num_levels
-        tables = self._tables
-        if tables is None or tables[0] is not keys or tables[1] is not features_SLF or tables[2] is not tokens_SL:
-            self._tables = (keys, features_SLF, tokens_SL, self._decoder.call(keys, values))
-            call.decoder, self._room = self._tables[-1], None
-            call.features, call.features_slot = features_SLF.data_ptr(), features_SLF.stride(0)
-            call.committed, call.committed_slot = tokens_SL.data_ptr(), tokens_SL.stride(0)
-        room = self._room
-        if room is None or room.sizes != (B, num_levels, num_nodes):
-            room = self._room = _Room(call, B, num_levels, num_nodes)
-        room.numbers[:] = [*slots, *done, *ends]
+        room, call = self._room_for(sources, (len(rows.slots), num_levels, num_nodes or num_levels)), self._call
+        room.numbers[:] = [*rows.slots, *rows.done, *rows.ends]
         call.children = min(1 + num_siblings, self._num_outputs)
-        call.min_gains = None
+        call.min_gains = call.temperatures = None
         if min_gains is not None:
             room.gains[:] = list(min_gains)
             call.min_gains = ctypes.addressof(room.gains)
+        if rows.draws is not None:
+            temperatures, keys, positions = rows.draws
+            room.temperatures[:], room.noise[:] = list(temperatures), [*keys, *positions]
+            call.temperatures = ctypes.addressof(room.temperatures)
         if weighing is None:
             call.acceptance = self._prices = None
         else:
             room.level_rates[:], call.speed = list(weighing.level_rates), weighing.speed
-            if weighing.prices is not self._prices:
-                self._prices = prices = weighing.prices
-                call.acceptance = prices.acceptance_KC.data_ptr()
-                call.columns_s, call.num_columns = ctypes.addressof(prices.columns_s), len(prices.columns_s)
-                call.levels_s = ctypes.addressof(prices.levels_s)
-        call.temperatures = None
-        if draws is not None:
-            room.temperatures[:], room.noise[:] = list(draws.temperatures), [*draws.keys, *draws.positions]
-            call.temperatures = ctypes.addressof(room.temperatures)
+            self._point_to_prices(weighing.prices)
         self._draft(ctypes.byref(call), self._state)
-        outcomes, found, shares = room.outcomes, room.found, room.shares
-        levels, parents, first = call.levels, B * (1 + num_nodes), B * (1 + 2 * num_nodes)
-        begins = [(b * num_nodes, b * num_nodes + found[b]) for b in range(B)]
-        tokens = [found[B + begin : B + end] for begin, end in begins]
-        each_level = range(0, levels * B, B)
-        of_levels = [outcomes[j : j + B] for j in each_level]
-        if weighing is None:
-            return Drafted(tokens, None, of_levels)
-        stop = levels * B
-        return Drafted(
-            tokens,
-            [found[parents + begin : parents + end] for begin, end in begins],
-            of_levels,
-            first_choices=[found[first + b : first + stop : B] for b in range(B)],
-            shares=[shares[b:stop:B] for b in range(B)],
-        )
+        return room.drafted(call.levels, is_weighed=weighing is not None)
+
+    def _room_for(self, sources: DraftSources, sizes: tuple[int, int, int]) -> _Room:
+        """The arrays for so many sequences, levels and nodes; the call points to them and to the sources."""
+        call = self._call
+        if self._sources is None or not all(map(operator.is_, sources, self._sources)):
+            self._sources, self._pass = sources, self._decoder.call(sources.keys, sources.values)
+            call.decoder, self._room = self._pass, None
+            call.features, call.features_slot = sources.features_SLF.data_ptr(), sources.features_SLF.stride(0)
+            call.committed, call.committed_slot = sources.tokens_SL.data_ptr(), sources.tokens_SL.stride(0)
+        if self._room is None or self._room.sizes != sizes:
+            self._room = _Room(call, *sizes)
+        return self._room
+
+    def _point_to_prices(self, prices: Prices) -> None:
+        if prices is not self._prices:
+            self._prices, call = prices, self._call
+            call.acceptance = prices.acceptance_KC.data_ptr()
+            call.columns_s, call.num_columns = ctypes.addressof(prices.columns_s), len(prices.columns_s)
+            call.levels_s = ctypes.addressof(prices.levels_s)
 
 
 def doubles(numbers: Sequence[float]) -> ctypes.Array[ctypes.c_double]:

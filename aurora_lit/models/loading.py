@@ -37,6 +37,7 @@ from aurora_lit.models.native_target import NativeTarget, make_native, packed_co
 from aurora_lit.models.source import UNQUANTISED, check_names, loading_error, unreadable_weights
 from aurora_lit.models.target_check import check_target
 from aurora_lit.models.torch_target import TorchTarget
+from aurora_lit.progress import waiting
 
 _SMALLEST_BYTES = 64 << 20
 """Smaller sources are packed as fast as a file is read."""
@@ -103,20 +104,21 @@ def _load(folder: Path, *, precision: str, device: torch.device) -> NativeTarget
         raise SourceError(f"target.precision={precision} needs the native kernels: {reason}; {remedy}, or use bf16")
     if (unreadable := unreadable_weights(folder)) is not None:
         raise SourceError(f"target.source: {folder} {unreadable}; {UNQUANTISED}")
-    try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            folder,
-            dtype=torch.float32 if packing else dtype,
-            local_files_only=True,
-            trust_remote_code=False,
-            output_loading_info=True,
-        )
-    except Exception as error:  # families and quantisers raise exceptions of all kinds
-        raise loading_error(folder, error) from error
-    model, loading = loaded
-    check_names(folder, missing=loading["missing_keys"], unread=loading["unexpected_keys"])
-    if packing:
-        pack_model(model, precision=precision, head=model.get_output_embeddings())
+    with waiting(f"Loading {folder.name}"):
+        try:
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                folder,
+                dtype=torch.float32 if packing else dtype,
+                local_files_only=True,
+                trust_remote_code=False,
+                output_loading_info=True,
+            )
+        except Exception as error:  # families and quantisers raise exceptions of all kinds
+            raise loading_error(folder, error) from error
+        model, loading = loaded
+        check_names(folder, missing=loading["missing_keys"], unread=loading["unexpected_keys"])
+        if packing:
+            pack_model(model, precision=precision, head=model.get_output_embeddings())
     target = TorchTarget(model.to(device), kv_dtype=dtype)
     check_target(target)
     if not packing:

@@ -31,6 +31,7 @@ from rich.console import Console
 from aurora_lit.durable import sync
 from aurora_lit.errors import SourceError
 from aurora_lit.ipc.process_lifetime import die_with_parent, module_command
+from aurora_lit.progress import waiting
 
 _REMEDY_OFFLINE = (
     "connect to the package index (pip's own settings for index, proxy and certificate are used), "
@@ -168,14 +169,15 @@ def _pip_download(requirement: str, folder: Path) -> None:
     if tuple(map(int, importlib.metadata.version("pip").split(".")[:2])) >= (25, 1):
         command.append("--resume-retries=5")
     print_progress(f"Downloading {requirement} from the package index")
-    result = subprocess.run(
-        [*command, requirement],
-        stdout=2,
-        stderr=subprocess.PIPE,
-        text=True,
-        check=False,
-        preexec_fn=functools.partial(die_with_parent, os.getpid()),  # pip ignores Ctrl-C, if this process does
-    )
+    with waiting(f"Downloading {requirement}"):
+        result = subprocess.run(
+            [*command, requirement],
+            stdout=2,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+            preexec_fn=functools.partial(die_with_parent, os.getpid()),  # pip ignores Ctrl-C, if this process does
+        )
     if result.returncode != 0:
         lines = [line.removeprefix("ERROR: ") for line in result.stderr.splitlines() if line.startswith("ERROR: ")]
         reason = lines[0] if lines else f"pip exited with code {result.returncode}"

