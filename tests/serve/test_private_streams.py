@@ -133,12 +133,6 @@ def test_the_openai_client_ignores_the_filling(server: FakeServer) -> None:
         assert isinstance(getattr(part, "obfuscation", None), str)
 
 
-def test_an_error_before_the_first_token_keeps_its_status(server: FakeServer) -> None:
-    response = httpx.post(server.url + COMPLETION, json=body(COMPLETION, "<|error|>"), timeout=20)
-    assert response.status_code == 500
-    assert "as asked" in response.json()["error"]["message"]
-
-
 @pytest.mark.process
 def test_a_worker_that_dies_ends_the_stream_with_what_was_ready_and_an_error() -> None:
     with FakeServer(server={"stream_interval_ms": 300.0}, options={"round_s": 0.01}) as server:
