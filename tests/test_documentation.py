@@ -108,7 +108,10 @@ def test_the_readmes_request_has_the_printed_answer() -> None:
 # -- commands ------------------------------------------------------------------------------------------------------
 
 
-def test_every_command_line_is_understood_and_every_command_is_shown() -> None:
+def test_every_command_line_is_understood_and_every_command_is_shown(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("aurora_lit.ipc.run_folder.default_parent", lambda: tmp_path)  # `learn` asks a server's
     for words in AURORA_COMMANDS:
         result = CliRunner().invoke(main, [*words, "--print-config"])
         assert result.exit_code == 0, f"{' '.join(words)}: {result.output}"
