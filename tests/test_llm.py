@@ -201,7 +201,6 @@ def test_a_stop_string_ends_an_answer_and_frees_its_slot(llm: LLM, target: Targe
 def test_logprobs_are_by_token_with_ranks(llm: LLM) -> None:
     (answer,) = llm.generate(PROMPTS[0], SamplingParams(max_tokens=4, temperature=0.0, logprobs=2))
     (output,) = answer.outputs
-    assert output.logprobs is not None
     assert len(output.logprobs) == 4
     for token, entry in zip(output.token_ids, output.logprobs, strict=True):
         assert entry[token].rank == 1, "greedy"
@@ -216,20 +215,17 @@ def test_logprobs_are_by_token_with_ranks(llm: LLM) -> None:
 def test_special_tokens_are_named_beside_their_logprobs(llm: LLM) -> None:
     llm._tokenizer.add_special_tokens({"additional_special_tokens": [text_of([7])]})
     (answer,) = llm.generate([[3, 7]], SamplingParams(max_tokens=1, prompt_logprobs=0))
-    assert answer.prompt_logprobs is not None
     assert [entry and entry[7].decoded_token for entry in answer.prompt_logprobs] == [None, text_of([7])]
 
 
 def test_prompt_logprobs_are_the_targets(llm: LLM, target: Target) -> None:
     (answer,) = llm.generate(PROMPTS[0], SamplingParams(max_tokens=2, prompt_logprobs=3))
-    assert answer.prompt_logprobs is not None
     first, *rest = answer.prompt_logprobs
     assert first is None
     with torch.no_grad():
         logits_BTV = target.in_torch.model(torch.tensor([answer.prompt_token_ids]), use_cache=False).logits
         expected_TV = logits_BTV[0].log_softmax(-1)
     for place, known in enumerate(rest):
-        assert known is not None
         token = answer.prompt_token_ids[place + 1]
         assert known[token].logprob == pytest.approx(float(expected_TV[place, token]), abs=1e-4)
         order = expected_TV[place].argsort(descending=True).tolist()

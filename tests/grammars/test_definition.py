@@ -34,7 +34,6 @@ def test_a_long_chain_of_definitions_does_not_end_the_process_and_a_longer_one_i
     compiler = GrammarCompiler(lambda: state, vocab_size=backend().get_vocab_size(), eos_token_ids=frozenset([0]))
     assert compiler.compile(long, end_tokens=frozenset([0])).result().allowed.any()
     fault = fault_of(StructuredOutputsParams(json=json.dumps(chain(2000))))
-    assert fault is not None
     assert "may have 131072" in fault.reason
 
 
@@ -60,7 +59,6 @@ def test_a_fault_of_a_schema_has_the_keys_that_lead_to_it(
     schema: dict[str, Any], place: str, reason: str, as_text: bool
 ) -> None:
     fault = fault_of(StructuredOutputsParams(json=json.dumps(schema) if as_text else schema))
-    assert fault is not None
     assert fault.place == place
     assert reason in fault.reason
     assert "\n" not in fault.reason
@@ -81,7 +79,6 @@ def test_a_fault_of_a_schema_has_the_keys_that_lead_to_it(
 )
 def test_a_fault_of_other_grammars_has_its_line_and_column(asked: dict[str, Any], reason: str) -> None:
     fault = fault_of(StructuredOutputsParams(**asked))
-    assert fault is not None
     assert reason in fault.reason
     assert len(fault.reason) <= 240
 
@@ -108,7 +105,6 @@ def test_special_tokens_are_looked_up_in_the_tokenizer() -> None:
     tokenizer = LLTokenizer(backend().to_str(), eos_token=8)
     assert fault_of(known, tokenizer) is None
     fault = fault_of(unknown, tokenizer)
-    assert fault is not None
     assert "<nothing>" in fault.reason
 
 
@@ -249,7 +245,6 @@ def test_an_integer_that_ends_the_process_is_refused_before_it_is_read(
 
     monkeypatch.setattr(definition, "_reason", read)
     fault = fault_of(StructuredOutputsParams(**asked))
-    assert fault is not None
     assert fault.place == place
 
 
@@ -343,5 +338,4 @@ def test_both_kinds_of_grammar_are_told_apart_and_a_long_one_in_gbnf_is_not_conv
     monkeypatch.setattr(definition, "gbnf_to_lark", convert)
     for text in (long, f'root ::= "{"a" * 200_000}"'):
         fault = fault_of(StructuredOutputsParams(grammar=text))
-        assert fault is not None
         assert "in GBNF, and may have 1000 and 131072; write it in Lark" in fault.reason
