@@ -97,6 +97,7 @@ def trials(rng: random.Random, number: int, *, rate: float, num_before: int) -> 
     ]
 
 
+@pytest.mark.slow
 def test_a_few_hard_requests_after_a_swap_are_not_blamed_on_the_draft() -> None:
     """Rounds of one request are alike, so that a dozen of requests says little; a bad draft is called all the same."""
     rng = random.Random(9)
@@ -106,6 +107,7 @@ def test_a_few_hard_requests_after_a_swap_are_not_blamed_on_the_draft() -> None:
     assert all(found is not None and found[0] < 1000 for found in took), took
 
 
+@pytest.mark.slow
 def test_requests_before_the_swap_were_few_and_easy_by_chance() -> None:
     """Their mean is as uncertain as that of the draft on trial."""
     called = trials(random.Random(10), 150, rate=0.55, num_before=72)

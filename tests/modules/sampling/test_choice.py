@@ -23,6 +23,11 @@ from aurora_lit.request import SamplingParams
 needs_kernels = pytest.mark.skipif(native.library() is None, reason="no C++ compiler, or AURORA_LIT_NATIVE=0")
 
 
+def slow(value: Any) -> Any:
+    """A case that CI tries."""
+    return pytest.param(value, marks=pytest.mark.slow)
+
+
 def temperature_of(params: SamplingParams) -> float:
     return 0.0 if is_greedy(params) else params.temperature
 
@@ -92,7 +97,7 @@ def test_native_choices_do_not_depend_on_rows_beside_them_or_on_threads() -> Non
 
 
 @needs_kernels
-@pytest.mark.parametrize("temperature", [0.3, 1.0, 2.0])
+@pytest.mark.parametrize("temperature", [slow(0.3), 1.0, slow(2.0)])
 @pytest.mark.parametrize("option", [{"top_k": 7}, {"top_p": 0.8}, {"min_p": 0.05}, {"top_k": 20, "top_p": 0.7}])
 def test_exactly_the_tokens_that_the_options_keep_are_drawn(option: dict[str, float], temperature: float) -> None:
     """Of forty tokens, some equal, so that ties are kept; the support and the law are those of the definition."""
@@ -101,7 +106,15 @@ def test_exactly_the_tokens_that_the_options_keep_are_drawn(option: dict[str, fl
 
 
 @needs_kernels
-@pytest.mark.parametrize("option", [{"top_p": p} for p in (0.2, 0.5, 0.9)] + [{"top_k": k} for k in (1, 2, 21, 22, 40)])
+@pytest.mark.parametrize(
+    "option",
+    [
+        {"top_p": 0.5},
+        {"top_k": 21},
+        *(slow({"top_p": p}) for p in (0.2, 0.9)),
+        *(slow({"top_k": k}) for k in (1, 2, 22, 40)),
+    ],
+)
 @pytest.mark.parametrize("min_p", [0.0, 0.5148])
 def test_thresholds_are_exact_among_nearly_equal_probabilities(min_p: float, option: dict[str, float]) -> None:
     """Fifty-nine of sixty tokens have weights in one bin of csrc/sampler.hpp, and min-p lies between them."""

@@ -88,7 +88,9 @@ def tokens(answers: dict[str, Answer]) -> dict[str, list[int]]:
 
 
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize(
+    "options", [pytest.param(o, marks=pytest.mark.slow) if o == "temperature 1" else o for o in OPTIONS]
+)
 def test_outputs_are_those_of_plain_decoding_and_of_the_grammar(case: Case, way: str, options: str) -> None:
     asked = requests(40, **OPTIONS[options]) + requests(10, **OPTIONS[options], regex=None)
     plain = run(case.engine(drafts=False), asked)
