@@ -134,39 +134,41 @@ def run(
     }
     if first:
         replace_file(out / REPORT_NAME, (json.dumps(result, indent=2) + "\n").encode())
-        console = Console()
-        for title in ("domains", "windows"):
-            console.print(table(result, title))
-        if replayed.skipped:
-            console.print(f"{replayed.skipped} of {total} traces were skipped: of another target, or damaged")
-        if dropped := result["poisoned"]:
-            taken = dropped + result["steps"]
-            console.print(f"{dropped} of {taken} batches were dropped: their loss or gradient was not finite")
-        if not result["trials"]:
-            console.print(
-                f"no trial was held: {result['steps']} steps were taken, and one needs learn.publish_every_steps="
-                f"{config.learn.publish_every_steps} and {MIN_REQUESTS} requests that are kept for it; give more "
-                "traces, or raise --steps-per-trace",
-                soft_wrap=True,
-            )
-        if ended_by is not None:  # the served draft may be half replaced: it is not written
-            console.print(
-                f"interrupted; drafts that have passed the gate are in {out / VERSIONS_NAME}",
-                soft_wrap=True,
-                markup=False,
-            )
-        else:
+        if ended_by is None:  # else the served draft may be half replaced: it is not written
             save_draft(replayed.served, out / DRAFT_NAME)
-            console.print(
-                f"{result['published']} of {len(result['trials'])} drafts passed the gate"
-                + ("" if result["published"] else ": the final draft is the starting draft")
-                + f"; serve it with {settings_to_serve(out / DRAFT_NAME, config)}",
-                soft_wrap=True,
-                markup=False,
-            )
+        _print_report(result, config, out, is_whole=ended_by is None)
     if ended_by is not None:
         raise ended_by
     return result
+
+
+def _print_report(result: dict[str, Any], config: AuroraConfig, out: Path, *, is_whole: bool) -> None:
+    """The tables, what was left out, and how the draft is served; is_whole: the replay was not interrupted."""
+    console = Console()
+    for title in ("domains", "windows"):
+        console.print(table(result, title))
+    if skipped := result["skipped"]:
+        total = result["traces"] + skipped
+        console.print(f"{skipped} of {total} traces were skipped: of another target, or damaged")
+    if dropped := result["poisoned"]:
+        taken = dropped + result["steps"]
+        console.print(f"{dropped} of {taken} batches were dropped: their loss or gradient was not finite")
+    if not result["trials"]:
+        console.print(
+            f"no trial was held: {result['steps']} steps were taken, and one needs learn.publish_every_steps="
+            f"{config.learn.publish_every_steps} and {MIN_REQUESTS} requests that are kept for it; give more "
+            "traces, or raise --steps-per-trace",
+            soft_wrap=True,
+        )
+    if is_whole:
+        last = (
+            f"{result['published']} of {len(result['trials'])} drafts passed the gate"
+            + ("" if result["published"] else ": the final draft is the starting draft")
+            + f"; serve it with {settings_to_serve(out / DRAFT_NAME, config)}"
+        )
+    else:
+        last = f"interrupted; drafts that have passed the gate are in {out / VERSIONS_NAME}"
+    console.print(last, soft_wrap=True, markup=False)
 
 
 def _cannot_use(out: Path) -> str | None:

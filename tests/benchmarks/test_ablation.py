@@ -23,10 +23,7 @@ from aurora_lit.kernels import native
 from aurora_lit.learn.offline.copies import CopiedTokens
 from aurora_lit.learn.offline.replay import read_traces
 from aurora_lit.models.loading import load_target
-from aurora_lit.modules.domains.controller import DomainController
-from aurora_lit.modules.domains.detector import acceptance_rate
 from aurora_lit.traces.log import read_index
-from aurora_lit.traces.record import Trace
 from benchmarks import ablation
 from benchmarks.ablation import (
     ARMS,
@@ -272,23 +269,3 @@ def test_arms_learn_differently_and_the_memory_remembers(folder: Path, tmp_path:
         assert arms["memory"]["traffic"]["over"]["static"]["interval"][0] > 1, "answers come again"
         assert arms["both"]["traffic"]["over"]["learner"]["interval"][0] > 1
         assert arms["memory"]["measured"]["before"] == arms["static"]["measured"]["before"], "nothing is remembered yet"
-
-
-@pytest.mark.slow
-def test_the_detector_sees_no_rounds_of_the_draft_that_was_recorded(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Only requests that the seed takes have rounds of the arm's own draft."""
-    seen: list[Trace] = []
-    assign_domain = DomainController.assign_domain
-
-    def noted(self: DomainController, trace: Trace) -> Trace:
-        seen.append(trace)
-        return assign_domain(self, trace)
-
-    monkeypatch.setattr(DomainController, "assign_domain", noted)
-    run(a_config(folder), options(folder, tmp_path, "lk", every=4, steps_per_request=0.0))
-    taken = {trace.request_id for trace in seen if takes(trace.request_id, seed=0, every=4)}
-    assert 0 < len(taken) < len(seen) == 54
-    assert {trace.domain for trace in seen} == {""}, "labels are hidden"
-    assert {trace.request_id for trace in seen if acceptance_rate(trace) is not None} == taken

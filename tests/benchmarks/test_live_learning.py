@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
-import json
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
-from support.fake_engine import tiny_tokenizer
 
 from aurora_lit.errors import ConfigError
 from benchmarks import live_learning
@@ -81,61 +77,3 @@ def test_the_last_draft_is_compared_where_it_is_another_one() -> None:
     assert list(arms_of("a", "b")) == ["shipped", "learned", "learned, memory", "last", "plain"]
     assert "last" not in arms_of("b", "b")
     assert arms_of(None, None)["learned"] == arms_of(None, None)["shipped"]
-
-
-@pytest.mark.slow
-def test_a_file_that_comes_again_goes_on_and_each_phase_is_kept(
-    asked: list[tuple[str, float | None]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Its prompts keep their system turn, and too long ones are left out before the held-out ones are counted."""
-    files = {}
-    for name in ("a", "b"):
-        turns = [f"{name}{i}" + " much too long" * 600 * (i % 7 == 3) for i in range(200)]
-        files[name] = tmp_path / f"{name}.jsonl"
-        files[name].write_text(
-            "".join(json.dumps({"messages": [SYSTEM, {"role": "user", "content": t}]}) + "\n" for t in turns)
-        )
-
-    @contextlib.contextmanager
-    def server(config: Any, log: Path) -> Iterator[str]:
-        yield "http://nowhere"
-
-    compared = []
-
-    def measure(arms: Any, options: Any) -> list[dict[str, Any]]:
-        compared.append((options.prompts[0].stem, options.skip))
-        if len(compared) == 3:
-            raise KeyboardInterrupt
-        return [{"unequal": 0}]
-
-    class Store:
-        """One more version at each look."""
-
-        def __init__(self, folder: Path, *, keep: int) -> None:
-            self.folder, self.number = tmp_path / "versions", 0
-
-        def current(self) -> str:
-            self.number += 1
-            (self.folder / f"draft-{self.number}").mkdir(parents=True)
-            return f"draft-{self.number}"
-
-    monkeypatch.setattr(live_learning, "DraftStore", Store)
-    monkeypatch.setattr(live_learning, "load_tokenizer", lambda _: tiny_tokenizer())
-    monkeypatch.setattr(live_learning, "running_server", server)
-    monkeypatch.setattr(live_learning, "learner_status", lambda _: {**STATUS, "processor_s": 1.0})
-    monkeypatch.setattr(live_learning.one_process, "measure", measure)
-    phases = [str(files[name]) for name in ("a", "b", "a")]
-    how = ["--seconds", "0.5", "--clients", "1", "--turns", "2", "--warm-up", "1", "--max-tokens", "8"]
-    out = tmp_path / "out"
-    monkeypatch.setattr("sys.argv", ["live_learning", "--phases", *phases, *how, "--out", str(out)])
-    with pytest.raises(KeyboardInterrupt):
-        live_learning.main()
-    texts = [text for text, _ in asked]
-    assert len(texts) == len(set(texts)), "the second phase of a goes on where the first one stopped"
-    assert [name for name, _ in itertools.groupby(text[0] for text in texts)] == ["a", "b", "a"]
-    assert not any("long" in text for text in texts)
-    assert compared == [("a", 171 - 6), ("b", 171 - 6), ("a", 171 - 6)]
-    assert sorted(path.name for path in out.glob("after-*")) == ["after-1-a", "after-2-b", "after-3-a"]
-    report = json.loads((out / "report.json").read_text())
-    assert [phase["traffic"] for phase in report["phases"]] == ["a", "b", "a"]
-    assert [row["traffic"] for row in report["rows"]] == ["a", "b"], "what was measured before it was killed"

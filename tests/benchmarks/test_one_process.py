@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,7 +13,6 @@ from aurora_lit.drafts.checkpoint import save_draft
 from aurora_lit.errors import ConfigError
 from aurora_lit.models.loading import load_target
 from aurora_lit.request import PLANS
-from benchmarks import one_process
 from benchmarks.one_process import Turn, build_arms, parse_arm, row
 
 
@@ -64,44 +61,3 @@ def test_arms_share_one_target(overrides: list[str]) -> None:
     assert engines["a"].target is engines["b"].target
     with pytest.raises(ConfigError, match="--arm b: arms share one target"):
         build_arms({"a": [], "b": ["target.precision=bf16"]}, overrides)
-
-
-def test_all_arms_answer_every_prompt(
-    overrides: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    prompts = tmp_path / "prompts.jsonl"
-    prompts.write_text("".join(f'{{"messages": [{{"role": "user", "content": "{word}"}}]}}\n' for word in "abcde"))
-    arms = ["--arm", "plain=engine.speculate=false", "--arm", "draft=engine.lookup=false", "--arm", "all="]
-    more = [
-        "--turns",
-        "3",
-        "--warm-up",
-        "1",
-        "--max-tokens",
-        "12",
-        "--clients",
-        "2",
-        "--out",
-        str(tmp_path / "out"),
-        "--repeat",
-    ]
-    monkeypatch.setattr("sys.argv", ["one_process", "--prompts", str(prompts), *arms, *more, "--", *overrides])
-    with monkeypatch.context() as patched:
-        patched.setattr("sys.argv", [each for each in sys.argv if each != "--repeat"])
-        with pytest.raises(ConfigError, match="5 prompts are too few for 16"):
-            one_process.main()
-    assert one_process.main() == 0, "answers are equal"
-    rows = json.loads((tmp_path / "out").read_text())["rows"]
-    assert [(each["temperature"], each["arm"], each["turns"]) for each in rows] == [
-        (temperature, arm, 3) for temperature in (0.0, 1.0) for arm in ("plain", "draft", "all")
-    ]
-    assert all(each["plans"]["plain"] == 1 for each in rows if each["arm"] == "plain")
-    assert all(each["plans"]["chain"] > 0.5 for each in rows if each["arm"] == "draft")
-    assert "over the first" in capsys.readouterr().out
-
-
-def test_one_arm_alone_is_refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr("sys.argv", ["one_process", "--prompts", "p.jsonl", "--arm", "a="])
-    with pytest.raises(SystemExit):
-        one_process.main()
-    assert "--arm is needed twice or more" in capsys.readouterr().err
