@@ -134,21 +134,26 @@ def run(
     }
     if first:
         replace_file(out / REPORT_NAME, (json.dumps(result, indent=2) + "\n").encode())
-        if ended_by is None:  # else the served draft may be half replaced: it is not written
+        console = Console()
+        _print_report(console, result, config, total=total)
+        if ended_by is not None:  # the served draft may be half replaced: it is not written
+            last = f"interrupted; drafts that have passed the gate are in {out / VERSIONS_NAME}"
+        else:
             save_draft(replayed.served, out / DRAFT_NAME)
-        _print_report(result, config, out, is_whole=ended_by is None)
+            last = f"{result['published']} of {len(result['trials'])} drafts passed the gate"
+            last += "" if result["published"] else ": the final draft is the starting draft"
+            last += f"; serve it with {settings_to_serve(out / DRAFT_NAME, config)}"
+        console.print(last, soft_wrap=True, markup=False)
     if ended_by is not None:
         raise ended_by
     return result
 
 
-def _print_report(result: dict[str, Any], config: AuroraConfig, out: Path, *, is_whole: bool) -> None:
-    """The tables, what was left out, and how the draft is served; is_whole: the replay was not interrupted."""
-    console = Console()
+def _print_report(console: Console, result: dict[str, Any], config: AuroraConfig, *, total: int) -> None:
+    """The tables, and what was left out of `total` traces."""
     for title in ("domains", "windows"):
         console.print(table(result, title))
     if skipped := result["skipped"]:
-        total = result["traces"] + skipped
         console.print(f"{skipped} of {total} traces were skipped: of another target, or damaged")
     if dropped := result["poisoned"]:
         taken = dropped + result["steps"]
@@ -160,15 +165,6 @@ def _print_report(result: dict[str, Any], config: AuroraConfig, out: Path, *, is
             "traces, or raise --steps-per-trace",
             soft_wrap=True,
         )
-    if is_whole:
-        last = (
-            f"{result['published']} of {len(result['trials'])} drafts passed the gate"
-            + ("" if result["published"] else ": the final draft is the starting draft")
-            + f"; serve it with {settings_to_serve(out / DRAFT_NAME, config)}"
-        )
-    else:
-        last = f"interrupted; drafts that have passed the gate are in {out / VERSIONS_NAME}"
-    console.print(last, soft_wrap=True, markup=False)
 
 
 def _cannot_use(out: Path) -> str | None:
