@@ -23,6 +23,7 @@ from support.tiny_models import (
     request,
     run,
     save_model,
+    supervised_loss,
 )
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
@@ -95,7 +96,7 @@ def test_greedy_output_equals_transformers_and_a_draft_learns_to_predict_it(case
     module, batch = draft_module(case.target, draft, num_steps=2), draft_batch(case.target, torch.tensor(texts))
     optimizer, losses = torch.optim.AdamW(draft.parameters(), lr=8e-3), []
     for _ in range(30):
-        loss = module.training_step(batch).loss
+        loss = supervised_loss(module, batch)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -117,9 +118,9 @@ def test_learning_uses_the_targets_own_distribution(case: FamilyCase) -> None:
     torch.testing.assert_close(read.tempered_lse_N, target.logits(batch.last_BTH[0]).logsumexp(-1), atol=1e-5, rtol=0)
     hidden_TH = module.unroll(batch)[0, 0]
     expected_T = lk_loss(p_TV[:, draft.draft_token_ids], draft.compute_logits(hidden_TH).softmax(-1))
-    report = module.training_step(batch)
-    counted_T = report.mask_KBT[0, 0] > 0
-    torch.testing.assert_close(report.stats.loss_N[0][counted_T], expected_T[counted_T], atol=1e-4, rtol=0)
+    stats, mask_KBT = module.score(batch)
+    counted_T = mask_KBT[0, 0] > 0
+    torch.testing.assert_close(stats.loss_N[0][counted_T], expected_T[counted_T], atol=1e-4, rtol=0)
     trained = draft_index(p_TV.argmax(-1), draft)
     logit_T = module.logit_transform.at_tokens((batch.last_BTH[0] * module.head_VdH[trained]).sum(-1), trained)
     inside_T = draft.t2d[p_TV.argmax(-1)]

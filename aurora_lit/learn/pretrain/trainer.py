@@ -26,7 +26,7 @@ from aurora_lit.learn.training_precision import one_process_fabric
 from aurora_lit.modules.losses.batch import OnlineBatch
 from aurora_lit.modules.losses.chain_losses import accepted_proposals
 from aurora_lit.modules.losses.draft_module import DraftModule, clip_gradients
-from aurora_lit.modules.losses.objective import StepReport
+from aurora_lit.modules.losses.objective import OnlineReport
 from aurora_lit.progress import Progress
 from aurora_lit.traces.log import ShardInfo
 
@@ -148,16 +148,16 @@ class DraftTrainer:
             logsumexp=logsumexp,
         ):
             with self.fabric.autocast():
-                report = self.module.training_step(batch.to(self.fabric.device))
+                stats, mask_KBT = self.module.score(batch.to(self.fabric.device))
             domain = batch.domains[0]
-            weight_KN = report.mask_KBT.flatten(1)
-            for table, values_KN in ((alphas, report.stats.alpha_N), (matches, report.stats.top1_match_N)):
+            weight_KN = mask_KBT.flatten(1)
+            for table, values_KN in ((alphas, stats.alpha_N), (matches, stats.top1_match_N)):
                 meters = table.setdefault(domain, [MeanMetric() for _ in range(steps)])
                 for step, meter in enumerate(meters):
                     meter.update(values_KN[step].float(), weight_KN[step])
-            alpha_KBT = report.stats.alpha_N.view_as(report.mask_KBT) * report.mask_KBT
+            alpha_KBT = stats.alpha_N.view_as(mask_KBT) * mask_KBT
             accepted_BT = accepted_proposals(alpha_KBT, torch.ones_like(alpha_KBT))[0]
-            lengths.setdefault(domain, MeanMetric()).update(1 + accepted_BT, report.mask_KBT[0])
+            lengths.setdefault(domain, MeanMetric()).update(1 + accepted_BT, mask_KBT[0])
         report_by_domain = {}
         for domain, meters in alphas.items():
             report_by_domain[domain] = {
@@ -224,9 +224,9 @@ class DraftTrainer:
         ):
             yield OnlineBatch.without_rounds(batch).to(self.fabric.device)
 
-    def _step(self, batch: OnlineBatch) -> StepReport:
+    def _step(self, batch: OnlineBatch) -> OnlineReport:
         with self.fabric.autocast():
-            report: StepReport = self.module.training_step(batch)
+            report: OnlineReport = self.module.training_step(batch)
         self.module.zero_grad()
         self.fabric.backward(report.loss)
         norm = clip_gradients(self.module.parameters())
@@ -276,7 +276,7 @@ def _saved_state(path: Path) -> dict[str, Any]:
     return state
 
 
-def _note(report: StepReport) -> str:
+def _note(report: OnlineReport) -> str:
     weight_N = report.mask_KBT[0].flatten()
     alpha = float((report.stats.alpha_N[0] * weight_N).sum() / weight_N.sum().clamp_min(1))
     return f"loss {float(report.loss.detach()):.3f}, first-proposal acceptance {alpha:.3f}"

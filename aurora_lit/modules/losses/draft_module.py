@@ -1,4 +1,4 @@
-"""The draft as a LightningModule: the LK loss and the value loss over K unrolled steps; online, the policy terms too.
+"""The draft as a LightningModule: the LK and the value loss over K unrolled steps, and the policy terms.
 
 The draft trains on its own hidden states, as it will be served: step 0 reads the target's hidden states, step j the
 draft's own of step j − 1 (modules/losses/unroll.py).
@@ -12,7 +12,7 @@ V target vocabulary, Vd draft vocabulary, N = B·T rows, R rows that have a weig
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import overload
+from typing import Any
 
 import torch
 from lightning import LightningModule
@@ -21,17 +21,14 @@ from torch import nn
 from aurora_lit.modules.draft.eagle3 import Eagle3Draft
 from aurora_lit.modules.draft.logit_transform import IDENTITY, LogitTransform
 from aurora_lit.modules.losses.batch import OnlineBatch, Rounds, TraceBatch
-from aurora_lit.modules.losses.chain_losses import ChainHeads, accepted_proposals, chain_losses
+from aurora_lit.modules.losses.chain_losses import ChainHeads, chain_losses
 from aurora_lit.modules.losses.fused_lk import TargetRows, fused_lk_loss
 from aurora_lit.modules.losses.lk import KL_DECAY, LKStats
 from aurora_lit.modules.losses.muon import BlockMuon
-from aurora_lit.modules.losses.objective import OnlineReport, OnlineWeights, StepReport
+from aurora_lit.modules.losses.objective import OnlineReport, OnlineWeights
 from aurora_lit.modules.losses.policy import PolicyTerms, draft_index, policy_terms, sampled_share, usable_rounds
 from aurora_lit.modules.losses.token_sample import TokenSample, sample_tokens
 from aurora_lit.modules.losses.unroll import RootStates, StepwiseChains, shift_positions, unroll, unroll_rounds
-
-_STEP_DECAY = 0.8
-"""Step j of a supervised batch has the weight _STEP_DECAY^j."""
 
 
 class DraftModule(LightningModule):
@@ -70,25 +67,7 @@ class DraftModule(LightningModule):
         self.between_pieces: Callable[[], None] = lambda: None
         """Called between the pieces of an online step, forward and backward, where it can wait."""
 
-    @overload  # type: ignore[override]
-    def training_step(self, batch: TraceBatch, batch_idx: int = 0) -> StepReport: ...
-
-    @overload
-    def training_step(self, batch: OnlineBatch, batch_idx: int = 0) -> OnlineReport: ...
-
-    def training_step(self, batch: TraceBatch | OnlineBatch, batch_idx: int = 0) -> StepReport:
-        """Loss and statistics of one batch. LK and value loss are divided by the summed weights of all steps.
-
-        Raises ValueError if a TraceBatch has no `lse_BT`.
-        """
-        if isinstance(batch, OnlineBatch):
-            return self._online_step(batch)
-        mask_KBT, weight_KBT = self._mask_and_weights(batch)
-        loss_sum, value_sum, stats = self._supervised_losses(batch, self.unroll(batch), mask_KBT, weight_KBT)
-        loss = (loss_sum + self.value_weight * value_sum) / weight_KBT.sum().clamp_min(1.0)
-        return StepReport(loss=loss, stats=stats, mask_KBT=mask_KBT)
-
-    def _online_step(self, batch: OnlineBatch) -> OnlineReport:
+    def training_step(self, batch: OnlineBatch) -> OnlineReport:  # type: ignore[override]
         """Each term is an average over its own rows: live positions, replayed positions, or rounds.
 
         Positions whose token the draft does not have add 0: no draft of this vocabulary is accepted there. Others add
@@ -207,32 +186,25 @@ class DraftModule(LightningModule):
             needed_BT=batch.weight_BT > 0 if needed_BT is None else needed_BT,
         )
 
-    def _mask_and_weights(self, batch: TraceBatch) -> tuple[torch.Tensor, torch.Tensor]:
-        """1 where a step has a target that counts, else 0; and that target's weight. Both [K, B, T]."""
-        K, ones_BT = self.num_steps, torch.ones_like(batch.weight_BT)
-        mask_KBT = torch.stack([shift_positions(ones_BT, 1 + step) for step in range(K)]) * (batch.weight_BT > 0)
-        decay_K = _STEP_DECAY ** torch.arange(K, device=ones_BT.device)
-        return mask_KBT, mask_KBT * batch.weight_BT * decay_K[:, None, None]
+    def score(self, batch: TraceBatch) -> tuple[LKStats, torch.Tensor]:
+        """How well the draft is accepted along traces: statistics of every step at every target position [K, B·T].
 
-    def _supervised_losses(
-        self,
-        batch: TraceBatch,
-        hidden_KBTH: torch.Tensor,
-        mask_KBT: torch.Tensor,
-        weight_KBT: torch.Tensor,
-    ) -> tuple[torch.Tensor, torch.Tensor, LKStats]:
-        """Weighted sums of the LK loss and of the value head's squared error; statistics of every row."""
+        And the mask [K, B, T]: 1 where a step has a target that counts; elsewhere statistics are 0. Raises ValueError
+        if the batch has no `lse_BT`.
+        """
         if batch.lse_BT is None:
             raise ValueError("batch.lse_BT is None; compute it with the target's head first")
-        K, B, T, H = hidden_KBTH.shape
+        ones_BT = torch.ones_like(batch.weight_BT)
+        reached_KBT = torch.stack([shift_positions(ones_BT, 1 + step) for step in range(self.num_steps)])
+        mask_KBT = reached_KBT * (batch.weight_BT > 0)
         # Only rows with a weight go through the heads, which are half of the work.
-        row_R = (weight_KBT > 0).any(0).flatten().nonzero()[:, 0]
+        row_R = mask_KBT.any(0).flatten().nonzero()[:, 0]
         if not row_R.numel():  # a batch of prompts only: one row, of weight 0
             row_R = row_R.new_zeros(1)
-        loss_sum, weighted = fused_lk_loss(
-            h_NH=self.draft.norm(hidden_KBTH.view(K, B * T, H)[:, row_R]),
+        _, stats = fused_lk_loss(
+            h_NH=self.draft.norm(self.unroll(batch).flatten(1, 2)[:, row_R]),
             weight_DH=self.draft.lm_head.weight,
-            row_weight_N=weight_KBT.view(K, B * T)[:, row_R],
+            row_weight_N=mask_KBT.flatten(1)[:, row_R],
             target=TargetRows(
                 h_NG=batch.last_BTH.flatten(0, 1)[row_R],
                 weight_DG=self.head_VdH,
@@ -240,15 +212,14 @@ class DraftModule(LightningModule):
                 lse_N=batch.lse_BT.flatten()[row_R],
             ),
         )
-        stats = LKStats(
-            alpha_N=_scatter_rows(weighted.alpha_N, row_R, B * T),
-            kl_N=_scatter_rows(weighted.kl_N, row_R, B * T),
-            top1_match_N=_scatter_rows(weighted.top1_match_N, row_R, B * T),
-        )
-        value_KBT = self.draft.compute_value(hidden_KBTH.detach())
-        alpha_KBT = stats.alpha_N.view(K, B, T) * (mask_KBT > 0)
-        return_KBT = accepted_proposals(alpha_KBT, torch.ones_like(alpha_KBT))
-        return loss_sum, ((value_KBT - return_KBT).square() * weight_KBT).sum(), stats
+
+        def of_all_rows(values_KR: torch.Tensor) -> torch.Tensor:
+            return values_KR.new_zeros(self.num_steps, ones_BT.numel()).index_copy(1, row_R, values_KR)
+
+        all_rows: dict[str, Any] = {
+            name: of_all_rows(getattr(stats, name)) for name in ("alpha_N", "kl_N", "top1_match_N")
+        }
+        return LKStats(**all_rows), mask_KBT
 
     def _policy_terms(self, rounds: Rounds, chains: RootStates) -> PolicyTerms:
         """Policy and value loss of rounds with a policy ratio."""
@@ -305,8 +276,3 @@ def clip_gradients(parameters: Iterable[nn.Parameter], *, max_norm: float = 1.0)
     norm = torch.nn.utils.get_total_norm(values)
     torch._foreach_mul_(values, (max_norm / (norm + 1e-6)).clamp(max=1.0))
     return norm
-
-
-def _scatter_rows(values_KR: torch.Tensor, row_R: torch.Tensor, num_rows: int) -> torch.Tensor:
-    """[K, R] → [K, num_rows]: values of some rows, zero for the others."""
-    return values_KR.new_zeros(len(values_KR), num_rows).index_copy(1, row_R, values_KR)

@@ -43,21 +43,18 @@ class OnlineWeights:
 
 
 @dataclass(frozen=True, kw_only=True)
-class StepReport:
-    """Loss and statistics of one batch; rows are target positions of each draft step."""
+class OnlineReport:
+    """Loss and statistics of one batch, and each term of its loss; scalars, of which those of `policy` have a gradient.
+
+    Rows of the statistics are target positions of each draft step.
+    """
 
     loss: torch.Tensor
-    """Scalar, with gradient."""
+    """With gradient."""
     stats: LKStats
     """Shapes [K, N]; 0 for rows without weight."""
     mask_KBT: torch.Tensor
     """1 where the step has a target that counts, else 0."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class OnlineReport(StepReport):
-    """The same for an online batch, and each term of its loss. Scalars; those of `policy` have a gradient."""
-
     lk_live: torch.Tensor
     """Mean over the live positions, however few."""
     lk_replay: torch.Tensor

@@ -26,7 +26,7 @@ from aurora_lit.learn.pretrain.generate_answers import PromptToAnswer, generate_
 from aurora_lit.learn.pretrain.trainer import DraftTrainer, TrainerOptions, lr_factor
 from aurora_lit.models.interface import Target
 from aurora_lit.modules.losses.batch import OnlineBatch
-from aurora_lit.modules.losses.objective import OnlineWeights, StepReport
+from aurora_lit.modules.losses.objective import OnlineReport, OnlineWeights
 from aurora_lit.traces.log import TraceLogWriter, read_index, read_shard
 
 
@@ -124,7 +124,7 @@ def test_an_epoch_that_was_broken_off_goes_on_where_it_was(
         learning = trainer(target, folder)
         step = learning._step
 
-        def crash_or_step(batch: OnlineBatch) -> StepReport:
+        def crash_or_step(batch: OnlineBatch) -> OnlineReport:
             if len(found) == crashes_after:
                 raise KeyboardInterrupt
             found.append(batch.traces.token_ids_BT.tolist())
@@ -176,9 +176,9 @@ def test_the_expected_length_is_the_mean_along_chains(target: Target, log: Path,
     lengths = []
     for batch in held_out_batches(log, shards, batch_positions=512, max_length=64, logsumexp=target.logsumexp):
         with torch.no_grad(), learning.fabric.autocast():
-            step = learning.module.training_step(batch)
-        alpha_KBT = step.stats.alpha_N.view_as(step.mask_KBT)
-        for row, root in step.mask_KBT[0].nonzero().tolist():
+            stats, mask_KBT = learning.module.score(batch)
+        alpha_KBT = stats.alpha_N.view_as(mask_KBT)
+        for row, root in mask_KBT[0].nonzero().tolist():
             end, length, reached = int((batch.weight_BT[row] > 0).nonzero().max()), 1.0, 1.0
             for number in range(min(2, end + 1 - root)):
                 reached *= float(alpha_KBT[number, row, root + number])

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.tiny_models import VOCAB, draft_batch, draft_module, random_draft, save_model
+from support.tiny_models import VOCAB, draft_batch, draft_module, random_draft, save_model, supervised_loss
 from support.toy_rounds import chain_logprobs, rounds, some_rounds
 from torch import Tensor
 
@@ -55,26 +55,30 @@ def step(target: Target, batch: OnlineBatch, weights: OnlineWeights | None = Non
     return module(target, online=weights or OnlineWeights(), **changes).training_step(batch)
 
 
-# -- the supervised loss ------------------------------------------------------------------------------------------
+# -- along traces --------------------------------------------------------------------------------------------------
 
 
 def test_positions_without_weight_do_not_count(target: Target) -> None:
-    """A batch where one text has weight 0 gives the loss of the other text alone."""
+    """Of a batch where one text has weight 0 the other's statistics are those of that text alone."""
     module = draft_module(target, random_draft(target), num_steps=2)
     batch = draft_batch(target, torch.randint(0, VOCAB, (2, 16), generator=torch.Generator().manual_seed(2)))
-    alone = draft_batch(target, batch.token_ids_BT[:1])
     batch.weight_BT[1] = 0.0
-    torch.testing.assert_close(module.training_step(batch).loss, module.training_step(alone).loss)
+    stats, mask_KBT = module.score(batch)
+    alone, mask_K1T = module.score(draft_batch(target, batch.token_ids_BT[:1]))
+    assert mask_KBT[:, 1].sum() == stats.alpha_N[:, 16:].sum() == 0
+    assert torch.equal(mask_KBT[:, :1], mask_K1T)
+    assert mask_K1T.sum(2)[:, 0].tolist() == [15, 14], "a chain begins before its target"
+    torch.testing.assert_close(stats.alpha_N[:, :16], alone.alpha_N)
     batch.weight_BT[0] = 0.0
-    nothing = module.training_step(batch).loss
-    nothing.backward()
-    assert nothing.item() == 0.0
+    assert module.score(batch)[1].sum() == 0
+    with pytest.raises(ValueError, match="lse_BT is None"):
+        module.score(replace(batch, lse_BT=None))
 
 
-# -- the online loss -----------------------------------------------------------------------------------------------
+# -- the loss ------------------------------------------------------------------------------------------------------
 
 
-def test_without_online_terms_and_later_steps_it_is_the_supervised_step(target: Target) -> None:
+def test_without_online_terms_and_later_steps_it_is_the_supervised_loss(target: Target) -> None:
     batch = replace(online_batch(target), live_B=torch.ones(3, dtype=torch.bool))
     made = draft_module(target, random_draft(target), num_steps=1, online=OFF)
     # Online the target's distribution is that within the draft vocabulary, and so are the positions that count.
@@ -83,12 +87,12 @@ def test_without_online_terms_and_later_steps_it_is_the_supervised_step(target: 
         lse_BT=(batch.traces.last_BTH @ made.head_VdH.T).logsumexp(-1),
         weight_BT=batch.traces.weight_BT * can_be_proposed(made, batch),
     )
-    plain, online = made.training_step(within), made.training_step(batch)
+    plain, online = supervised_loss(made, within), made.training_step(batch)
     share = within.weight_BT[:, 1:].sum() / batch.traces.weight_BT[:, 1:].sum()
     assert 0.5 < share < 1
-    torch.testing.assert_close(online.loss, share * plain.loss)
-    torch.testing.assert_close(online.stats.alpha_N, plain.stats.alpha_N)
-    gradients = [torch.autograd.grad(r.loss, list(made.draft.parameters())) for r in (plain, online)]
+    torch.testing.assert_close(online.loss, share * plain)
+    torch.testing.assert_close(online.stats.alpha_N, made.score(within)[0].alpha_N)
+    gradients = [torch.autograd.grad(loss, list(made.draft.parameters())) for loss in (plain, online.loss)]
     gradients[0] = [share * gradient for gradient in gradients[0]]
     for a, b in zip(*gradients, strict=True):
         torch.testing.assert_close(a, b.to_dense())

@@ -88,7 +88,7 @@ def test_the_unrolled_steps_are_the_drafters_chain(kernels: str, folder: Path, m
             sequence = torch.cat([drafting.ids_BT[row, :length], drafted.token_BK[row]])[None]
             batch = draft_batch(target, sequence)
             hidden_KBTH = module.unroll(batch)
-            alpha_KBT = module.training_step(batch).stats.alpha_N.view(K, 1, -1)
+            alpha_KBT = module.score(batch)[0].alpha_N.view(K, 1, -1)
             p_TD = torch.exp(target.logits(batch.last_BTH[0]) - batch.lse_BT[0, :, None])[:, draft.draft_token_ids]
             index_K = draft_index(drafted.token_BK[row], draft)
             for step in range(K):
