@@ -114,27 +114,13 @@ def validate(config: AuroraConfig) -> None:
             f"target.precision={target.precision} cannot be combined with engine.strategy={engine.strategy}; "
             "use bf16 or fp32"
         )
-    if engine.prefill_chunk_tokens > engine.max_seq_len:
-        raise ConfigError(
-            f"engine.prefill_chunk_tokens={engine.prefill_chunk_tokens} is more than "
-            f"engine.max_seq_len={engine.max_seq_len}; use at most that"
-        )
     if target.sha256 is not None and not re.fullmatch(r"[0-9a-f]{64}", target.sha256):
         raise ConfigError(f"target.sha256={target.sha256!r} is not a SHA-256; use 64 lower-case hex digits or null")
-    if config.trace.overlap_tokens >= config.trace.segment_tokens:
-        raise ConfigError(
-            f"trace.overlap_tokens={config.trace.overlap_tokens} must be less than "
-            f"trace.segment_tokens={config.trace.segment_tokens}; lower it"
-        )
     if not re.fullmatch(r"[\w.-]+", config.checkpoint.run) or config.checkpoint.run.startswith("."):
         raise ConfigError(
             f"checkpoint.run={config.checkpoint.run!r} is not a plain folder name; use letters and digits"
         )
-    for key, text in (
-        ("target.source", target.source),
-        ("checkpoint.dir", config.checkpoint.dir),
-        ("learn.logs", config.learn.logs),
-    ):
+    for key, text in (("target.source", target.source), ("checkpoint.dir", config.checkpoint.dir)):
         if not text.strip():
             raise ConfigError(f"{key}={text!r} is empty; give a value")
     for key, optional in (
@@ -198,6 +184,11 @@ def draft_folder(config: AuroraConfig) -> Path | None:
 def versions_folder(config: AuroraConfig) -> Path:
     """The folder with this deployment's draft versions: checkpoint.dir/checkpoint.run."""
     return Path(config.checkpoint.dir).expanduser() / config.checkpoint.run
+
+
+def logs_folder(config: AuroraConfig) -> Path:
+    """The folder for the learner's metrics (CSV, and TensorBoard if it is installed): logs beside checkpoint.dir."""
+    return Path(config.checkpoint.dir).expanduser().parent / "logs"
 
 
 @functools.cache

@@ -56,11 +56,9 @@ from zlib import crc32
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table
 
-from aurora_lit.bench.reporting import progress_bar, report_console
+from aurora_lit.bench.reporting import report_console
 from aurora_lit.config import (
     AuroraConfig,
     copied_tokens,
@@ -73,14 +71,16 @@ from aurora_lit.drafts.checkpoint import read_config
 from aurora_lit.durable import is_as_begun, replace_file
 from aurora_lit.errors import AuroraError, ConfigError
 from aurora_lit.kernels import native
-from aurora_lit.learn.offline.copies import CopiedTokens
+from aurora_lit.learn.offline.loop import OfflineLoop, blocks, read_traces
+from aurora_lit.learn.offline.ngram_paths import CopiedTokens
 from aurora_lit.learn.offline.on_policy import RECORDED_VERSION, RoundSimulator
-from aurora_lit.learn.offline.replay import Replay, blocks, read_traces
 from aurora_lit.learn.online.build import load_head_and_draft
 from aurora_lit.learn.pretrain.prompts import encode_prompt, read_prompts
 from aurora_lit.learn.training_precision import one_process_fabric
 from aurora_lit.machine import use_threads
 from aurora_lit.models.loading import safetensors_digest
+from aurora_lit.modules.losses.objective import BaseLoss
+from aurora_lit.progress import Progress
 from aurora_lit.request import Request, SamplingParams
 from aurora_lit.serve.worker.build import build_engine
 from aurora_lit.traces.log import TraceLogWriter, read_index, read_shard
@@ -100,7 +100,7 @@ _PPO: _Changes = {"engine": {"explore_share": 0.1}}
 _NO_PPO: _Changes = {"learn": {"ppo_weight": 0.0}, "engine": {"explore_share": 0.0}, "schedule": {"explore_share": 0.0}}
 _NO_DETECTOR: _Changes = {"domain": {"detect": False}}
 _NO_REPLAY: _Changes = {"learn": {"replay_share": 0.0}}
-_LIVE_ONLY = (_NO_DETECTOR, _NO_REPLAY, _NO_PPO, {"learn": {"ema_decay": 0.0}, "schedule": {"min_lr_factor": 1.0}})
+_LIVE_ONLY = (_NO_DETECTOR, _NO_REPLAY, _NO_PPO, {"learn": {"ema_decay": 0.0}})
 _LIVE_RATE = 0.3
 
 
@@ -113,12 +113,13 @@ class Arm:
     """Factor of learn.learning_rate."""
     gated: bool = True
     """True if a draft is published only if it passes the gate."""
+    base_loss: BaseLoss = "lk"
     learns: bool = True
     remembers: bool = False
 
-    def settings(self, config: AuroraConfig, *, seed: int) -> AuroraConfig:
+    def settings(self, config: AuroraConfig) -> AuroraConfig:
         """The settings of this arm."""
-        learn = {"seed": seed, "learning_rate": config.learn.learning_rate * self.rate_factor}
+        learn = {"learning_rate": config.learn.learning_rate * self.rate_factor}
         no_memory: list[_Changes] = [] if self.remembers else [{"memory": {"capacity_mb": 0}}]
         for change in [*self.changes, {"learn": learn}, *no_memory]:
             config = replace(config, **{name: replace(getattr(config, name), **keys) for name, keys in change.items()})
@@ -130,7 +131,7 @@ ARMS = {
     "memory": Arm(changes=[_NO_PPO], learns=False, remembers=True),
     "learner": Arm(),
     "both": Arm(remembers=True),
-    "kl": Arm(changes=[*_LIVE_ONLY, {"learn": {"base_loss": "kl"}}], rate_factor=_LIVE_RATE, gated=False),
+    "kl": Arm(changes=_LIVE_ONLY, base_loss="kl", rate_factor=_LIVE_RATE, gated=False),
     "lk": Arm(changes=_LIVE_ONLY, rate_factor=_LIVE_RATE, gated=False),
     "without-ppo": Arm(changes=[_NO_PPO]),
     "without-detector": Arm(changes=[_NO_DETECTOR]),
@@ -184,7 +185,7 @@ def phase_of(request_id: str) -> int:
     return int(request_id.partition("-")[0])
 
 
-def record(config: AuroraConfig, options: argparse.Namespace, bar: Progress) -> None:
+def record(config: AuroraConfig, options: argparse.Namespace) -> None:
     """Answer what has not been recorded yet; a run that was killed has lost at most one shard."""
     traces: list[Trace] = []
     # Copies, since the recorder's traces are views of slots that are reused.
@@ -193,19 +194,19 @@ def record(config: AuroraConfig, options: argparse.Namespace, bar: Progress) -> 
     for folder, requests in zip((options.out / "traffic", options.out / "measure"), parts, strict=True):
         log = TraceLogWriter(folder, kind=folder.name, shard_positions=_SHARD_POSITIONS)
         done = {trace.request_id for shard in read_index(folder) for trace in read_shard(folder / shard.name)}
-        task = bar.add_task(f"recording {folder.name}", total=len(requests), completed=len(done))
-        for _, phase in groupby(requests, key=lambda request: request.request_id.partition("/")[0]):
-            for request in phase:
-                if request.request_id not in done:
-                    engine.submit(request)
-            while engine.has_work:
-                for output in engine.round():
-                    if output.error is not None:
-                        raise AuroraError(f"the engine failed on {output.request_id}: {output.error}")
-                    bar.advance(task, output.finish_reason is not None)
-                for trace in traces:
-                    log.append(trace)
-                traces.clear()
+        with Progress(f"recording {folder.name}", len(requests), "requests", done=len(done)) as progress:
+            for _, phase in groupby(requests, key=lambda request: request.request_id.partition("/")[0]):
+                for request in phase:
+                    if request.request_id not in done:
+                        engine.submit(request)
+                while engine.has_work:
+                    for output in engine.round():
+                        if output.error is not None:
+                            raise AuroraError(f"the engine failed on {output.request_id}: {output.error}")
+                        progress.advance(output.finish_reason is not None)
+                    for trace in traces:
+                        log.append(trace)
+                    traces.clear()
         log.close()
 
 
@@ -287,8 +288,8 @@ class ArmRunner:
         result = Result(arm=name, seed=seed, order=order)
         torch.manual_seed(seed)
         with tempfile.TemporaryDirectory() as scratch:
-            replay = Replay(
-                arm.settings(self._config, seed=seed),
+            replay = OfflineLoop(
+                arm.settings(self._config),
                 target_head=self._target_head,
                 starting=self._starting,
                 folder=Path(scratch) / "versions",
@@ -296,6 +297,8 @@ class ArmRunner:
                 steps_per_trace=options.steps_per_request * options.every,
                 fabric=self._fabric,
                 gated=arm.gated,
+                base_loss=arm.base_loss,
+                seed=seed,
                 keep_versions=False,
             )
             replay.simulator.reach = self._reach
@@ -309,11 +312,11 @@ class ArmRunner:
             result.published = replay.published
         return result
 
-    def _run_block(self, replay: Replay, block: Sequence[Trace], result: Result, *, learns: bool) -> None:
+    def _run_block(self, replay: OfflineLoop, block: Sequence[Trace], result: Result, *, learns: bool) -> None:
         """Score a block of traffic and learn from it."""
         block, every = _without_labels(block), self._options.every
         taken = [i for i, trace in enumerate(block) if takes(trace.request_id, seed=result.seed, every=every)]
-        copied = None if replay.copies is None else replay.copies.along(block)
+        copied = None if replay.ngrams is None else replay.ngrams.along(block)
         with self._fabric.autocast():
             rounds = replay.simulate_rounds(
                 [block[i] for i in taken], None if copied is None else [copied[i].accepted_T for i in taken]
@@ -335,10 +338,10 @@ class ArmRunner:
         replay.hold_trial()
         result.learner_s += time.process_time() - began
 
-    def _measure(self, replay: Replay) -> dict[str, list[list[int]]]:
+    def _measure(self, replay: OfflineLoop) -> dict[str, list[list[int]]]:
         """The rounds of the served draft on the measured prompts, by domain, with copies of what is remembered now."""
         counts: dict[str, list[list[int]]] = {}
-        copied = None if replay.copies is None else replay.copies.peek(self._measured)
+        copied = None if replay.ngrams is None else replay.ngrams.peek(self._measured)
         with self._fabric.autocast():
             own = RoundSimulator(module=replay.simulator.module, reach=self._reach).simulate_rounds(
                 self._measured, version=0, copied=None if copied is None else [each.accepted_T for each in copied]
@@ -544,8 +547,7 @@ def begun_with(config: AuroraConfig, options: argparse.Namespace, draft: Path) -
 def run(config: AuroraConfig, options: argparse.Namespace) -> dict[str, Any]:
     """Record what is not recorded, run the arms that are not done, and report all results in options.out.
 
-    Raises ConfigError if that folder holds a stream or arms of other settings, and AuroraError for a draft that cannot
-    be read.
+    Raises ConfigError if that folder is of other settings, and AuroraError for a draft that cannot be read.
     """
     draft = draft_folder(config)
     if draft is None:
@@ -562,15 +564,14 @@ def run(config: AuroraConfig, options: argparse.Namespace) -> dict[str, Any]:
     path_of = lambda arm, seed: options.out / "arms" / f"{arm}-{seed}.json"  # noqa: E731
     todo = [(arm, seed) for seed in options.seeds for arm in options.arms if not path_of(arm, seed).exists()]
     if todo:
-        with progress_bar(Console(stderr=True)) as bar:
-            record(config, options, bar)
-            measured, head_and_draft = list(read_traces(options.out / "measure")), load_head_and_draft(config)
-            runner = ArmRunner(config, options, head_and_draft=head_and_draft, measured=measured)
-            total = sum(shard.num_sequences for shard in read_index(options.out / "traffic"))
-            for arm, seed in todo:
-                task = bar.add_task(f"{arm}, seed {seed}", total=total)
-                result = runner.run(arm, seed, on_block=partial(bar.advance, task))
-                replace_file(path_of(arm, seed), (json.dumps(asdict(result)) + "\n").encode())
+        record(config, options)
+        measured, head_and_draft = list(read_traces(options.out / "measure")), load_head_and_draft(config)
+        runner = ArmRunner(config, options, head_and_draft=head_and_draft, measured=measured)
+        total = sum(shard.num_sequences for shard in read_index(options.out / "traffic"))
+        for arm, seed in todo:
+            with Progress(f"{arm}, seed {seed}", total, "traces") as progress:
+                result = runner.run(arm, seed, on_block=progress.advance)
+            replace_file(path_of(arm, seed), (json.dumps(asdict(result)) + "\n").encode())
     return save_report(options.out, [path.stem for path in options.phases])
 
 

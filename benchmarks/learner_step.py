@@ -44,7 +44,7 @@ from aurora_lit.errors import AuroraError, ConfigError
 from aurora_lit.ipc.learner_status import LearnerStatusPage
 from aurora_lit.learn.data import labelled_trace, online_batcher
 from aurora_lit.learn.data.online_batcher import OnlineBatcher
-from aurora_lit.learn.offline.replay import read_traces
+from aurora_lit.learn.offline.loop import read_traces
 from aurora_lit.learn.online import learner as learner_module
 from aurora_lit.learn.online.budget import Budget, ServerLoad
 from aurora_lit.learn.online.build import (
@@ -287,13 +287,7 @@ def _filled(deployment: Deployment, learner: Learner, traces: list[Trace]) -> tu
 
 
 def _intake(config: AuroraConfig, learner: Learner, batcher: OnlineBatcher, held_out: HeldOut) -> TraceIntake:
-    return TraceIntake(
-        learner.controller,
-        batcher,
-        held_out,
-        num_waiting=config.learn.gate_requests,
-        max_repeated_share=config.learn.max_repeated_share,
-    )
+    return TraceIntake(learner.controller, batcher, held_out, num_waiting=config.learn.gate_requests)
 
 
 class Traffic:
@@ -378,8 +372,6 @@ def time_live(deployment: Deployment, traces: list[Trace], *, seconds: float, ra
         budget=Budget(
             idle_share=config.learn.idle_share,
             share=config.learn.compute_share,
-            full_load_share=config.learn.full_load_share,
-            minimum_share=config.learn.minimum_share,
             wall_s=now_s,
             cpu_s=cpu_s,
         ),

@@ -199,7 +199,7 @@ def _serve(traffic: dict[Path, Iterator[Chat]], options: argparse.Namespace, rep
     overrides = [f"checkpoint.dir={options.out / 'versions'}", *options.overrides]
     config = load_config(None, overrides)
     config = replace(config, server=replace(config.server, port=free_port()))
-    store = DraftStore(Path(config.checkpoint.dir) / config.checkpoint.run, keep=config.checkpoint.keep)
+    store = DraftStore(Path(config.checkpoint.dir) / config.checkpoint.run)
     drafts: list[str | None] = []
     with running_server(config, options.out / "server.log") as url:
         before = learner_status(url)

@@ -82,7 +82,7 @@ def main() -> int:
     args = parser.parse_args()
     url = f"http://127.0.0.1:{(port := free_port())}"
     with tempfile.TemporaryDirectory() as folder:
-        settings = [f"server.port={port}", f"checkpoint.dir={folder}", f"learn.logs={folder}", *args.overrides]
+        settings = [f"server.port={port}", f"checkpoint.dir={folder}/drafts", *args.overrides]
         room = load_config(None, settings).engine.max_seq_len
         texts = [prompt.messages[0] for path in args.prompts for prompt in read_prompts(path)]
         prompts = [text for text in texts if len(text) < room]  # a token has at least one character

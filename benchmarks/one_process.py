@@ -29,10 +29,11 @@ from typing import Any, NamedTuple
 from rich.table import Table
 
 from aurora_lit.bench.prompts import BenchPrompt, answer_prompts, load_prompts, params_for
-from aurora_lit.bench.reporting import progress_bar, report_console
+from aurora_lit.bench.reporting import report_console
 from aurora_lit.config import load_config
 from aurora_lit.errors import ConfigError
 from aurora_lit.machine import use_threads
+from aurora_lit.progress import Progress
 from aurora_lit.request import PLANS, SamplingParams
 from aurora_lit.serve.engine.engine import Engine
 from aurora_lit.serve.worker.build import build_engine
@@ -148,8 +149,7 @@ def measure(arms: Mapping[str, list[str]], options: argparse.Namespace) -> list[
         )
     asked, order, rows, console = itertools.cycle(prompts), random.Random(0), [], report_console()
     table = Table("temperature", "arm", "over the first", "95 %", "tokens/s", "tokens a round", "rounds", "unequal")
-    with progress_bar(console) as progress:
-        task = progress.add_task("turns", total=len(options.temperatures) * (options.warm_up + options.turns))
+    with Progress("comparing", len(options.temperatures) * (options.warm_up + options.turns), "turns") as progress:
         for temperature in options.temperatures:
             turns = []
             for seed in range(options.warm_up + options.turns):
@@ -159,7 +159,7 @@ def measure(arms: Mapping[str, list[str]], options: argparse.Namespace) -> list[
                     name: answer(engines[name], together, params) for name in order.sample(list(engines), len(engines))
                 }
                 turns.append({name: found[name] for name in engines})
-                progress.advance(task)
+                progress.advance()
             for name in engines:
                 rows.append({"temperature": temperature, **row(turns[options.warm_up :], name)})
                 table.add_row(*cells(rows[-1]))

@@ -247,7 +247,7 @@ def main() -> int:
         parser.error("--against off-greedy compares with temperature 0; name others with --temperatures")
     has_learner = options.against == "no-learner"
     scratch = tempfile.TemporaryDirectory()  # for logs and what a learner writes
-    overrides = [f"checkpoint.dir={scratch.name}", f"learn.logs={scratch.name}", f"learn.enabled={has_learner}"]
+    overrides = [f"checkpoint.dir={scratch.name}/drafts", f"learn.enabled={has_learner}"]
     configs = [load_config(None, [*overrides, *options.overrides])]
     has_second = bool(options.other or options.other_code)
     if has_second:

@@ -89,7 +89,7 @@ from aurora_lit.machine import use_threads
 use_threads(0)
 from aurora_lit.learn.online.budget import Budget
 from aurora_lit.serve.engine.thread_budget import ThreadBudget
-budget = Budget(idle_share=0.5, share=0.5, full_load_share=0.5, minimum_share=0.5)
+budget = Budget(idle_share=0.5, share=0.5)
 print(torch.get_num_threads(), budget._cpus, ThreadBudget(threads=1)._cores)
 """
     assert run_program(code).stdout == "1 1 1\n"

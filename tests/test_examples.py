@@ -70,9 +70,8 @@ def test_all_examples_with_the_real_model(tmp_path: Path) -> None:
     settings = [
         f"server.port={free_port()}",
         f"trace.record={traces}",
-        f"checkpoint.dir={tmp_path}",
+        f"checkpoint.dir={tmp_path / 'drafts'}",
         "learn.enabled=false",
-        f"learn.logs={tmp_path / 'logs'}",
     ]
     with running_server(load_config(None, settings), tmp_path / "log") as url:
         assert float(run("stream.py", url).split()[-3]) >= 1

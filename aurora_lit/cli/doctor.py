@@ -46,7 +46,7 @@ def _memory(config: AuroraConfig) -> dict[str, Any] | None:
 
     target = config.target
     try:
-        folder = cached(target.source, cache_dir=cache_root(target.cache_dir), sha256=target.sha256)
+        folder = cached(target.source, cache_dir=cache_root(), sha256=target.sha256)
         if folder is None:
             return None
         lines = needs(config, model_shape(config, folder))

@@ -66,7 +66,7 @@ def promote(config: AuroraConfig, number: int) -> None:
 
 
 def _store(config: AuroraConfig) -> DraftStore:
-    return DraftStore(versions_folder(config), keep=config.checkpoint.keep)
+    return DraftStore(versions_folder(config))
 
 
 def _published(config: AuroraConfig) -> DraftStore:

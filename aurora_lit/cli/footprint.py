@@ -23,11 +23,13 @@ from aurora_lit.config import AuroraConfig, draft_folder, resolved_memory_scope
 from aurora_lit.drafts.checkpoint import read_config
 from aurora_lit.drafts.initial import DRAFT_VOCABULARY_SIZE
 from aurora_lit.errors import SourceError
+from aurora_lit.learn.online.build import BATCH_POSITIONS, unroll_steps
 from aurora_lit.models.kv_cache import cache_bytes, head_dim_of, kv_heads_of, padded_positions
 from aurora_lit.models.loading import model_dtype
 from aurora_lit.models.source import OWN_CODE, needs_own_code
 from aurora_lit.models.torch_target import aux_layer_ids, decoder_layers
 from aurora_lit.modules.draft.eagle3 import Eagle3Config, Eagle3Draft
+from aurora_lit.serve.engine.prefill import PREFILL_CHUNK_TOKENS
 from aurora_lit.serve.engine.slot_allocator import slot_capacity
 from aurora_lit.serve.worker.load_models import uses_draft
 
@@ -273,7 +275,7 @@ def _learner_needs(config: AuroraConfig, shape: PretrainedConfig, draft: Eagle3C
     copies = ["weights", "gradient", *(["average"] if learn.ema_decay else []), "champion"]
     state = 4 * len(copies) * parameters + 4 * matrices + 8 * (parameters - matrices)
     rows = 2 * draft.draft_vocab_size * H * element_bytes
-    step = learn.batch_positions * (3 * H + learn.unroll_steps * (8 * H + 3 * draft.intermediate_size)) * 2
+    step = BATCH_POSITIONS * (3 * H + unroll_steps(config) * (8 * H + 3 * draft.intermediate_size)) * 2
     reading = max(1, learn.devices - 1)  # the first process reads before it starts the others
     by_each = f" by each of {reading} processes" if reading > 1 else ""
     on_device: dict[str, tuple[int, str]] = {
@@ -285,7 +287,7 @@ def _learner_needs(config: AuroraConfig, shape: PretrainedConfig, draft: Eagle3C
             state,
             f"{parameters:,} x ({', '.join(copies)} 4 bytes each); Muon 4 bytes for {matrices:,}, AdamW 8 for the rest",
         ),
-        "learner, one step (about)": (step, f"{learn.batch_positions:,} positions x {learn.unroll_steps} steps, bf16"),
+        "learner, one step (about)": (step, f"{BATCH_POSITIONS:,} positions x {unroll_steps(config)} steps, bf16"),
     }
     on_host: dict[str, tuple[int, str]] = {
         "traces, ring": (
@@ -318,11 +320,11 @@ def _pass_bytes(config: AuroraConfig, text: PretrainedConfig) -> int:
     """Estimate of the largest activations without native kernels, where rounds propose chains only."""
     engine = config.engine
     verified = engine.max_batch_size * (engine.max_draft_tokens + 1)
-    positions = verified + engine.prefill_chunk_tokens
+    positions = verified + PREFILL_CHUNK_TOKENS
     devices = 1 if engine.strategy == "fsdp" else engine.devices
     heads = math.ceil(text.num_attention_heads / devices)
     logits = 2 * verified * text.vocab_size
     mlp = positions * (4 * text.hidden_size + 3 * (getattr(text, "intermediate_size", None) or 4 * text.hidden_size))
-    attention = 2 * heads * _slot_capacity(config) * max(engine.prefill_chunk_tokens, verified)
+    attention = 2 * heads * _slot_capacity(config) * max(PREFILL_CHUNK_TOKENS, verified)
     num_bytes: int = 4 * (logits + mlp + attention)
     return num_bytes

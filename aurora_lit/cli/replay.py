@@ -5,7 +5,7 @@ Both are scored alone and with copies beside them: *static*, *memory* (the start
 
 `fabric run … aurora_lit/replay.py` runs the same command in several processes or on several devices.
 
-Leaves out learning and scoring (learn/offline/replay.py).
+Leaves out learning and scoring (learn/offline/loop.py).
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ from aurora_lit.durable import replace_file
 from aurora_lit.errors import AuroraError, CheckpointError, ConfigError
 from aurora_lit.ipc.process_lifetime import sigterm_as_exit
 from aurora_lit.learn.data.target_head import TargetHead
-from aurora_lit.learn.offline.replay import (
+from aurora_lit.learn.offline.loop import (
     ARMS,
-    Replay,
+    OfflineLoop,
     ScoredTrace,
     blocks,
     count_traces,
@@ -99,7 +99,7 @@ def run(
     """
     total, first = count_traces(traces), fabric.is_global_zero
     with tempfile.TemporaryDirectory() as scratch, Progress("replaying", total, "traces", shown=first) as progress:
-        replayed = Replay(
+        replayed = OfflineLoop(
             config,
             target_head=target_head,
             starting=starting,
@@ -185,7 +185,7 @@ def _cannot_use(out: Path) -> str | None:
     return None
 
 
-def report(replayed: Replay, *, window: int) -> dict[str, Any]:
+def report(replayed: OfflineLoop, *, window: int) -> dict[str, Any]:
     """Accepted length of each arm, overall, by domain and by window, and what the learner did."""
     scored = replayed.scored
     domains = sorted({each.domain for each in scored})
@@ -195,7 +195,7 @@ def report(replayed: Replay, *, window: int) -> dict[str, Any]:
         "skipped": replayed.skipped,
         "steps": learner.steps,
         "positions": learner.positions,
-        "copies": replayed.copies is not None,
+        "copies": replayed.ngrams is not None,
         "poisoned": learner.num_nonfinite,
         "published": sum(trial.passed for trial in replayed.trials),
         "all": _row(scored),

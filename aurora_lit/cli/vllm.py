@@ -203,10 +203,7 @@ def _deployment(config: AuroraConfig, folder: Path) -> Deployment:
         run_folder=folder,
         starting_draft=draft.resolve(),
         versions=versions_folder(config).resolve(),
-        keep=config.checkpoint.keep,
         ring_bytes=config.trace.capacity_mb << 20,
-        segment_tokens=config.trace.segment_tokens,
-        overlap_tokens=config.trace.overlap_tokens,
     )
     if (current := _readable_current(PublishedVersions(deployment.versions))) is not None:
         deployment.check_shape(current)

@@ -6,7 +6,7 @@ a complete version: a version is written under another name, flushed to disk and
 Leaves out the files' meaning and reading them (drafts/versions.py), and the decisions what to publish
 (learn/online/gate.py) and what to roll back (drafts/live_watch.py).
 
-    store = DraftStore(folder, keep=5)
+    store = DraftStore(folder)
     store.publish(draft, record={"score": 2.1})             # "draft-000001", now current
     store.roll_back(bad="draft-000001", reason="slower")    # None: the starting draft
 """
@@ -40,6 +40,8 @@ from aurora_lit.errors import CheckpointError
 if TYPE_CHECKING:
     from aurora_lit.modules.draft.eagle3 import Eagle3Draft
 
+KEPT_VERSIONS = 5
+"""Older ones are deleted, but never the served one nor the one to roll back to."""
 _LOCK_NAME = ".lock"
 _TEMPORARY = ".new."
 _log = logging.getLogger(__name__)
@@ -63,7 +65,7 @@ def lock(descriptor: int, folder: Path, *, wait: bool = True) -> None:
 class DraftStore(PublishedVersions):
     """The versions in one folder; safe for several processes and threads. The first change creates the folder."""
 
-    def __init__(self, folder: Path, *, keep: int) -> None:
+    def __init__(self, folder: Path, *, keep: int = KEPT_VERSIONS) -> None:
         """keep: number of newest versions that pruning spares, as it does the current one and the one before it."""
         super().__init__(folder)
         self._keep = keep

@@ -52,25 +52,25 @@ _PACKED = (".qweight", ".qzeros", ".scales")
 """How names in files end that stand for a weight of a model."""
 
 
-def cache_root(cache_dir: str | None) -> Path:
-    """The cache folder: the setting target.cache_dir, else $AURORA_LIT_CACHE, else ~/.cache/aurora-lit.
+def cache_root() -> Path:
+    """The cache folder for models and compiled kernels: $AURORA_LIT_CACHE, else ~/.cache/aurora-lit.
 
     Raises ConfigError if it is in a home folder that is not known.
     """
-    chosen = cache_dir or os.environ.get("AURORA_LIT_CACHE") or "~/.cache/aurora-lit"
+    chosen = os.environ.get("AURORA_LIT_CACHE") or "~/.cache/aurora-lit"
     try:
         return Path(chosen).expanduser().absolute()
     except RuntimeError as error:  # neither HOME nor an account says where it is
         raise ConfigError(
-            f"the cache folder {chosen}: the home folder is not known; set HOME, target.cache_dir, or "
-            "AURORA_LIT_CACHE for the kernels too, to a writable folder"
+            f"the cache folder {chosen}: the home folder is not known; set HOME, or AURORA_LIT_CACHE "
+            "to a writable folder"
         ) from error
 
 
 def find_target(config: AuroraConfig) -> Path:
     """The target's folder; downloads and converts the target if it is not there yet. Raises SourceError."""
     target = config.target
-    return resolve(target.source, cache_dir=cache_root(target.cache_dir), sha256=target.sha256)
+    return resolve(target.source, cache_dir=cache_root(), sha256=target.sha256)
 
 
 def resolve(source: str, *, cache_dir: Path, sha256: str | None = None) -> Path:
@@ -103,7 +103,7 @@ def with_fixed_target(config: AuroraConfig) -> AuroraConfig:
     target = config.target
     if not target.source.startswith("hf:"):
         return config
-    folder = cached(target.source, cache_dir=cache_root(target.cache_dir))
+    folder = cached(target.source, cache_dir=cache_root())
     if folder is None:
         return config
     return replace(

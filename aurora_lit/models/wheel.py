@@ -99,7 +99,7 @@ def resolve_wheel(wheel: WheelSource, *, cache_dir: Path) -> Path:
             raise SourceError(f"{wheel.release} cannot be converted: {error}") from error
         raise SourceError(
             f"the model cache {cache_dir} cannot be written ({error}); free some space there, or "
-            "set target.cache_dir, or AURORA_LIT_CACHE for the kernels too, to a writable folder"
+            "set AURORA_LIT_CACHE to a writable folder"
         ) from error
     return folder
 

@@ -61,7 +61,7 @@ def prepare(config: AuroraConfig) -> None:
 
     Raises SourceError or ConfigError.
     """
-    cache = cache_root(config.target.cache_dir)
+    cache = cache_root()
     folder = cached(config.target.source, cache_dir=cache, sha256=config.target.sha256)
     is_plain = config.engine.strategy == "single" and config.engine.device != "cuda"
     if is_plain and folder is not None and is_kept(folder, cache_dir=cache):
@@ -104,7 +104,7 @@ def _prepare_in_child(config: AuroraConfig, outcome: Connection, server_pid: int
 
 def load_served_tokenizer(config: AuroraConfig) -> Tokenizer:
     """The target's tokenizer; without transformers if `prepare` could keep it."""
-    return load_tokenizer(find_target(config), cache_dir=cache_root(config.target.cache_dir))
+    return load_tokenizer(find_target(config), cache_dir=cache_root())
 
 
 def build_worker(config: AuroraConfig, run_folder: Path) -> WorkerParts:

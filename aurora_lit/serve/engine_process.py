@@ -102,7 +102,7 @@ def _live_draft(config: AuroraConfig, parts: WorkerParts) -> LiveDraft | None:
     from aurora_lit.serve.worker.domain_watch import DomainWatch
     from aurora_lit.serve.worker.live_draft import LiveDraft
 
-    store = DraftStore(versions_folder(config), keep=config.checkpoint.keep)
+    store = DraftStore(versions_folder(config))
     starting, is_shipped = draft_folder(config), config.draft.checkpoint == load_config(None, []).draft.checkpoint
     if starting is not None and not is_shipped and not config.learn.from_scratch and store.predates(starting):
         _log.warning(

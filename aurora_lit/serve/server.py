@@ -148,11 +148,9 @@ def settings_for_learner(config: AuroraConfig) -> AuroraConfig:
         target=dataclasses.replace(
             target,
             source=absolute(target.source) if Path(target.source).expanduser().is_dir() else target.source,
-            cache_dir=None if target.cache_dir is None else absolute(target.cache_dir),
         ),
         draft=dataclasses.replace(config.draft, checkpoint=None if draft is None else absolute(str(draft))),
         checkpoint=dataclasses.replace(config.checkpoint, dir=absolute(config.checkpoint.dir)),
-        learn=dataclasses.replace(config.learn, logs=absolute(config.learn.logs)),
         server=dataclasses.replace(config.server, api_key=None),
     )
 

@@ -31,6 +31,11 @@ VERIFY_MODES = ("greedy", "sampled", "read")
 """How the target chose the tokens, to which proposals had to be equal: by argmax, by argmax of logit / temperature plus
 noise (modules/sampling/choice.py), or not at all because they are given text."""
 
+SEGMENT_TOKENS = 512
+"""New tokens after which a running request hands over a trace instead of waiting for its end."""
+OVERLAP_TOKENS = 64
+"""Tokens of the previous segment that a later segment repeats, as context for the draft."""
+
 
 def _empty(dtype: torch.dtype, *shape: int) -> Any:
     return field(default_factory=lambda: torch.zeros(shape, dtype=dtype))

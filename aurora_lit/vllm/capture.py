@@ -21,7 +21,7 @@ from torch import Tensor
 
 from aurora_lit.drafts.live_watch import TrafficKind
 from aurora_lit.request import MAX_DOMAIN_CHARACTERS, Source
-from aurora_lit.traces.record import RoundNote, Trace, round_tensors
+from aurora_lit.traces.record import OVERLAP_TOKENS, SEGMENT_TOKENS, RoundNote, Trace, round_tensors
 
 PROMPT_TOKENS = 1024
 """Of a longer prompt, only the last positions are recorded."""
@@ -126,8 +126,8 @@ class Capture:
         *,
         bytes_per_token: int,
         limit_bytes: int,
-        segment_tokens: int,
-        overlap_tokens: int,
+        segment_tokens: int = SEGMENT_TOKENS,
+        overlap_tokens: int = OVERLAP_TOKENS,
         is_behind: Callable[[], bool] = lambda: False,
     ) -> None:
         """limit_bytes: most memory that running requests may hold; those that do not fit are only counted.

@@ -34,14 +34,8 @@ class Deployment:
     """The draft that vLLM was started with."""
     versions: Path
     """Folder of the published drafts (drafts/versions.py)."""
-    keep: int
-    """Number of newest versions to keep there."""
     ring_bytes: int
     """Size of each ring, and the most that traces which are being recorded may hold."""
-    segment_tokens: int
-    """New positions after which a trace is written before its request ends."""
-    overlap_tokens: int
-    """Positions before a later segment that it repeats as context."""
 
     def write(self) -> None:
         """Write the file."""

@@ -57,7 +57,7 @@ class DraftFollower:
         self._deployment, self._engine = deployment, engine
         self._engines = _engines_of(engine)
         self._starting = read_config(deployment.starting_draft)
-        store = DraftStore(deployment.versions, keep=deployment.keep)
+        store = DraftStore(deployment.versions)
         self._reloader = HotReloader(store, self._validated)
         self._served: str | None = None
         self._last_good = deployment.starting_draft

@@ -124,8 +124,6 @@ def _recorder(runner: Any, config: Any, reader: Any, deployment: Deployment) -> 
         lambda trace: ring.push(*to_pieces(trace)),
         bytes_per_token=8 * hidden_size,  # four states in bf16
         limit_bytes=deployment.ring_bytes,
-        segment_tokens=deployment.segment_tokens,
-        overlap_tokens=deployment.overlap_tokens,
         is_behind=lambda: _is_behind(ring.counters),
     )
     status = LiveStatus(page, capture)

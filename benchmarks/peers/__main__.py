@@ -22,13 +22,12 @@ import os
 import shutil
 import signal
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import Progress
 
-from aurora_lit.bench.reporting import progress_bar, report_console
+from aurora_lit.bench.reporting import report_console
 from aurora_lit.config import AuroraConfig, draft_folder, load_config, to_yaml
 from aurora_lit.drafts.export import export
 from aurora_lit.durable import is_as_begun
@@ -36,6 +35,7 @@ from aurora_lit.errors import AuroraError, ConfigError
 from aurora_lit.learn.pretrain.prompts import encode_prompt, read_prompts
 from aurora_lit.models.package_index import file_sha256
 from aurora_lit.models.source import find_target
+from aurora_lit.progress import Progress
 from aurora_lit.serve.worker.load_models import load_tokenizer
 from benchmarks.load import ask, chat, free_port, started
 
@@ -208,33 +208,28 @@ def _measure_all(
     done = {(pair.repeat, pair.peer) for pair in read_pairs(results)}
     failures = []
     planned = [(repeat, peer) for repeat in range(arguments.repeats) for peer in peers]
-    with progress_bar(console) as bar:
-        whole = bar.add_task("pairs", total=len(planned), completed=sum((r, p.name) in done for r, p in planned))
-        for repeat, peer in planned:
-            if (repeat, peer.name) in done:
-                continue
-            order = (OURS, peer) if repeat % 2 == 0 else (peer, OURS)
-            counts = [count for count in sorted(prompts) if 0 < count <= peer.most_clients]
-            try:
-                runs = {
-                    engine.name: _measure(
-                        engine,
-                        {**substitutions[engine.name], "precision": peer.precision},
-                        prompts,
-                        counts,
-                        arguments,
-                        bar,
-                    )
-                    for engine in order
-                }
-            except (AuroraError, OSError) as error:
-                failures.append(f"repeat {repeat}, {peer.name}: {error}")
-                continue
-            finally:
-                bar.advance(whole)
-            pair = Pair(repeat=repeat, peer=peer.name, ours=runs[OURS.name], theirs=runs[peer.name])
-            with results.open("a") as file:
-                file.write(json.dumps(pair.to_json()) + "\n")
+    for repeat, peer in planned:
+        if (repeat, peer.name) in done:
+            continue
+        order = (OURS, peer) if repeat % 2 == 0 else (peer, OURS)
+        counts = [count for count in sorted(prompts) if 0 < count <= peer.most_clients]
+        try:
+            runs = {
+                engine.name: _measure(
+                    engine,
+                    {**substitutions[engine.name], "precision": peer.precision},
+                    prompts,
+                    counts,
+                    arguments,
+                )
+                for engine in order
+            }
+        except (AuroraError, OSError) as error:
+            failures.append(f"repeat {repeat}, {peer.name}: {error}")
+            continue
+        pair = Pair(repeat=repeat, peer=peer.name, ours=runs[OURS.name], theirs=runs[peer.name])
+        with results.open("a") as file:
+            file.write(json.dumps(pair.to_json()) + "\n")
     return failures
 
 
@@ -244,26 +239,24 @@ def _measure(
     prompts: dict[int, list[str]],
     counts: Sequence[int],
     arguments: argparse.Namespace,
-    bar: Progress,
 ) -> ServerRun:
     """Start a server, measure it with every number of clients, each after an unmeasured warm-up, and stop it."""
     url = f"http://127.0.0.1:{(port := free_port())}"
     command, environ = engine.substituted({**substitutions, "port": str(port)})
     loads = {}
-    task = bar.add_task(engine.name, total=sum(count + len(prompts[count]) for count in counts))
-    advance: Callable[[], object] = lambda: bar.advance(task)  # noqa: E731
-    try:
-        with started(command, environ, arguments.out / "logs" / f"{engine.name}.log") as server:
-            server.wait_until_ready(f"{url}{engine.ready}")
-            ask(url, chat(prompts[0][0], model=served_model(url), max_tokens=1, temperature=0.0, stream=True))
-            first_answer_s = server.age_s()
-            for count in counts:
-                how = {"clients": count, "max_tokens": arguments.max_tokens, "temperature": arguments.temperature}
-                run_load(url, prompts[0][:count], **how, on_answer=advance)
-                loads[count] = run_load(url, prompts[count], **how, on_answer=advance)
-            return ServerRun(loads=loads, first_answer_s=first_answer_s, memory_mb=server.memory_mb())
-    finally:
-        bar.remove_task(task)
+    total = sum(count + len(prompts[count]) for count in counts)
+    with (
+        Progress(engine.name, total, "answers") as progress,
+        started(command, environ, arguments.out / "logs" / f"{engine.name}.log") as server,
+    ):
+        server.wait_until_ready(f"{url}{engine.ready}")
+        ask(url, chat(prompts[0][0], model=served_model(url), max_tokens=1, temperature=0.0, stream=True))
+        first_answer_s = server.age_s()
+        for count in counts:
+            how = {"clients": count, "max_tokens": arguments.max_tokens, "temperature": arguments.temperature}
+            run_load(url, prompts[0][:count], **how, on_answer=progress.advance)
+            loads[count] = run_load(url, prompts[count], **how, on_answer=progress.advance)
+        return ServerRun(loads=loads, first_answer_s=first_answer_s, memory_mb=server.memory_mb())
 
 
 def read_pairs(path: Path) -> list[Pair]:

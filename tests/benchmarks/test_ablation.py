@@ -20,8 +20,9 @@ from aurora_lit.config import AuroraConfig, load_config
 from aurora_lit.drafts.checkpoint import save_draft
 from aurora_lit.errors import ConfigError
 from aurora_lit.kernels import native
-from aurora_lit.learn.offline.copies import CopiedTokens
-from aurora_lit.learn.offline.replay import read_traces
+from aurora_lit.learn.offline.loop import read_traces
+from aurora_lit.learn.offline.ngram_paths import CopiedTokens
+from aurora_lit.learn.online import intake
 from aurora_lit.models.loading import load_target
 from aurora_lit.traces.log import read_index
 from benchmarks import ablation
@@ -127,14 +128,13 @@ def test_requests_that_seeds_have_in_common_are_drawn_for_all_of_them() -> None:
 
 def test_each_arm_changes_what_its_name_says() -> None:
     config = load_config(None, ["domain.detect=true", "memory.capacity_mb=8", "engine.explore_share=0.0"])
-    made = {name: arm.settings(config, seed=3) for name, arm in ARMS.items()}
-    assert {each.learn.seed for each in made.values()} == {3}
-    assert made["both"] == replace(config, learn=replace(config.learn, seed=3))
+    made = {name: arm.settings(config) for name, arm in ARMS.items()}
+    assert made["both"] == config
     assert made["learner"] == replace(made["both"], memory=replace(config.memory, capacity_mb=0))
     assert {name for name, each in made.items() if each.memory.capacity_mb} == {"memory", "both"}
     assert made["static"] == replace(made["memory"], memory=made["learner"].memory)
     assert {name for name, arm in ARMS.items() if not arm.learns} == {"static", "memory"}
-    assert {name: each.learn.base_loss for name, each in made.items() if each.learn.base_loss != "lk"} == {"kl": "kl"}
+    assert {name: arm.base_loss for name, arm in ARMS.items() if arm.base_loss != "lk"} == {"kl": "kl"}
     for name in ("static", "memory", "kl", "lk", "without-ppo"):
         assert (made[name].learn.ppo_weight, made[name].engine.explore_share) == (0, 0)
     assert {name for name, each in made.items() if each.engine.explore_share} == {"with-ppo"}
@@ -162,6 +162,12 @@ def test_seeds_take_other_requests_and_have_their_own_orders() -> None:
 # -- a run -------------------------------------------------------------------------------------------------------------
 
 
+@pytest.fixture(autouse=True)
+def looping_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Are learned from: those of a random target loop."""
+    monkeypatch.setattr(intake, "MAX_REPEATED_SHARE", 1.0)
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny target, a draft of random weights and prompts of two kinds."""
@@ -177,10 +183,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def a_config(folder: Path, *overrides: str) -> AuroraConfig:
     settings = [f"target.source={folder / 'target'}", "target.sha256=null", "target.precision=fp32"]
-    settings += [f"draft.checkpoint={folder / 'start'}", "engine.max_seq_len=64", "engine.prefill_chunk_tokens=64"]
+    settings += [f"draft.checkpoint={folder / 'start'}", "engine.max_seq_len=64"]
     settings += ["engine.threads=1", "engine.lookup=false", f"engine.max_draft_tokens={K}", "domain.detect=false"]
-    settings += ["learn.batch_positions=512", f"learn.unroll_steps={K}", "learn.publish_every_steps=6"]
-    settings += ["learn.learning_rate=1e-2", "learn.gate_requests=6", "learn.max_repeated_share=1.0"]
+    settings += ["learn.publish_every_steps=6", "learn.learning_rate=1e-2", "learn.gate_requests=6"]
     return load_config(None, [*settings, "memory.capacity_mb=0", *overrides])
 
 

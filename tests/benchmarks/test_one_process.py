@@ -27,7 +27,6 @@ def overrides(tmp_path: Path) -> list[str]:
         "target.precision=fp32",
         f"draft.checkpoint={tmp_path / 'draft'}",
         "engine.max_seq_len=64",
-        "engine.prefill_chunk_tokens=64",
         "engine.adaptive=false",
         "engine.threads=1",
     ]

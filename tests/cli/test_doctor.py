@@ -156,7 +156,7 @@ def test_versions_of_another_target_are_told_since_no_learner_would_start(overri
 
 
 def test_a_draft_whose_weights_are_not_used_warns(overrides: list[str], tmp_path: Path) -> None:
-    absent = ["target.source=pypi:x==1#y.gguf", f"target.cache_dir={tmp_path}"]
+    absent = ["target.source=pypi:x==1#y.gguf"]
     overrides = [*overrides, *absent, "draft.checkpoint=checkpoints/smollm2-base"]
     assert states(load_config(None, overrides))["draft"].state == "ok"
     check = states(load_config(None, [*overrides, "learn.from_scratch=true"]))["draft"]
@@ -180,18 +180,18 @@ def test_a_learner_without_a_draft_fails_as_it_would_when_serving(overrides: lis
 def test_an_unknown_target_fails_and_a_missing_download_warns(
     source: str, state: str, overrides: list[str], tmp_path: Path
 ) -> None:
-    check = states(load_config(None, [*overrides, f"target.source={source}", f"target.cache_dir={tmp_path}"]))["target"]
+    check = states(load_config(None, [*overrides, f"target.source={source}"]))["target"]
     assert check.state == state
     assert check.remedy
 
 
-def test_the_remedy_for_a_full_cache_names_the_variable_that_moves_the_kernels_too(
+def test_the_remedy_for_a_full_cache_names_the_variable(
     overrides: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(checks_module.shutil, "disk_usage", lambda _: SimpleNamespace(free=0))
-    check = states(load_config(None, [*overrides, "target.source=pypi:x==1#y.gguf", f"target.cache_dir={tmp_path}"]))
+    check = states(load_config(None, [*overrides, "target.source=pypi:x==1#y.gguf"]))
     assert check["target"].state == "fail"
-    assert "set target.cache_dir, or AURORA_LIT_CACHE for the kernels too" in check["target"].remedy
+    assert "set AURORA_LIT_CACHE" in check["target"].remedy
 
 
 def test_quantised_weights_without_the_package_that_reads_them_fail(
@@ -291,7 +291,7 @@ def test_each_process_of_a_learner_needs_memory(model: Path) -> None:
 def test_the_memory_table_is_printed_once_the_target_is_present(
     overrides: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    absent = load_config(None, [*overrides, "target.source=pypi:x==1#y.gguf", f"target.cache_dir={tmp_path}"])
+    absent = load_config(None, [*overrides, "target.source=pypi:x==1#y.gguf"])
     assert states(absent)["memory"].state == "warn"
     config = load_config(None, [*overrides, "learn.from_scratch=true"])
     assert "GiB needed" in states(config)["memory"].found

@@ -48,7 +48,6 @@ def deployment(*, strategy: str, devices: int) -> AuroraConfig:
             "learn.from_scratch=true",
             "engine.max_batch_size=16",
             "engine.max_seq_len=8192",
-            "engine.prefill_chunk_tokens=512",
             "trace.capacity_mb=4096",
         ],
     )
@@ -119,7 +118,6 @@ def test_the_table_equals_what_a_model_has(family: str, tmp_path: Path) -> None:
             "learn.from_scratch=true",
             "engine.max_batch_size=3",
             "engine.max_seq_len=64",
-            "engine.prefill_chunk_tokens=16",
         ],
     )
     lines = table(config, model_shape(config, tmp_path))

@@ -63,10 +63,7 @@ def command_of(tmp_path: Path, *vllm_arguments: str, starting: Path = DRAFT) -> 
         run_folder=tmp_path,
         starting_draft=draft,
         versions=tmp_path / "live",
-        keep=5,
         ring_bytes=1 << 20,
-        segment_tokens=64,
-        overlap_tokens=8,
     )
     return vllm_command(config, deployment, vllm_arguments)
 

@@ -11,10 +11,17 @@ from support.live_traces import serve, some_requests
 from support.tiny_models import save_model, trained_draft
 
 from aurora_lit.learn.data.target_head import TargetHead
+from aurora_lit.learn.online import intake
 from aurora_lit.models.interface import Target
 from aurora_lit.models.loading import load_target
 from aurora_lit.modules.draft.eagle3 import Eagle3Draft
 from aurora_lit.traces.record import Trace
+
+
+@pytest.fixture(autouse=True)
+def looping_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Are learned from: those of a random target loop."""
+    monkeypatch.setattr(intake, "MAX_REPEATED_SHARE", 1.0)
 
 
 @pytest.fixture(scope="session")

@@ -379,9 +379,9 @@ def test_a_folder_without_safetensors_is_refused(tmp_path: Path) -> None:
     assert resolve(str(tmp_path), cache_dir=tmp_path) == tmp_path
 
 
-def test_the_error_for_an_unwritable_cache_names_the_setting(tmp_path: Path) -> None:
+def test_the_error_for_an_unwritable_cache_names_the_variable(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(SourceError, match=r"target\.cache_dir, or AURORA_LIT_CACHE"):
+    with pytest.raises(SourceError, match="set AURORA_LIT_CACHE"):
         resolve(SOURCE, cache_dir=tmp_path / "file")
 
 
@@ -415,7 +415,7 @@ def test_a_disk_that_fills_during_the_conversion_is_named_and_nothing_is_left(
 
     monkeypatch.setattr("aurora_lit.models.wheel.download_file", lambda *_, target, **__: target.write_bytes(b"x"))
     monkeypatch.setattr("aurora_lit.models.wheel._convert", fill)
-    with pytest.raises(SourceError, match=r"cannot be written \(.*No space.*free some space.* target\.cache_dir"):
+    with pytest.raises(SourceError, match=r"cannot be written \(.*No space.*free some space.* AURORA_LIT_CACHE"):
         resolve(SOURCE, cache_dir=tmp_path)
     assert not list((tmp_path / "models").iterdir())
 
@@ -517,20 +517,20 @@ def test_pip_ends_with_the_process_that_downloads(tmp_path: Path) -> None:
 
 def test_cache_root_precedence(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("AURORA_LIT_CACHE", str(tmp_path))
-    assert cache_root("/elsewhere") == Path("/elsewhere")
-    assert cache_root(None) == tmp_path
+    assert cache_root() == tmp_path
     monkeypatch.delenv("AURORA_LIT_CACHE")
-    assert cache_root(None) == Path.home() / ".cache" / "aurora-lit"
+    assert cache_root() == Path.home() / ".cache" / "aurora-lit"
 
 
 def test_a_cache_in_a_home_folder_that_is_not_known_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("HOME", "AURORA_LIT_CACHE"):
-        monkeypatch.delenv(name, raising=False)
+    monkeypatch.delenv("HOME", raising=False)
     monkeypatch.setattr("pwd.getpwuid", dict[int, Any]().__getitem__)
-    for given, folder in ((None, "~/.cache/aurora-lit"), ("~/models", "~/models")):
-        with pytest.raises(ConfigError, match=f"{folder}: .*; set HOME, target.cache_dir, or AURORA_LIT_CACHE"):
-            cache_root(given)
-    assert cache_root("/elsewhere") == Path("/elsewhere")
+    for given, folder in (("", "~/.cache/aurora-lit"), ("~/models", "~/models")):
+        monkeypatch.setenv("AURORA_LIT_CACHE", given)
+        with pytest.raises(ConfigError, match=f"{folder}: .*; set HOME, or AURORA_LIT_CACHE"):
+            cache_root()
+    monkeypatch.setenv("AURORA_LIT_CACHE", "/elsewhere")
+    assert cache_root() == Path("/elsewhere")
 
 
 @pytest.mark.slow

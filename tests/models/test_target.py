@@ -297,7 +297,6 @@ def test_the_forward_pass_is_compiled_only_if_the_setting_is_on(
         f"target.source={folder}",
         "target.precision=fp32",
         "engine.max_seq_len=64",
-        "engine.prefill_chunk_tokens=64",
         f"engine.compile={setting}",
     ]
     target, plain = load_models.load_target(load_config(None, settings)), load_target(folder, precision="fp32")
@@ -491,7 +490,7 @@ def test_a_folder_that_lacks_a_weight_is_refused(tmp_path: Path) -> None:
 @torch.no_grad()
 def test_the_real_model(kernels: str) -> None:
     config = load_config(None, [])
-    folder = resolve(config.target.source, cache_dir=cache_root(config.target.cache_dir), sha256=config.target.sha256)
+    folder = resolve(config.target.source, cache_dir=cache_root(), sha256=config.target.sha256)
     ids_BT = torch.randint(0, 49_000, (2, 60), generator=torch.Generator().manual_seed(0))
     expected = reference(folder, ids_BT)
     target = load_target(folder, precision="fp32")

@@ -16,7 +16,7 @@ from support.fake_server import MODEL, FakeServer
 
 from aurora_lit.cli import status as live_status
 from aurora_lit.cli.main import main
-from aurora_lit.config import load_config
+from aurora_lit.config import load_config, logs_folder
 from aurora_lit.drafts.centroid_file import CENTROIDS_NAME, write_centroids
 from aurora_lit.errors import AuroraError, ConfigError
 from aurora_lit.ipc.learner_status import LearnerStatusPage
@@ -316,11 +316,10 @@ def test_a_learner_needs_a_folder_for_its_drafts(tmp_path):
 def test_settings_for_a_learner_hold_in_any_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("model").mkdir()
-    config = load_config(None, ["target.source=model", "server.api_key=secret", "target.cache_dir=cache"])
+    config = load_config(None, ["target.source=model", "server.api_key=secret"])
     for_learner = settings_for_learner(config)
     assert for_learner.target.source == str(tmp_path / "model")
-    assert for_learner.target.cache_dir == str(tmp_path / "cache")
     assert for_learner.checkpoint.dir == str(tmp_path / "checkpoints")
-    assert for_learner.learn.logs == str(tmp_path / "logs")
+    assert logs_folder(for_learner) == tmp_path / "logs"
     assert Path(for_learner.draft.checkpoint).is_absolute()
     assert for_learner.server.api_key is None

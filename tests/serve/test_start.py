@@ -69,7 +69,8 @@ def test_the_main_and_http_processes_contain_no_torch(
 ) -> None:
     """One is a fork of the other. Imports and builds all of both, and prepares a request as the HTTP process does."""
     monkeypatch.setattr(backend, "START_METHOD", "fork")
-    overrides = [f"target.source={model}", f"target.cache_dir={tmp_path / 'cache'}"]
+    monkeypatch.setenv("AURORA_LIT_CACHE", str(tmp_path / "cache"))
+    overrides = [f"target.source={model}"]
     backend.prepare(load_config(None, overrides))
     code = f"""
 import json, pathlib, socket, sys
@@ -113,7 +114,8 @@ def test_what_is_missing_is_fetched_in_a_process_of_its_own(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(backend, "START_METHOD", "fork")
-    overrides = [f"target.source={model}", f"target.cache_dir={tmp_path}"]
+    monkeypatch.setenv("AURORA_LIT_CACHE", str(tmp_path))
+    overrides = [f"target.source={model}"]
     assert not is_kept(model, cache_dir=tmp_path)
     backend.prepare(load_config(None, overrides))
     assert is_kept(model, cache_dir=tmp_path)

@@ -7,19 +7,21 @@ harness.tick_until(lambda: harness.loop.published >= 1)
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import os
 import subprocess
 import sys
 import textwrap
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from aurora_lit.config import load_config
 from aurora_lit.drafts.checkpoint import load_draft, save_draft
 from aurora_lit.drafts.store import DraftStore
 from aurora_lit.ipc.engine_status import STATUS_NAME, EngineStatusPage
@@ -30,6 +32,7 @@ from aurora_lit.learn.data.online_batcher import OnlineBatcher
 from aurora_lit.learn.data.reservoir import Reservoir
 from aurora_lit.learn.data.target_head import TargetHead
 from aurora_lit.learn.online.budget import Budget, ServerLoad, ShareLimit
+from aurora_lit.learn.online.build import build_loop
 from aurora_lit.learn.online.environment import LearnerEnvironment
 from aurora_lit.learn.online.held_out import HeldOut, HeldOutRequest
 from aurora_lit.learn.online.learner import STARTING_VERSION, Learner
@@ -38,8 +41,8 @@ from aurora_lit.models.interface import Target
 from aurora_lit.modules.domains.controller import DomainController
 from aurora_lit.modules.draft.eagle3 import Eagle3Draft
 from aurora_lit.settings import LearnSettings
-from aurora_lit.traces.record import LAYOUT_DIGEST
-from support.live_traces import FakeRing, make_controller, online_module
+from aurora_lit.traces.record import LAYOUT_DIGEST, Trace
+from support.live_traces import FakeRing, asked_again, make_controller, online_module
 from support.tiny_models import random_draft
 
 
@@ -73,21 +76,21 @@ class LearnerHarness:
         limits_trials: bool = False,
         told_before: Mapping[str, int] | None = None,
         resumes: bool = False,
+        batch_positions: int = 512,
+        max_repeated_share: float = 1.0,
+        traffic: Sequence[Trace] = (),
         **settings: Any,
     ) -> None:
         config = LearnSettings(
             **{
-                "batch_positions": 512,
-                "unroll_steps": 3,
                 "publish_every_s": 0.0,
                 "publish_every_steps": 20,
-                "save_every_s": 3600.0,
                 "gate_requests": 12,
-                "max_repeated_share": 1.0,
                 **settings,
             }
         )
         folder.mkdir(exist_ok=True)
+        self.traffic = traffic
         self.starting = draft or random_draft(target)
         self.store = DraftStore(folder / "live", keep=3)
         self.ring = FakeRing()
@@ -125,14 +128,19 @@ class LearnerHarness:
                 self.target_head,
                 Reservoir(folder / "reservoir", limit_bytes=1 << 24, seed=0),
                 replay_share=0.5,
-                batch_positions=config.batch_positions,
+                batch_positions=batch_positions,
                 live_bytes=1 << 24,
             ),
             held_out=self.held_out,
-            budget=Budget(idle_share=1.0, share=1.0, full_load_share=1.0, minimum_share=1.0, cpu_s=lambda: 0.0),
+            budget=Budget(idle_share=1.0, share=1.0, cpu_s=lambda: 0.0),
         )
+        self.loop._intake.max_repeated_share = max_repeated_share
         if not limits_trials:
             self.loop._trial_limit = ShareLimit(1.0)
+
+    def ask(self, times: int) -> None:
+        """As if the traffic were asked so often now, each time in new requests."""
+        self.ring.records.extend(asked_again(self.traffic, times))
 
     def served_draft(self, version: str | None) -> Eagle3Draft:
         return self.starting if version is None else load_draft(self.store.folder / version, self.target_head)
@@ -145,6 +153,10 @@ class LearnerHarness:
         assert done(), f"not after {max_ticks} ticks; the gate decided {self.loop.decision}"
 
 
+MakeHarness = Callable[..., LearnerHarness]
+"""Makes one for the target and the traffic of the tests, in their folder unless another `folder` is given."""
+
+
 class ServerStandIn:
     """What a learner's process needs of a server: a run folder with a ring and two status pages, and a live process."""
 
@@ -155,23 +167,18 @@ class ServerStandIn:
         self.page = LearnerStatusPage.create(self.run_folder / LEARNER_STATUS_NAME)
         EngineStatusPage.create(self.run_folder / STATUS_NAME).write(worker_pid=os.getpid())
         save_draft(draft, folder / "start", dtype=torch.float32)
-        self.store = DraftStore(folder / "checkpoints" / "live", keep=3)
+        self.store = DraftStore(folder / "checkpoints" / "live")
         self.folder, self.target_folder = folder, target_folder
 
     @property
     def overrides(self) -> list[str]:
         learn = {
             "compute_share": 1.0,
-            "batch_positions": 256,
-            "unroll_steps": 3,
             "learning_rate": 4e-3,
             "publish_every_s": 0.5,
             "publish_every_steps": 4,
-            "save_every_s": 0.2,
             "gate_requests": 8,
             "reservoir_mb": 16,
-            "logs": self.folder / "logs",
-            "max_repeated_share": 1.0,
         }
         return [
             f"target.source={self.target_folder}",
@@ -179,15 +186,22 @@ class ServerStandIn:
             f"draft.checkpoint={self.folder / 'start'}",
             f"checkpoint.dir={self.folder / 'checkpoints'}",
             "engine.max_seq_len=128",
-            "engine.prefill_chunk_tokens=64",
             *(f"learn.{key}={value}" for key, value in learn.items()),
         ]
+
+    def loop(self, *overrides: str) -> contextlib.AbstractContextManager[OnlineLoop]:
+        """A learner's loop in this process."""
+        config = load_config(None, [*self.overrides, *overrides])
+        status = EngineStatusPage.open(self.run_folder / STATUS_NAME)
+        return build_loop(config, self.run_folder, self.run_folder / RING_NAME, self.page, status)
 
     def start_learner(self) -> subprocess.Popen[str]:
         code = f"""
             from pathlib import Path
             from aurora_lit.config import load_config
+            from aurora_lit.learn.online import build, intake, loop
             from aurora_lit.learn.online.process import run_learner
+            build.BATCH_POSITIONS, intake.MAX_REPEATED_SHARE, loop.SAVE_EVERY_S = 256, 1.0, 0.2
             run_learner(load_config(None, {self.overrides!r}), Path({str(self.run_folder)!r}))
         """
         return subprocess.Popen(

@@ -30,10 +30,7 @@ def made_deployment(run_folder: Path, folder: Path, *, ring_bytes: int = 1 << 16
         run_folder=run_folder,
         starting_draft=folder / "first",
         versions=folder / "versions",
-        keep=5,
         ring_bytes=ring_bytes,
-        segment_tokens=64,
-        overlap_tokens=8,
     )
     made.write()
     return made

@@ -11,11 +11,13 @@ from lightning.fabric import Fabric
 
 from aurora_lit.config import AuroraConfig, load_config
 from aurora_lit.learn.data.target_head import TargetHead
-from aurora_lit.learn.offline.replay import Replay
+from aurora_lit.learn.offline.loop import OfflineLoop
 from aurora_lit.learn.offline.scoring import RoundTotals
 from aurora_lit.models.interface import Target
 from aurora_lit.modules.draft.eagle3 import Eagle3Draft
+from aurora_lit.request import Request
 from aurora_lit.traces.record import Trace
+from support.live_traces import some_requests
 
 K = 3
 """Proposals of every round."""
@@ -26,14 +28,17 @@ def replay_config(*changes: str, **learn: Any) -> AuroraConfig:
     """Nothing is copied without `changes`, which are settings as on the command line."""
     config = load_config(None, [*_SETTINGS, *changes])
     fields = {
-        "batch_positions": 512,
-        "unroll_steps": K,
         "publish_every_steps": 10,
         "learning_rate": 4e-3,
         "gate_requests": 12,
-        "max_repeated_share": 1.0,
     }
     return replace(config, learn=replace(config.learn, **{**fields, **learn}))
+
+
+def asked(times: int = 8) -> list[Request]:
+    """A few prompts of two domains, asked so often."""
+    requests = [*some_requests(8), *some_requests(4, seed=1, domain="code")]
+    return [replace(r, request_id=f"{n}-{r.request_id}") for n in range(times) for r in requests]
 
 
 def make_replay(
@@ -43,10 +48,12 @@ def make_replay(
     *changes: str,
     steps_per_trace: float = 1.0,
     fabric: Fabric | None = None,
+    gated: bool = True,
+    keep_versions: bool = True,
     **learn: Any,
-) -> Replay:
+) -> OfflineLoop:
     folder.mkdir(exist_ok=True)
-    return Replay(
+    replay = OfflineLoop(
         replay_config(*changes, **learn),
         target_head=TargetHead(target),
         starting=draft,
@@ -54,7 +61,11 @@ def make_replay(
         scratch=folder,
         steps_per_trace=steps_per_trace,
         fabric=fabric,
+        gated=gated,
+        keep_versions=keep_versions,
     )
+    replay._intake.max_repeated_share = 1.0
+    return replay
 
 
 def scored_rounds(trace: Trace) -> RoundTotals:

@@ -37,7 +37,7 @@ def main(folder: Path, model: Path, traces: Path, processes: int) -> None:
     from aurora_lit.errors import AuroraError
     from aurora_lit.learn.data.reservoir import Reservoir
     from aurora_lit.learn.data.training_state import write_state
-    from aurora_lit.learn.offline.replay import blocks, read_traces
+    from aurora_lit.learn.offline.loop import blocks, read_traces
     from aurora_lit.models.loading import load_target
     from support.replay_harness import make_replay
     from support.tiny_models import random_draft

@@ -262,6 +262,7 @@ def make_engine(
     copied_tokens: int = 0,
     lookup: bool = True,
     memory_scope: Literal["domain", "client", "off"] = "off",
+    prefill_chunk_tokens: int = 16,
     max_round_s: float = 0.05,
     branches: bool = False,
     explore_seed: int = 0,
@@ -278,7 +279,7 @@ def make_engine(
     from a memory of one MiB (`memory_scope`). `branches`: beside the tokens of drafted chains it proposes others where
     it can; unless `adaptive`, always twice as many in all.
     """
-    defaults: dict[str, Any] = {"max_seq_len": 96, "adaptive": False, "prefill_chunk_tokens": 16}
+    defaults: dict[str, Any] = {"max_seq_len": 96, "adaptive": False}
     engine = Engine(
         target,
         draft if max_draft_tokens else None,
@@ -287,6 +288,7 @@ def make_engine(
         ),
         eos_token_ids=eos_token_ids,
         memory=MemorySettings(capacity_mb=1, scope=memory_scope if copied_tokens else "off"),
+        prefill_chunk_tokens=prefill_chunk_tokens,
         max_round_s=max_round_s,
         explore_seed=explore_seed,
         draft_version=draft_version,

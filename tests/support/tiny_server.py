@@ -16,6 +16,7 @@ of JSON per trace).
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import shutil
@@ -78,7 +79,13 @@ class TinyServers:
         tokens = PreTrainedTokenizerFast(tokenizer_object=tokenizer, chat_template=chat_template)
         tokens.save_pretrained(folder / "target")
         save_draft(random_draft(self.target), folder / "start", dtype=torch.float32)
-        self.store = DraftStore(folder / "checkpoints" / "live", keep=3)
+        self.store = DraftStore(folder / "checkpoints" / "live")
+        self.constants: dict[str, Any] = {
+            "aurora_lit.learn.online.build.BATCH_POSITIONS": 256,
+            "aurora_lit.learn.online.intake.MAX_REPEATED_SHARE": 1.0,
+            "aurora_lit.learn.online.loop.SAVE_EVERY_S": 0.2,
+        }
+        """Of modules, for the servers that are started from now on."""
         self._processes: list[ForkedProcess] = []
 
     @property
@@ -86,20 +93,14 @@ class TinyServers:
         learn = {
             "enabled": "true",
             "compute_share": 1.0,
-            "batch_positions": 256,
-            "unroll_steps": 3,
             "learning_rate": 4e-3,
             "publish_every_s": 0.3,
             "publish_every_steps": 2,
-            "save_every_s": 0.2,
             "gate_requests": 8,
             "reservoir_mb": 4,
-            "logs": self.folder / "logs",
-            "max_repeated_share": 1.0,
         }
         engine = {
             "max_seq_len": 128,
-            "prefill_chunk_tokens": 64,
             "max_draft_tokens": 3,
             "adaptive": "false",
             "lookup": "false",
@@ -115,7 +116,6 @@ class TinyServers:
             f"draft.checkpoint={self.folder / 'start'}",
             "trace.capacity_mb=1",
             f"checkpoint.dir={self.store.folder.parent}",
-            "checkpoint.keep=3",
             *(f"learn.{key}={value}" for key, value in learn.items()),
             *(f"engine.{key}={value}" for key, value in engine.items()),
         ]
@@ -145,7 +145,7 @@ class TinyServers:
         process = fork(
             "support.tiny_server",
             "run_forked",
-            [str(self.folder), list(command)],
+            [str(self.folder), self.constants, list(command)],
             stdout=self.folder / "log",
             stderr=self.folder / "log",
             environment={"TMPDIR": str(self.folder / "tmp")},
@@ -252,9 +252,9 @@ class ForkedCommand:
         os.kill(self._pid, signal.SIGKILL)
 
 
-def run_forked(folder: str, arguments: list[str]) -> None:
+def run_forked(folder: str, constants: dict[str, Any], arguments: list[str]) -> None:
     """Run an `aurora-lit` command of the deployment in `folder`; does not return."""
-    _patch(Path(folder))
+    _patch(Path(folder), constants)
     _run_command(arguments)
 
 
@@ -276,7 +276,7 @@ def _run_command(arguments: list[str]) -> None:
         os._exit(code)
 
 
-def _patch(folder: Path) -> None:
+def _patch(folder: Path, constants: dict[str, Any]) -> None:
     """Let this process and its children keep their files in `folder`, fork instead of spawn, and wait less."""
     from aurora_lit.ipc import learner_status, run_folder
     from aurora_lit.learn.online import loop, process
@@ -300,4 +300,7 @@ def _patch(folder: Path) -> None:
     server.WORKER_GRACE_S = 0.5
     learner_status.STALLED_AFTER_S = 3.0
     process._lower_priority = lambda *_: None
+    for name, value in constants.items():
+        module, _, constant = name.rpartition(".")
+        setattr(importlib.import_module(module), constant, value)
     loop.from_bytes = from_bytes_noted

@@ -297,7 +297,7 @@ def test_a_full_disk_for_drafts_is_said_and_the_next_draft_is_published_when_the
     with torch.no_grad():
         weak.lm_head.weight.zero_()  # so that a better one is found soon
     save_draft(weak, folder / "weak")
-    settings = ("compute_share=1.0", "full_load_share=1.0", "learning_rate=1e-3", "publish_every_s=2", "unroll_steps=1")
+    settings = ("compute_share=1.0", "learning_rate=1e-3", "publish_every_s=2")
     with VllmServer(
         folder,
         learner=True,

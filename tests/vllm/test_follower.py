@@ -87,7 +87,7 @@ def deployment(tmp_path: Path) -> Deployment:
 
 
 def store_of(deployment: Deployment) -> DraftStore:
-    return DraftStore(deployment.versions, keep=5)
+    return DraftStore(deployment.versions)
 
 
 def run_with(deployment: Deployment, ranks: MadeRanks, scenario: Callable[[], Awaitable[None]]) -> None:

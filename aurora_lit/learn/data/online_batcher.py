@@ -9,7 +9,6 @@ replayed traces together, nor of its live part, so that what is replayed of that
 
 from __future__ import annotations
 
-import random
 from collections import Counter, deque
 from dataclasses import replace
 
@@ -35,6 +34,9 @@ reservoir has dropped do not count, or the traffic of a day would have its last 
 _FEWEST_LIVE = 64
 """Fewer live positions weigh in a step as they would among so many, and are no reason for one: the six of a health
 probe would be 70 % of its loss, each 140 times a replayed one, and a probe every ten seconds 8,640 steps a day."""
+MAX_CLIENT_SHARE = 0.5
+"""Largest share of a batch's positions from one client while there are others. A client is the request's `user`, else
+its network address."""
 _MIN_POSITIONS = 8
 """Shorter traces are dropped: each would be a row of its own in a batch."""
 MAX_CONTEXT = 128
@@ -77,15 +79,12 @@ class OnlineBatcher:
         batch_positions: int,
         replay_share: float,
         live_bytes: int,
-        max_client_share: float = 1.0,
-        selection: str = "informative",
-        seed: int = 0,
+        max_client_share: float = MAX_CLIENT_SHARE,
     ) -> None:
         """Start without live traces.
 
         batch_positions: size of a batch, see `batch_size`. replay_share: share of it that is replayed.
         live_bytes: memory for waiting traces. max_client_share: largest share of a batch's positions for one client.
-        selection: "informative" takes the traces with the most rejections first, "uniform" random ones, by `seed`.
         """
         self._target_head, self.reservoir = target_head, reservoir
         self._batch_positions = batch_positions
@@ -99,7 +98,6 @@ class OnlineBatcher:
         self._waiting_bytes = 0
         self._untaken_room = _FIRST_UNTAKEN
         """Traces that no batch took which may still be remembered."""
-        self._uniform = random.Random(seed) if selection == "uniform" else None
         self._counted = reservoir.positions
         """Positions whose passes are counted: those that were held at the last batch, and those added since."""
         # Of traces that a learner before has left it is not known; they are replayed beside new ones.
@@ -201,13 +199,8 @@ class OnlineBatcher:
     def _take_live(self, quota: _ClientQuota) -> list[Trace]:
         """The most informative of the waiting traces, as many as the batch's live share holds; at least one."""
         taken: list[Trace] = []
-        uniform = self._uniform
-        if uniform is not None:
-            order = uniform.sample(list(self._waiting), len(self._waiting))
-        else:
-            order = sorted(self._waiting, key=informativeness, reverse=True)
         chosen, held_back = set(), set()
-        for trace in order:
+        for trace in sorted(self._waiting, key=informativeness, reverse=True):
             part = quota.allowed_part(trace)
             if taken and batch_size([*taken, part or trace]) > self._live_positions:
                 continue

@@ -5,10 +5,10 @@ are accepted as far as they equal the recorded tokens. These rounds are on-polic
 which this draft drew, and explore in a share of the rounds. The target's distribution at every verified proposal is
 known from the trace, since all proposals before it were accepted.
 
-Copies may be proposed beside the draft's (learn/offline/copies.py). A round then accepts as many tokens as the better
-of both, and the next one begins after them; what the trace holds are still the draft's proposals at these roots and
-what would have been accepted of them alone. A round that explores keeps its copies. On a server it does not: there a
-sequence has copies alone, or explores, or has both the copies and the draft's choice.
+Copies may be proposed beside the draft's (learn/offline/ngram_paths.py). A round then accepts as many tokens as the
+better of both, and the next one begins after them; what the trace holds are still the draft's proposals at these roots
+and what would have been accepted of them alone. A round that explores keeps its copies. On a server it does not: there
+a sequence has copies alone, or explores, or has both the copies and the draft's choice.
 
 Two limits. Proposals after a round's first rejection are left out: they were not verified, the target's states after
 them are not in the trace, and the policy gradient there is 0 (their S_t is 0, modules/losses/ppo.py). And a round that

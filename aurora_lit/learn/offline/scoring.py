@@ -9,12 +9,12 @@ token, the draft with the same noise proposes it with a known probability (`acce
 probabilities instead of outcomes, and their totals are exact in expectation, if p is the softmax of the target's logits
 at the temperature (no top-k, top-p, min-p, penalties or bias).
 
-Rounds may also hold copies (learn/offline/copies.py), in one tree with the draft's chain. Such a tree accepts as many
-tokens as the better of both: if the recorded tokens follow L copies, and step i of the draft is accepted with
+Rounds may also hold copies (learn/offline/ngram_paths.py), in one tree with the draft's chain. Such a tree accepts as
+many tokens as the better of both: if the recorded tokens follow L copies, and step i of the draft is accepted with
 probability a_i after all before it, P(accepted >= j) is 1 for j <= L, else a_1 ⋯ a_j.
 
 Two limits: a later segment of a request knows only the overlap before it, and a round that could reach beyond a
-request's recorded end does not count, as in `bench acceptance`. Leaves out learning (learn/offline/replay.py).
+request's recorded end does not count, as in `bench acceptance`. Leaves out learning (learn/offline/loop.py).
 
 Shapes: K draft steps, T positions, H hidden, N scored positions, D draft vocabulary.
 """

@@ -5,9 +5,8 @@ when the gate finds it better than the served one on requests that were not lear
 
 May import: learn/data/ and above. Start with loop.py. The files, each importing only those above it:
 
-    budget.py              how much processor time learning may use: a token bucket of processor seconds
+    budget.py              how much processor time learning may use, by how busy the server is
     environment.py         what the loop is connected to: traces, drafts, status pages, the clock
-    load_watch.py          how busy the server is, which the budget depends on
     evidence.py            how much speaks for a challenger, over all of its trials
     held_out.py            requests that wait before they are learned from, and a few that never are
     gate.py                champion against challenger on held-out requests

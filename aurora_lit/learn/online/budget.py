@@ -6,7 +6,7 @@ is not, so the share holds on average whatever a step costs. All of the process 
 `ShareLimit` keeps one kind of work, such as trials, to a share of what is used. Leaves out the sleeping itself and
 giving way in the middle of a step (learn/online/loop.py), and the process's priority (learn/online/process.py).
 
-    budget = Budget(idle_share=0.25, share=0.04, full_load_share=0.02, minimum_share=0.005)
+    budget = Budget(idle_share=0.25, share=0.04)
     while True:
         if wait_s := budget.wait_s(load()):
             time.sleep(wait_s)
@@ -22,8 +22,13 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from enum import Enum
 
+from aurora_lit.ipc.engine_status import EngineStatusPage
 from aurora_lit.machine import available_cores
 
+_FULL_LOAD_PART, _QUEUEING_PART = 1 / 2, 1 / 8
+"""Of the share, while nearly every slot is taken, and while requests wait: learning never stops entirely."""
+_FULL_LOAD = 0.75
+"""Share of taken slots from which the server counts as fully loaded: between two requests a slot is briefly free."""
 _SAVED_S = 10.0
 """Largest balance, in seconds of the share: after waiting for traces a learner may take a few steps at once."""
 _SMALLEST_S = 1e-6
@@ -45,6 +50,31 @@ class ServerLoad(Enum):
     """Requests are waiting for a slot."""
 
 
+class LoadWatch:
+    """How busy the server is now, by its worker's status page.
+
+    >>> look = LoadWatch(EngineStatusPage.open(run_folder / STATUS_NAME))
+    >>> look()
+    <ServerLoad.IDLE: 0>
+    """
+
+    def __init__(self, status: EngineStatusPage) -> None:
+        self._status = status
+        self._served: tuple[int, int] | None = None
+        """Tokens that had been served at the last look."""
+
+    def __call__(self) -> ServerLoad:
+        """Look."""
+        now = self._status.read()
+        served = (now.generated_tokens, now.prompt_tokens)
+        is_quiet, self._served = served == self._served, served
+        if now.waiting:
+            return ServerLoad.QUEUEING
+        if now.running > _FULL_LOAD * now.num_slots:
+            return ServerLoad.FULL
+        return ServerLoad.IDLE if is_quiet and not now.running else ServerLoad.SPARE
+
+
 class Budget:
     """Limits this process's processor time to a share of what it may use."""
 
@@ -53,25 +83,21 @@ class Budget:
         *,
         idle_share: float,
         share: float,
-        full_load_share: float,
-        minimum_share: float,
         cpus: int | None = None,
         wall_s: Callable[[], float] = time.monotonic,
         cpu_s: Callable[[], float] = time.process_time,
     ) -> None:
         """Start with an empty bucket.
 
-        share: of all processors' time while slots are free. full_load_share: while nearly every slot is taken.
-        minimum_share: while requests wait for a slot. The last two are never more than the first. idle_share: while
-        there is no request; never less than the first. cpus: how many processors that are; None: as many as this
-        process may use.
+        share: of all processors' time while slots are free. idle_share: while there is no request; never less than the
+        first. cpus: how many processors that are; None: as many as this process may use.
         """
         self._cpus = cpus or available_cores()
         self._shares = {
             ServerLoad.IDLE: max(idle_share, share),
             ServerLoad.SPARE: share,
-            ServerLoad.FULL: min(full_load_share, share),
-            ServerLoad.QUEUEING: min(minimum_share, share),
+            ServerLoad.FULL: _FULL_LOAD_PART * share,
+            ServerLoad.QUEUEING: _QUEUEING_PART * share,
         }
         self._wall_s, self._cpu_s = wall_s, cpu_s
         self._balance_s = 0.0
@@ -79,7 +105,7 @@ class Budget:
         self._samples = deque([self._seen])
 
     def wait_s(self, load: ServerLoad) -> float:
-        """Seconds until work may begin under this load; 0: now. Infinite where the share for that load is 0."""
+        """Seconds until work may begin under this load; 0: now."""
         wall, cpu = self._wall_s(), self._cpu_s()
         rate = self._shares[load] * self._cpus
         earned, spent = rate * (wall - self._seen[0]), cpu - self._seen[1]
@@ -90,7 +116,7 @@ class Budget:
             self._samples.popleft()
         if self._balance_s > -_SMALLEST_S:
             return 0.0
-        return -self._balance_s / rate if rate else float("inf")
+        return -self._balance_s / rate
 
     @property
     def measured_share(self) -> float:

@@ -16,7 +16,7 @@ from lightning.fabric.loggers.csv_logs import CSVLogger
 from lightning.fabric.loggers.logger import Logger
 from lightning.fabric.loggers.tensorboard import TensorBoardLogger
 
-from aurora_lit.config import AuroraConfig, draft_folder, versions_folder
+from aurora_lit.config import AuroraConfig, draft_folder, logs_folder, versions_folder
 from aurora_lit.drafts.checkpoint import load_draft, read_config
 from aurora_lit.drafts.initial import DRAFT_VOCABULARY_SIZE, initial_draft
 from aurora_lit.drafts.store import DraftStore
@@ -29,12 +29,11 @@ from aurora_lit.ipc.run_folder import RINGS
 from aurora_lit.learn.data.online_batcher import OnlineBatcher, fewest_live
 from aurora_lit.learn.data.reservoir import Reservoir
 from aurora_lit.learn.data.target_head import TargetHead
-from aurora_lit.learn.online.budget import Budget
+from aurora_lit.learn.online.budget import Budget, LoadWatch
 from aurora_lit.learn.online.data_parallel import Follower, launch_fabric, leader_process
 from aurora_lit.learn.online.environment import LearnerEnvironment
 from aurora_lit.learn.online.held_out import HeldOut
 from aurora_lit.learn.online.learner import STARTING_VERSION, Learner, weights_digest
-from aurora_lit.learn.online.load_watch import LoadWatch
 from aurora_lit.learn.online.loop import OnlineLoop, newest_usable
 from aurora_lit.learn.training_precision import training_dtype
 from aurora_lit.models.loading import load_target
@@ -42,13 +41,17 @@ from aurora_lit.models.source import cache_root, resolve
 from aurora_lit.models.torch_target import TorchTarget
 from aurora_lit.modules.domains.controller import DomainController
 from aurora_lit.modules.domains.detector import DomainDetector
+from aurora_lit.modules.domains.lr_schedule import DECAY_TOKENS, MIN_LR_FACTOR, WARMUP_STEPS
 from aurora_lit.modules.draft.eagle3 import Eagle3Draft
 from aurora_lit.modules.losses.draft_module import DraftModule
-from aurora_lit.modules.losses.objective import OnlineWeights
+from aurora_lit.modules.losses.objective import BaseLoss, OnlineWeights
 from aurora_lit.traces.record import LAYOUT_DIGEST
 
 STATE_NAME = "learner.safetensors"
 """The learner's state, in the folder of the versions it publishes."""
+BATCH_POSITIONS = 512
+"""Token positions in a batch that are trained on; the context before them counts a quarter."""
+_MIN_UNROLL_STEPS = 4
 _SAMPLED_TOKENS = 512
 """Over which a batch's loss is computed. A quarter of what pretraining takes: a step costs a tenth less, and drafts
 come out alike (docs/results/learning.md)."""
@@ -70,7 +73,7 @@ def build_loop(
         rings = sorted(ring_path.parent.glob(RINGS)) or [ring_path]
         ring = stack.enter_context(contextlib.closing(RingReaders.open(rings, layout=LAYOUT_DIGEST)))
         target_head, starting = load_head_and_draft(config)
-        store = DraftStore(versions_folder(config), keep=config.checkpoint.keep)
+        store = DraftStore(versions_folder(config))
         store.check_target(target_head)
         # CheckpointError: a CURRENT that names no version, which `newest_usable` tells; OSError: learning can begin.
         with contextlib.suppress(CheckpointError, OSError):
@@ -137,8 +140,6 @@ def build_loop(
             budget=Budget(
                 idle_share=learn.idle_share,
                 share=learn.compute_share,
-                full_load_share=learn.full_load_share,
-                minimum_share=learn.minimum_share,
                 cpu_s=leader.cpu_s if leader else time.process_time,
             ),
         )
@@ -149,24 +150,21 @@ def _record_of(store: DraftStore, version: str | None) -> dict[str, Any]:
     return next((each.record for each in store.versions() if each.name == version), {})
 
 
-def make_batcher(config: AuroraConfig, target_head: TargetHead, folder: Path) -> OnlineBatcher:
-    """Batches as the settings `learn` describe them; remembered traces are files in `folder`/reservoir."""
+def make_batcher(config: AuroraConfig, target_head: TargetHead, folder: Path, *, seed: int = 0) -> OnlineBatcher:
+    """Batches as the settings `learn` describe them; remembered traces, by `seed`, are files in `folder`/reservoir."""
     learn = config.learn
     return OnlineBatcher(
         target_head,
-        Reservoir(folder / "reservoir", limit_bytes=learn.reservoir_mb * _MIB, seed=learn.seed),
-        batch_positions=learn.batch_positions,
+        Reservoir(folder / "reservoir", limit_bytes=learn.reservoir_mb * _MIB, seed=seed),
+        batch_positions=BATCH_POSITIONS,
         replay_share=learn.replay_share,
         live_bytes=learn.reservoir_mb * _MIB // 8,
-        max_client_share=learn.max_client_share,
-        selection=learn.trace_selection,
-        seed=learn.seed,
     )
 
 
-def make_held_out(config: AuroraConfig) -> HeldOut:
-    """Held-out requests as the settings `learn` describe them; none yet."""
-    return HeldOut(seed=config.learn.seed, limit_bytes=config.learn.reservoir_mb * _MIB // 4)
+def make_held_out(config: AuroraConfig, *, seed: int = 0) -> HeldOut:
+    """Held-out requests, chosen by `seed`, as the settings `learn` describe them; none yet."""
+    return HeldOut(seed=seed, limit_bytes=config.learn.reservoir_mb * _MIB // 4)
 
 
 def run_follower(config: AuroraConfig, run_folder: Path) -> None:
@@ -174,7 +172,7 @@ def run_follower(config: AuroraConfig, run_folder: Path) -> None:
     learn = config.learn
     torch.set_num_threads(learn.threads)
     target_head, starting = load_head_and_draft(config)
-    store = DraftStore(versions_folder(config), keep=config.checkpoint.keep)
+    store = DraftStore(versions_folder(config))
     # Of the leader's shape, which its state must have.
     draft = newest_usable(store, lambda version: load_draft(store.folder / version, target_head))[1]
     fabric = launch_fabric(learn, run_folder)
@@ -203,26 +201,19 @@ def for_scoring(draft: Eagle3Draft) -> Eagle3Draft:
 
 def controller_for(config: AuroraConfig) -> DomainController:
     """A controller by the settings `domain` and `schedule`; cold, it explores as `engine` says."""
-    domain, schedule = config.domain, config.schedule
-    detector = (
-        DomainDetector(max_domains=domain.max_domains, novelty_threshold=domain.novelty_threshold)
-        if domain.detect
-        else None
-    )
     cold = config.engine.explore_share
     return DomainController(
-        detector,
-        explore_shares=(cold, min(1.0, cold + schedule.explore_share)),
-        warmup_steps=schedule.warmup_steps,
-        min_lr_factor=schedule.min_lr_factor,
-        decay_tokens=schedule.decay_tokens,
-        max_labels=domain.max_domains,
+        DomainDetector() if config.domain.detect else None,
+        explore_shares=(cold, min(1.0, cold + config.schedule.explore_share)),
+        warmup_steps=WARMUP_STEPS,
+        min_lr_factor=MIN_LR_FACTOR,
+        decay_tokens=DECAY_TOKENS,
     )
 
 
 def _target_folder(config: AuroraConfig) -> Path:
     target = config.target
-    return resolve(target.source, cache_dir=cache_root(target.cache_dir), sha256=target.sha256)
+    return resolve(target.source, cache_dir=cache_root(), sha256=target.sha256)
 
 
 def load_head_and_draft(config: AuroraConfig) -> tuple[TargetHead, Eagle3Draft]:
@@ -237,7 +228,7 @@ def load_head_and_draft(config: AuroraConfig) -> tuple[TargetHead, Eagle3Draft]:
         )
     source, precision = _target_folder(config), config.target.precision
     # A new draft begins with copies of the target's layers, which a packed file does not give.
-    cache_dir = None if config.learn.from_scratch else cache_root(config.target.cache_dir)
+    cache_dir = None if config.learn.from_scratch else cache_root()
     target = load_target(source, precision=precision, cache_dir=cache_dir)
     target_head, in_torch = TargetHead(target), target.in_torch
     if config.learn.from_scratch:
@@ -260,7 +251,7 @@ def starting_draft(config: AuroraConfig, target_head: TargetHead) -> Eagle3Draft
 def _untrained(config: AuroraConfig, target: TorchTarget, folder: Path | None) -> Eagle3Draft:
     """An untrained draft, of the shape and vocabulary of the configured checkpoint if there is one."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.learn.seed)
+        torch.manual_seed(0)
         if folder is None:
             # Without a checkpoint to take the vocabulary from: the lowest ids, which are the most frequent tokens.
             ids = torch.arange(min(DRAFT_VOCABULARY_SIZE, target.vocab_size))
@@ -275,23 +266,30 @@ def _untrained(config: AuroraConfig, target: TorchTarget, folder: Path | None) -
         )
 
 
-def online_module(config: AuroraConfig, draft: Eagle3Draft, target_head: TargetHead) -> DraftModule:
-    """The draft in a module that is trained as the settings `learn` say."""
+def unroll_steps(config: AuroraConfig) -> int:
+    """Draft steps unrolled in training: as many as the engine drafts, but _MIN_UNROLL_STEPS at least."""
+    return max(_MIN_UNROLL_STEPS, config.engine.max_draft_tokens)
+
+
+def online_module(
+    config: AuroraConfig, draft: Eagle3Draft, target_head: TargetHead, *, base_loss: BaseLoss = "lk"
+) -> DraftModule:
+    """The draft in a module that is trained as the settings `learn` say; another `base_loss` is for comparison."""
     learn = config.learn
     return DraftModule(
         draft,
         embedding_VH=target_head.embedding_VH,
         head_VdH=target_head.rows(draft.draft_token_ids),
         logit_transform=target_head.logit_transform.select(draft.draft_token_ids),
-        num_steps=learn.unroll_steps,
+        num_steps=unroll_steps(config),
         value_weight=learn.value_weight,
         online=OnlineWeights(
-            base_loss=learn.base_loss,
+            base_loss=base_loss,
             ppo_weight=learn.ppo_weight,
             clip=learn.ppo_clip,
             gae_lambda=learn.gae_lambda,
             replay_weight=learn.replay_share / (1 - learn.replay_share),
-            fewest_live=fewest_live(batch_positions=learn.batch_positions, replay_share=learn.replay_share),
+            fewest_live=fewest_live(batch_positions=BATCH_POSITIONS, replay_share=learn.replay_share),
             sampled_tokens=_SAMPLED_TOKENS,
         ),
         learning_rate=learn.learning_rate,
@@ -300,7 +298,7 @@ def online_module(config: AuroraConfig, draft: Eagle3Draft, target_head: TargetH
 
 def _loggers(config: AuroraConfig) -> list[Logger]:
     """A CSV logger, and a TensorBoard logger if TensorBoard is installed."""
-    folder, name = Path(config.learn.logs).expanduser(), config.checkpoint.run
+    folder, name = logs_folder(config), config.checkpoint.run
     loggers: list[Logger] = [CSVLogger(folder, name=name, flush_logs_every_n_steps=1)]
     with contextlib.suppress(ModuleNotFoundError):
         loggers.append(TensorBoardLogger(folder, name=f"{name}-tensorboard", max_queue=_MAX_QUEUED))

@@ -15,7 +15,7 @@ They meet in a file of the run folder, so no other process can join, and on the 
     follower = Follower()                                   # in the others
     follower.follow(Learner(…, fabric=fabric))              # returns when the leader has ended its turn
 
-In a replay (learn/offline/replay.py) `fabric run` starts all processes, and they follow for a block of traces at a
+In a replay (learn/offline/loop.py) `fabric run` starts all processes, and they follow for a block of traces at a
 time: the leader ends each turn with `leader.end_turn()`. They use the group that Fabric has formed. Between machines it
 needs no second connection, and its timeout tells when one of them is lost, since there is always something to do.
 """

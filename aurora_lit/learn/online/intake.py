@@ -2,7 +2,7 @@
 
 Answers that repeat themselves are left out of training and of the gate: they are easy to predict, so they would teach
 the draft to loop, and would make every draft look good at the gate. Leaves out where traces come from
-(learn/online/loop.py, learn/offline/replay.py), which of them a batch takes (learn/data/online_batcher.py), and what a
+(learn/online/loop.py, learn/offline/loop.py), which of them a batch takes (learn/data/online_batcher.py), and what a
 domain is (modules/domains/controller.py).
 """
 
@@ -21,6 +21,8 @@ _RELEASED_IDS = 1024
 """Latest requests that were given to the batches and are remembered, in case more of their segments come."""
 GRAM_TOKENS = 4
 """Length of the n-grams by which repetition is measured."""
+MAX_REPEATED_SHARE = 0.7
+"""An answer is not learned from if more than this share of its n-grams are repeats, since it is then in a loop."""
 _MIN_GRAMS = 16
 """With fewer n-grams an answer is too short to count as looping."""
 
@@ -28,7 +30,7 @@ _MIN_GRAMS = 16
 class TraceIntake:
     """Sends each trace to the requests that wait for a trial, and those that have waited to the training batches.
 
-    >>> intake = TraceIntake(controller, batcher, held_out, num_waiting=16, max_repeated_share=0.7)
+    >>> intake = TraceIntake(controller, batcher, held_out, num_waiting=16)
     >>> intake.add(trace).domain                # None: its answer loops, it was left out
     """
 
@@ -39,16 +41,17 @@ class TraceIntake:
         held_out: HeldOut,
         *,
         num_waiting: int,
-        max_repeated_share: float,
     ) -> None:
         """num_waiting: so many requests wait for a trial; at the start half of those that came, so that learning begins
-        with the first. max_repeated_share: larger shares of repeated n-grams are looping; 1 leaves nothing out.
+        with the first.
         """
         self._controller, self._batcher, self._held_out = controller, batcher, held_out
         controller.on_merge = self._rename_domain
         # Or challengers would first have to make up for what steady traffic has cost those before them.
         controller.on_raised_heat = held_out.evidence.forget_losses
-        self._num_waiting, self._max_repeated_share = num_waiting, max_repeated_share
+        self._num_waiting = num_waiting
+        self.max_repeated_share = MAX_REPEATED_SHARE
+        """Answers with a larger share of repeated n-grams are looping; 1 leaves nothing out."""
         self._num_added = 0
         self._released: dict[str, None] = {}
         """In their order."""
@@ -61,7 +64,7 @@ class TraceIntake:
 
     def add(self, trace: Trace) -> Trace | None:
         """The trace with its domain, after it was added to what waits for a trial; None if left out."""
-        if is_looping(trace, max_repeated_share=self._max_repeated_share):
+        if is_looping(trace, max_repeated_share=self.max_repeated_share):
             self.num_looping += 1
             return None
         trace = self._controller.assign_domain(trace)

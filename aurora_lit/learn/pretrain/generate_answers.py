@@ -52,13 +52,13 @@ def generate_answers(
         speculate=False,
         max_batch_size=max_batch_size,
         max_seq_len=max_seq_len,
-        prefill_chunk_tokens=4 * max_seq_len,  # latency does not matter here, so free slots are filled at once
     )
     engine = Engine(
         target,
         None,
         settings,
         eos_token_ids=eos_token_ids,
+        prefill_chunk_tokens=4 * max_seq_len,  # latency does not matter here, so free slots are filled at once
         max_round_s=3600.0,
         observer=recorder,
         threads=thread_budget(target.device),

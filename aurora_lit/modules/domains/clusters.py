@@ -29,6 +29,11 @@ from aurora_lit.modules.domains.centroids import Centroids, standardise
 
 WARMUP_REQUESTS = 16
 """The first requests only update the statistics, and are outliers."""
+MAX_CLUSTERS = 16
+"""Beyond them the closest two are merged. At most half have names from outside, the first that come, which are never
+merged. A smaller number than there are clusters deletes none."""
+NOVELTY_THRESHOLD = 0.75
+"""Distance to every centroid beyond which an embedding is an outlier. Smaller values give finer clusters."""
 _MIN_FOUNDERS = 4
 """Outliers close together that found a cluster."""
 _MAX_OUTLIERS = 32
@@ -52,7 +57,7 @@ class ClusterAssignment:
 class OnlineClusters:
     """Assigns one embedding after the other, and learns the clusters from them; see the file's docstring.
 
-    >>> clusters = OnlineClusters(max_clusters=16, novelty_threshold=0.75)
+    >>> clusters = OnlineClusters(max_clusters=MAX_CLUSTERS, novelty_threshold=NOVELTY_THRESHOLD)
     >>> clusters.assign(x_E, new_name="auto-1").name        # None until there are clusters
     """
 

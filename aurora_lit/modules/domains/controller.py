@@ -22,6 +22,7 @@ from typing import Any
 from torch.optim import Optimizer
 
 from aurora_lit.modules.domains.centroids import RECENCY, UNKNOWN
+from aurora_lit.modules.domains.clusters import MAX_CLUSTERS
 from aurora_lit.modules.domains.detector import DomainAssignment, DomainDetector, Shift
 from aurora_lit.modules.domains.lr_schedule import DomainAwareLR
 from aurora_lit.modules.losses.batch import OnlineBatch
@@ -39,7 +40,7 @@ class DomainController:
         warmup_steps: int,
         min_lr_factor: float,
         decay_tokens: float,
-        max_labels: int = 16,
+        max_labels: int = MAX_CLUSTERS,
     ) -> None:
         """Arguments of the schedules are those of `DomainAwareLR`.
 

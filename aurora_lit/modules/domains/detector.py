@@ -7,7 +7,7 @@ UNKNOWN. A label that the client gave takes precedence.
 Leaves out the clustering (modules/domains/clusters.py), the statistical tests (modules/domains/shifts.py), and how
 learning responds (modules/domains/lr_schedule.py).
 
-    detector = DomainDetector(max_domains=16, novelty_threshold=0.75)
+    detector = DomainDetector()
     assignment = detector.assign(trace)         # assignment.domain: "auto-3", or the client's "code"
 
 Shapes: E embedding (three hidden states side by side).
@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from aurora_lit.modules.domains.centroids import AUTO_PREFIX, RECENCY, UNKNOWN, Centroids, client_label, pool_prompt
-from aurora_lit.modules.domains.clusters import ClusterAssignment, OnlineClusters
+from aurora_lit.modules.domains.clusters import MAX_CLUSTERS, NOVELTY_THRESHOLD, ClusterAssignment, OnlineClusters
 from aurora_lit.modules.domains.shifts import AcceptanceDropDetector, MixShiftDetector
 from aurora_lit.request import Source
 from aurora_lit.traces.record import Trace
@@ -78,7 +78,7 @@ class _Domain:
 class DomainDetector:
     """See the file's docstring."""
 
-    def __init__(self, *, max_domains: int, novelty_threshold: float) -> None:
+    def __init__(self, *, max_domains: int = MAX_CLUSTERS, novelty_threshold: float = NOVELTY_THRESHOLD) -> None:
         """novelty_threshold: distance (1 − cosine) to every domain beyond which a request is an outlier."""
         self._clusters = OnlineClusters(max_clusters=max_domains, novelty_threshold=novelty_threshold)
         self._domains: dict[str, _Domain] = {}

@@ -34,6 +34,13 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+WARMUP_STEPS = 8
+"""Optimiser steps in which the rate of a learner rises: at first, after a rollback, and when learning goes back to the
+served draft."""
+MIN_LR_FACTOR = 0.2
+"""A learner's factor at heat 0."""
+DECAY_TOKENS = 20_000
+"""Tokens that a learner learns in a domain, replay included, after which its heat is 1/e."""
 _TRAFFIC_STEPS = 4
 """Memory of the traffic's shares, in steps: a single batch has few requests."""
 _MIN_BACKOFF = 1 / 8

@@ -15,13 +15,15 @@ import torch
 from aurora_lit.modules.losses.lk import LKStats
 from aurora_lit.modules.losses.policy import PolicyTerms
 
+BaseLoss = Literal["lk", "kl", "none"]
+""""lk": the LK loss. "kl": KL alone in its place. "none": the policy loss alone."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class OnlineWeights:
     """The online loss: LK(live) + w·PPO + β·LK(replay) + c_v·value."""
 
-    base_loss: Literal["lk", "kl", "none"] = "lk"
-    """"lk": the LK loss. "kl": KL alone in its place. "none": the policy loss alone."""
+    base_loss: BaseLoss = "lk"
     ppo_weight: float = 1.0
     """w = ppo_weight · (1 − exp(−3ᾱ)) · M / (M + N), with M sampled proposals and N targets of the base loss: the
     policy loss gains weight as the draft's acceptance rate ᾱ grows, and with the number of samples. 0: no policy

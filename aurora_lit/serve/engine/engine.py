@@ -36,7 +36,7 @@ from aurora_lit.modules.domains.centroids import DomainAssigner, client_label, p
 from aurora_lit.modules.draft.eagle3 import Eagle3Draft
 from aurora_lit.request import Output, Request, Source
 from aurora_lit.serve.engine.commit import Commit
-from aurora_lit.serve.engine.prefill import MAX_ROUND_S, Prefill
+from aurora_lit.serve.engine.prefill import MAX_ROUND_S, PREFILL_CHUNK_TOKENS, Prefill
 from aurora_lit.serve.engine.round_plan import RoundPlan, RowOutcome, judge
 from aurora_lit.serve.engine.sequence import RunningSequence
 from aurora_lit.serve.engine.slot_allocator import SlotAllocator, slot_capacity
@@ -75,6 +75,7 @@ class Engine:
         *,
         eos_token_ids: frozenset[int],
         memory: MemorySettings = NO_MEMORY,
+        prefill_chunk_tokens: int = PREFILL_CHUNK_TOKENS,
         max_round_s: float = MAX_ROUND_S,
         explore_seed: int = 0,
         draft_version: str = "",
@@ -127,7 +128,7 @@ class Engine:
             self._runner,
             self._allocator,
             tokens_SL=self._tokens_SL,
-            chunk_tokens=settings.prefill_chunk_tokens,
+            chunk_tokens=prefill_chunk_tokens,
             max_round_s=max_round_s,
             counters=self.counters,
         )

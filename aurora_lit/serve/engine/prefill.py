@@ -1,6 +1,6 @@
 """Which prompt tokens a round computes beside the sequences that decode: oldest request first, within a set time.
 
-While nobody decodes, a round computes as many prompt tokens as fit into engine.prefill_chunk_tokens. Beside sequences
+While nobody decodes, a round computes as many prompt tokens as `PREFILL_CHUNK_TOKENS`. Beside sequences
 that decode, prompt tokens share their pass, as many as keep the round below MAX_ROUND_S, or below 2.25 times
 what it takes without them if that is longer: these sequences wait no longer than that for their next token. A prefix
 that another slot holds is copied instead.
@@ -26,6 +26,8 @@ from aurora_lit.serve.engine.sequence import RunningSequence
 from aurora_lit.serve.engine.slot_allocator import SlotAllocator
 from aurora_lit.serve.engine.target_runner import Columns, TargetRunner
 
+PREFILL_CHUNK_TOKENS = 256
+"""Most prompt tokens that are computed in one round."""
 MAX_ROUND_S = 0.020
 """Longest round beside sequences that decode, in seconds. With a shorter one running answers pause for less, and new
 requests wait longer for their first token. The draft catches up with a prompt by as much as fits into it."""

@@ -25,7 +25,7 @@ from aurora_lit.modules.sampling.distribution import is_greedy
 from aurora_lit.request import Output, SamplingParams, Source
 from aurora_lit.serve.engine.round_plan import DecodingRow
 from aurora_lit.serve.engine.sequence import RunningSequence
-from aurora_lit.traces.record import RoundNote, Trace, round_tensors
+from aurora_lit.traces.record import OVERLAP_TOKENS, SEGMENT_TOKENS, RoundNote, Trace, round_tensors
 
 
 @dataclass(kw_only=True)
@@ -48,8 +48,8 @@ class TraceRecorder:
         sink: Callable[[Trace], None],
         *,
         hidden_size: int,
-        segment_tokens: int = 512,
-        overlap_tokens: int = 64,
+        segment_tokens: int = SEGMENT_TOKENS,
+        overlap_tokens: int = OVERLAP_TOKENS,
         keeps_prompts: bool = False,
     ) -> None:
         """`segment_tokens`: new positions after which a segment goes to the sink before its request ends.

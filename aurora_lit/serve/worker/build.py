@@ -108,7 +108,7 @@ def build_worker(config: AuroraConfig, run_folder: Path) -> WorkerParts:
     if shard is None:
         use_threads(config.engine.threads)
     target = load_serving_target(config) if shard is None else shard
-    tokenizer = load_kept_tokenizer(find_target(config), cache_dir=cache_root(config.target.cache_dir))
+    tokenizer = load_kept_tokenizer(find_target(config), cache_dir=cache_root())
     sinks = _sinks(config, run_folder)
     observer = _recorder(config, target, sinks)
     records_traces = sinks.ring is not None or sinks.recording is not None
@@ -155,12 +155,7 @@ def build_worker(config: AuroraConfig, run_folder: Path) -> WorkerParts:
 
 
 def _recorder(config: AuroraConfig, target: Target, sink: Callable[[Trace], None]) -> TraceRecorder:
-    return TraceRecorder(
-        sink,
-        hidden_size=target.hidden_size,
-        segment_tokens=config.trace.segment_tokens,
-        overlap_tokens=config.trace.overlap_tokens,
-    )
+    return TraceRecorder(sink, hidden_size=target.hidden_size)
 
 
 def _engine(
@@ -258,7 +253,7 @@ def _kept_costs(config: AuroraConfig, target: Target) -> KeptCosts:
         "draft": str(read_config(folder)) if folder is not None and uses_draft(config) else str(uses_draft(config)),
         "engine": str(dataclasses.asdict(config.engine)),
     }
-    return KeptCosts(cache_root(config.target.cache_dir) / "costs", key=key)
+    return KeptCosts(cache_root() / "costs", key=key)
 
 
 def _processor_of(device: torch.device) -> str:

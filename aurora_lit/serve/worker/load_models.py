@@ -44,7 +44,7 @@ def prepare(config: AuroraConfig) -> None:
     uses_gpus(config)
     folder = find_target(config)
     try:
-        keep_tokenizer(folder, cache_dir=cache_root(config.target.cache_dir))
+        keep_tokenizer(folder, cache_dir=cache_root())
     except OSError as error:
         _log.warning("the tokenizer cannot be kept (%s); every start will load it with transformers", error)
     if config.engine.strategy != "single":
@@ -70,7 +70,7 @@ def load_serving_target(config: AuroraConfig) -> Target:
     device = _device(config)
     if config.engine.compile == "on" or device != CPU:
         return load_target(config, device=device)
-    cache_dir = cache_root(config.target.cache_dir)
+    cache_dir = cache_root()
     target = loading.load_target(find_target(config), precision=config.target.precision, cache_dir=cache_dir)
     _check_length(config, target)
     return target

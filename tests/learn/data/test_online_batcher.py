@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,16 +22,39 @@ from aurora_lit.models.interface import Target
 from aurora_lit.modules.losses.batch import OnlineBatch
 from aurora_lit.traces.record import Trace, from_bytes
 
-
-def make_batcher(target_head: TargetHead, folder: Path, **changes: float) -> OnlineBatcher:
-    fields = {"batch_positions": 128, "replay_share": 0.5, "live_bytes": 1 << 24, **changes}
-    return OnlineBatcher(target_head, Reservoir(folder / "r", limit_bytes=1 << 24, seed=0), **fields)  # type: ignore[arg-type]
+MakeBatcher = Callable[..., OnlineBatcher]
 
 
-def test_batches_mix_live_and_remembered_and_stay_within_their_size(
-    target_head: TargetHead, served: list[Trace], tmp_path: Path
-) -> None:
-    batcher = make_batcher(target_head, tmp_path)
+@pytest.fixture
+def make(target_head: TargetHead, tmp_path: Path) -> MakeBatcher:
+    def make(folder: Path = tmp_path, **changes: Any) -> OnlineBatcher:
+        fields: dict[str, Any] = {"batch_positions": 128, "replay_share": 0.5, "live_bytes": 1 << 24, **changes}
+        return OnlineBatcher(target_head, Reservoir(folder / "r", limit_bytes=1 << 24, seed=0), **fields)
+
+    return make
+
+
+@pytest.fixture
+def limited(make: MakeBatcher, tmp_path: Path) -> MakeBatcher:
+    """No replay, and at most half of a batch for one client."""
+
+    def limited(name: str = "limited", **changes: Any) -> OnlineBatcher:
+        folder = tmp_path / name
+        folder.mkdir(exist_ok=True)
+        return make(folder, **{"batch_positions": 256, "replay_share": 0.0, "max_client_share": 0.5, **changes})
+
+    return limited
+
+
+def taken(batcher: OnlineBatcher, *, oldest_fresh: int = 0) -> OnlineBatch:
+    """The next batch; there is one."""
+    batch = batcher.next_batch(oldest_fresh=oldest_fresh)
+    assert batch is not None
+    return batch
+
+
+def test_batches_mix_live_and_remembered_and_stay_within_their_size(make: MakeBatcher, served: list[Trace]) -> None:
+    batcher = make()
     assert batcher.next_batch(oldest_fresh=0) is None
     for trace in served:
         batcher.add(trace)
@@ -48,98 +73,64 @@ def test_batches_mix_live_and_remembered_and_stay_within_their_size(
 
 
 def test_all_of_a_long_answer_is_learned_and_replayed_beside_shorter_ones(
-    target_head: TargetHead, served: list[Trace], tmp_path: Path
+    make: MakeBatcher, served: list[Trace]
 ) -> None:
     """A batch has no room for all of it beside live traces."""
     longest = max(served, key=lambda trace: len(trace.token_ids_T))
     trained = len(longest.token_ids_T) - first_trained_position(longest)
-    batcher = make_batcher(target_head, tmp_path, batch_positions=2 * trained, replay_share=0.3)
+    batcher = make(batch_positions=2 * trained, replay_share=0.3)
     batcher.add(replace(longest, domain="past"))
     assert batcher.positions_in == trained
     learned = list[int]()
     while any(trace.domain == "past" for trace in batcher._waiting):
-        batch = batcher.next_batch(oldest_fresh=0)
-        assert batch is not None
+        batch = taken(batcher)
         learned.append(int((batch.traces.weight_BT > 0)[batch.live_B].sum()))
     assert sum(learned) == trained
     replayed = 0
     for number, trace in enumerate(served * 3):
         batcher.add(replace(trace, request_id=str(number)))
-        batch = batcher.next_batch(oldest_fresh=0)
-        assert batch is not None
+        batch = taken(batcher)
         replayed += sum(domain == "past" for domain in batch.traces.domains)
     assert replayed > 5
 
 
-def test_a_small_share_of_replay_makes_no_small_pieces(
-    target_head: TargetHead, served: list[Trace], tmp_path: Path
-) -> None:
+def test_a_small_share_of_replay_makes_no_small_pieces(make: MakeBatcher, served: list[Trace]) -> None:
     longest = max(served, key=lambda trace: len(trace.token_ids_T))
     size = 4 * len(longest.token_ids_T)
-    batcher = make_batcher(target_head, tmp_path, batch_positions=size, replay_share=0.05)
+    batcher = make(batch_positions=size, replay_share=0.05)
     batcher.add(longest)
     assert len(batcher._waiting) == 1, "a quarter of a batch stays whole"
 
 
-def test_uniform_selection_ignores_rejections(target_head: TargetHead, served: list[Trace], tmp_path: Path) -> None:
-    scores = {trace.request_id: informativeness(trace) for trace in served}
-    order = []
-    for seed, choice in ((0, "informative"), (0, "uniform"), (1, "uniform")):
-        batcher = OnlineBatcher(
-            target_head,
-            Reservoir(tmp_path / f"{choice}-{seed}", limit_bytes=1 << 24, seed=0),
-            batch_positions=100,
-            replay_share=0.0,
-            live_bytes=1 << 24,
-            selection=choice,
-            seed=seed,
-        )
-        for trace in served:
-            batcher.add(replace(trace, domain=trace.request_id))
-        taken: list[str] = []
-        while len(taken) < len(served):
-            batch = batcher.next_batch(oldest_fresh=0)
-            assert batch is not None
-            taken += batch.traces.domains
-        order.append(taken)
-    assert len({tuple(taken) for taken in order}) == 3
-    assert all(sorted(taken) == sorted(scores) for taken in order)
-    in_order = [[scores[name] for name in taken] for taken in order]
-    assert sum(in_order[0][:8]) > sum(in_order[1][:8])
-
-
 def test_the_most_informative_come_first_and_the_oldest_make_room(
-    target_head: TargetHead, served: list[Trace], tmp_path: Path
+    make: MakeBatcher, served: list[Trace], tmp_path: Path
 ) -> None:
-    batcher = make_batcher(target_head, tmp_path, replay_share=0.0, batch_positions=60)
+    batcher = make(replay_share=0.0, batch_positions=60)
     for trace in served:
         batcher.add(trace)
-    batch = batcher.next_batch(oldest_fresh=9)
-    assert batch is not None
+    batch = taken(batcher, oldest_fresh=9)
     best = max(map(informativeness, served))
     ids_T = batch.traces.token_ids_BT[0]
     first = next(t for t in served if torch.equal(t.token_ids_T.long(), ids_T[: len(t.token_ids_T)]))
     assert informativeness(first) == best
     assert batcher.num_stale == len(batch.live_B)
-    small = make_batcher(target_head, tmp_path / "..", live_bytes=served[-1].num_bytes + 10)
+    small = make(tmp_path / "..", live_bytes=served[-1].num_bytes + 10)
     small.reservoir.add(served[0])
     for trace in served:
         small.add(trace)
     assert len(small.reservoir) == len(served), "all but the newest went to the reservoir"
 
 
-def test_of_traces_that_no_batch_takes_only_some_are_remembered(
-    target_head: TargetHead, served: list[Trace], tmp_path: Path
-) -> None:
+def test_of_traces_that_no_batch_takes_only_some_are_remembered(make: MakeBatcher, served: list[Trace]) -> None:
     """64 at first, and two for each that a batch takes; those that are forgotten are no reason to replay others."""
     trace = served[0]
-    batcher = make_batcher(target_head, tmp_path, replay_share=0.0, live_bytes=trace.num_bytes)
+    batcher = make(replay_share=0.0, live_bytes=trace.num_bytes)
     for number in range(200):
         batcher.add(replace(trace, request_id=str(number)))
     assert len(batcher.reservoir) == 64
     positions = batcher.positions_in / (64 + 1)
     assert positions == len(trace.token_ids_T) - first_trained_position(trace)
-    assert batcher.next_batch(oldest_fresh=0) is not None
+    assert taken(batcher)
     for number in range(200, 300):
         batcher.add(replace(trace, request_id=str(number)))
     assert len(batcher.reservoir) == 64 + 1 + 2
@@ -159,7 +150,7 @@ def test_only_what_is_still_held_is_replayed_while_nothing_arrives(
     batcher = started()
     for number, trace in enumerate(served * 5):
         batcher.add(replace(trace, request_id=str(number)))
-        assert batcher.next_batch(oldest_fresh=0) is not None
+        assert taken(batcher)
     assert batcher.num_waiting == 0
     replayed = 0
     while batch := batcher.next_batch(oldest_fresh=0):
@@ -171,19 +162,17 @@ def test_only_what_is_still_held_is_replayed_while_nothing_arrives(
     assert batcher.reservoir.positions == held
     assert batcher.next_batch(oldest_fresh=0) is None
     batcher.add(served[0])
-    assert batcher.next_batch(oldest_fresh=0) is not None
+    assert taken(batcher)
 
 
-def test_a_few_new_positions_wait_for_more_once_all_has_been_learned(
-    target_head: TargetHead, served: list[Trace], tmp_path: Path
-) -> None:
+def test_a_few_new_positions_wait_for_more_once_all_has_been_learned(make: MakeBatcher, served: list[Trace]) -> None:
     """Of a batch's live part of 64; while there is something to replay, they are learned beside it. Who wants a batch
     all the same, as a replay of recorded traffic does, gets it."""
-    batcher = make_batcher(target_head, tmp_path)
+    batcher = make()
     probes = [crop(replace(served[0], request_id=str(number)), 10) for number in range(8)]
     batcher.add(probes[0])
     assert not batcher.holds_back()
-    assert batcher.next_batch(oldest_fresh=0) is not None
+    assert taken(batcher)
     batcher.positions_out = 10_000
     assert not batcher.holds_back(), "nothing waits"
     for probe in probes[1:7]:
@@ -191,17 +180,14 @@ def test_a_few_new_positions_wait_for_more_once_all_has_been_learned(
         assert batcher.holds_back()
     batcher.add(probes[7])
     assert not batcher.holds_back()
-    batch = batcher.next_batch(oldest_fresh=0)
-    assert batch is not None
+    batch = taken(batcher)
     assert (int(batch.live_B.sum()), batcher.num_waiting) == (6, 1)
     assert batcher.holds_back()
-    assert batcher.next_batch(oldest_fresh=0) is not None
+    assert taken(batcher)
 
 
-def test_without_replay_a_few_positions_wait_for_more(
-    target_head: TargetHead, served: list[Trace], tmp_path: Path
-) -> None:
-    batcher = make_batcher(target_head, tmp_path, replay_share=0.0)
+def test_without_replay_a_few_positions_wait_for_more(make: MakeBatcher, served: list[Trace]) -> None:
+    batcher = make(replay_share=0.0)
     batcher.add(crop(served[0], 10))
     assert batcher.holds_back(), "nothing else could be learned beside them"
 
@@ -215,13 +201,6 @@ def traffic(target: Target) -> list[Trace]:
     return serve(target, random_draft(target), some_requests(24, max_tokens=40, temperature=1.0))
 
 
-def limited_batcher(target_head: TargetHead, folder: Path, **changes: float) -> OnlineBatcher:
-    """No replay, and at most half of a batch for one client."""
-    folder.mkdir(exist_ok=True)
-    fields = {"batch_positions": 256, "replay_share": 0.0, "max_client_share": 0.5, **changes}
-    return make_batcher(target_head, folder, **fields)
-
-
 def positions_of(batch: OnlineBatch, who: dict[tuple[int, ...], str]) -> Counter[str]:
     """Positions of the batch by client; a row is known by its tokens."""
     found: Counter[str] = Counter()
@@ -233,12 +212,12 @@ def positions_of(batch: OnlineBatch, who: dict[tuple[int, ...], str]) -> Counter
 
 @pytest.mark.parametrize("replay_share", [0.0, 0.5])
 def test_one_client_cannot_fill_more_than_its_share_of_a_batch(
-    target_head: TargetHead, traffic: list[Trace], tmp_path: Path, replay_share: float
+    limited: MakeBatcher, traffic: list[Trace], replay_share: float
 ) -> None:
     names = ["flood"] * 20 + ["ann", "bob", "", ""]
     traces = [replace(trace, client=name) for trace, name in zip(traffic, names, strict=True)]
     who = {tuple(trace.token_ids_T.tolist()): trace.client for trace in traces}
-    batcher = limited_batcher(target_head, tmp_path, replay_share=replay_share)
+    batcher = limited(replay_share=replay_share)
     for trace in traces:
         batcher.add(trace)
     shares: list[Counter[str]] = []
@@ -248,93 +227,80 @@ def test_one_client_cannot_fill_more_than_its_share_of_a_batch(
     assert max(share["flood"] for share in shares) <= 128
     assert {name for share in shares for name in share} == {"flood", "ann", "bob", ""}, "all clients are in batches"
     assert batcher.num_over_share > 0
-    free = limited_batcher(target_head, tmp_path / "free", replay_share=replay_share, max_client_share=1.0)
+    free = limited("free", replay_share=replay_share, max_client_share=1.0)
     for trace in traces:
         free.add(trace)
-    batch = free.next_batch(oldest_fresh=0)
-    assert batch is not None
+    batch = taken(free)
     assert free.num_over_share == 0
     if not replay_share:
         assert positions_of(batch, who)["flood"] > 128, "what the setting prevents"
 
 
 def test_what_a_busy_client_has_asked_before_is_replayed_beside_others(
-    target_head: TargetHead, traffic: list[Trace], tmp_path: Path
+    limited: MakeBatcher, traffic: list[Trace]
 ) -> None:
     """Its live traces alone would use up its share."""
-    batcher = limited_batcher(target_head, tmp_path, replay_share=0.3)
+    batcher = limited(replay_share=0.3)
     for n, trace in enumerate(traffic):
         batcher.add(replace(trace, client="busy" if n else "ann"))
     replayed = []
     while batcher.num_waiting:
-        batch = batcher.next_batch(oldest_fresh=0)
-        assert batch is not None
+        batch = taken(batcher)
         replayed.append(int((batch.traces.weight_BT > 0)[~batch.live_B].sum()))
     assert len(replayed) > 4
     assert min(replayed[1:]) > 0, "there was nothing before the first batch"
 
 
 def test_one_request_of_another_client_does_not_limit_the_first_for_long(
-    target_head: TargetHead, traffic: list[Trace], tmp_path: Path
+    limited: MakeBatcher, traffic: list[Trace]
 ) -> None:
-    batcher = limited_batcher(target_head, tmp_path)
+    batcher = limited()
     batcher.add(replace(traffic[0], client="ann"))
     for n, trace in enumerate(traffic * 2):
         batcher.add(replace(trace, client="busy", request_id=str(n)))
     sizes = []
     for _ in range(2):
-        batch = batcher.next_batch(oldest_fresh=0)
-        assert batch is not None
+        batch = taken(batcher)
         sizes.append(int((batch.traces.weight_BT > 0).sum()))
     assert sizes[0] <= 128 + 41, "ann has one trace, and waits"
     assert sizes[1] > 200
 
 
-def test_a_single_client_and_unknown_clients_are_not_limited(
-    target_head: TargetHead, traffic: list[Trace], tmp_path: Path
-) -> None:
+def test_a_single_client_and_unknown_clients_are_not_limited(limited: MakeBatcher, traffic: list[Trace]) -> None:
     for name in ("ann", ""):
-        batcher = limited_batcher(target_head, tmp_path / name, batch_positions=256)
+        batcher = limited(name, batch_positions=256)
         for trace in traffic[:12]:
             batcher.add(replace(trace, client=name))
         if not name:
             batcher.add(replace(traffic[12], client="ann"))
-        batch = batcher.next_batch(oldest_fresh=0)
-        assert batch is not None
+        batch = taken(batcher)
         assert int((batch.traces.weight_BT > 0).sum()) > 150
 
 
-def test_a_trace_longer_than_its_clients_share_comes_in_pieces(
-    target_head: TargetHead, traffic: list[Trace], tmp_path: Path
-) -> None:
+def test_a_trace_longer_than_its_clients_share_comes_in_pieces(limited: MakeBatcher, traffic: list[Trace]) -> None:
     """But for that of the first client: until there is a second one its share is all, so it is cropped to its end."""
-    batcher = limited_batcher(target_head, tmp_path, batch_positions=100, max_client_share=0.2)
+    batcher = limited(batch_positions=100, max_client_share=0.2)
     trained = [len(trace.token_ids_T) - first_trained_position(trace) for trace in traffic[:5]]
     assert min(trained[1:]) > 20
     for n, trace in enumerate(traffic[:5]):
         batcher.add(replace(trace, client=str(n % 2)))
     learned = 0
     while batcher._waiting:
-        batch = batcher.next_batch(oldest_fresh=0)
-        assert batch is not None
+        batch = taken(batcher)
         learned += int((batch.traces.weight_BT > 0)[batch.live_B].sum())
         assert int((batch.traces.weight_BT > 0).sum()) <= 40, "two clients"
     assert learned == min(20, trained[0]) + sum(trained[1:])
 
 
-def test_a_share_smaller_than_any_piece_does_not_stop_learning(
-    target_head: TargetHead, traffic: list[Trace], tmp_path: Path
-) -> None:
-    batcher = limited_batcher(target_head, tmp_path, batch_positions=64, max_client_share=0.05)
+def test_a_share_smaller_than_any_piece_does_not_stop_learning(limited: MakeBatcher, traffic: list[Trace]) -> None:
+    batcher = limited(batch_positions=64, max_client_share=0.05)
     for n, trace in enumerate(traffic[:6]):
         batcher.add(replace(trace, client=str(n % 2)))
-    assert batcher.next_batch(oldest_fresh=0) is not None
+    assert taken(batcher)
 
 
-def test_what_is_cut_off_a_trace_does_not_stay_in_memory(
-    target_head: TargetHead, served: list[Trace], tmp_path: Path
-) -> None:
-    batcher = make_batcher(target_head, tmp_path, batch_positions=16)
+def test_what_is_cut_off_a_trace_does_not_stay_in_memory(make: MakeBatcher, served: list[Trace]) -> None:
+    batcher = make(batch_positions=16)
     for trace in served:
         batcher.add(trace)
     held = sum(trace.aux_T3H.untyped_storage().nbytes() for trace in batcher._waiting)
@@ -343,13 +309,13 @@ def test_what_is_cut_off_a_trace_does_not_stay_in_memory(
 
 
 def test_few_remembered_traces_are_read_for_a_batch(
-    target_head: TargetHead, served: list[Trace], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    make: MakeBatcher, served: list[Trace], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    batcher = make_batcher(target_head, tmp_path)
+    batcher = make()
     for trace in served:
         batcher.add(trace)
     while batcher.num_waiting:
-        assert batcher.next_batch(oldest_fresh=0) is not None
+        assert taken(batcher)
     read: list[int] = []
     monkeypatch.setattr(reservoir, "from_bytes", lambda data: read.append(1) or from_bytes(data))
     rows = 0

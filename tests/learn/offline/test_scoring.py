@@ -61,7 +61,7 @@ def test_scores_of_sampled_requests_are_exact_in_expectation(target: Target, goo
     """With traces that another draft left, of the same noise."""
     requests = [
         replace(r, request_id=f"{n}-{r.request_id}", noise_key=1000 * n + i)
-        for n in range(20)
+        for n in range(8)
         for i, r in enumerate(some_requests(10, max_tokens=40, temperature=0.8))
     ]
     live = in_order(serve(target, good_draft, requests))

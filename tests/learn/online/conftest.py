@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
+from support.learner_harness import LearnerHarness, MakeHarness
 from support.live_traces import serve, some_requests
 from support.tiny_models import random_draft
 
 from aurora_lit.models.interface import Target
 from aurora_lit.traces.record import Trace
+
+
+@pytest.fixture
+def make(target: Target, traffic: list[Trace], tmp_path: Path) -> MakeHarness:
+    def make(folder: Path = tmp_path, **settings: Any) -> LearnerHarness:
+        return LearnerHarness(target, folder, traffic=traffic, **settings)
+
+    return make
 
 
 @pytest.fixture(scope="session")

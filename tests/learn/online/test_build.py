@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import importlib.util
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,17 +18,16 @@ from support.tiny_models import random_draft
 from aurora_lit.config import AuroraConfig, load_config
 from aurora_lit.drafts.checkpoint import load_draft
 from aurora_lit.errors import AuroraError
-from aurora_lit.ipc.engine_status import STATUS_NAME, EngineStatusPage
+from aurora_lit.ipc.engine_status import EngineStatusPage
 from aurora_lit.ipc.run_folder import RING_NAME
 from aurora_lit.kernels import native
 from aurora_lit.learn.data.target_head import TargetHead
-from aurora_lit.learn.online.budget import ServerLoad
+from aurora_lit.learn.online.budget import LoadWatch, ServerLoad
 from aurora_lit.learn.online.build import _loggers, load_head_and_draft
 from aurora_lit.learn.online.learner import Learner
-from aurora_lit.learn.online.load_watch import LoadWatch
-from aurora_lit.learn.online.loop import OnlineLoop
 from aurora_lit.models import loading
 from aurora_lit.models.interface import Target
+from aurora_lit.settings import CheckpointSettings
 
 
 @pytest.fixture
@@ -41,11 +38,7 @@ def server(folder: Path, target: Target, tmp_path: Path) -> ServerStandIn:
 def test_learning_from_scratch_publishes_an_untrained_draft_of_the_same_shape(
     server: ServerStandIn, target: Target
 ) -> None:
-    from aurora_lit.learn.online.build import build_loop
-
-    config = load_config(None, [*server.overrides, "learn.from_scratch=true"])
-    status = EngineStatusPage.open(server.run_folder / STATUS_NAME)
-    with build_loop(config, server.run_folder, server.run_folder / RING_NAME, server.page, status) as loop:
+    with server.loop("learn.from_scratch=true") as loop:
         assert server.store.current() == loop.learner.version == "draft-000001"
         draft = load_draft(server.store.folder / "draft-000001", target)
     configured = load_draft(server.folder / "start", target)
@@ -56,43 +49,30 @@ def test_learning_from_scratch_publishes_an_untrained_draft_of_the_same_shape(
 
 
 def test_learning_begins_although_current_names_no_version(server: ServerStandIn) -> None:
-    from aurora_lit.learn.online.build import build_loop
-
-    config = load_config(None, server.overrides)
     server.store.folder.mkdir(parents=True, exist_ok=True)
     (server.store.folder / "CURRENT").write_text("draft-1\r\n")
-    status = EngineStatusPage.open(server.run_folder / STATUS_NAME)
-    with build_loop(config, server.run_folder, server.run_folder / RING_NAME, server.page, status) as loop:
+    with server.loop() as loop:
         assert loop.learner.version == "start"
 
 
 def test_drafts_of_another_target_are_not_published_over(server: ServerStandIn, target: Target) -> None:
     """Each new version deletes the oldest, and the learner's state would be replaced."""
-    from aurora_lit.learn.online.build import build_loop
-
-    config, status = load_config(None, server.overrides), EngineStatusPage.open(server.run_folder / STATUS_NAME)
     server.store.publish(random_draft(target), record={})
     folder = server.store.folder / "draft-000001"
     of_another = json.loads((folder / "config.json").read_text()) | {"vocab_size": target.vocab_size + 1}
     (folder / "config.json").write_text(json.dumps(of_another))
-    with (
-        pytest.raises(AuroraError, match="^checkpoint.run=.*draft-000001; set checkpoint.run=NAME"),
-        build_loop(config, server.run_folder, server.run_folder / RING_NAME, server.page, status),
-    ):
+    refused = pytest.raises(AuroraError, match="^checkpoint.run=.*draft-000001; set checkpoint.run=NAME")
+    with refused, server.loop():
         pass
     assert [version.name for version in server.store.versions()] == ["draft-000001"]
     (folder / "config.json").write_text("damaged")
-    with build_loop(config, server.run_folder, server.run_folder / RING_NAME, server.page, status) as loop:
+    with server.loop() as loop:
         assert loop.learner.version == "start"
 
 
 def test_a_rollback_to_an_untrained_draft_is_not_undone_by_the_next_start(server: ServerStandIn) -> None:
-    from aurora_lit.learn.online.build import build_loop
-
-    config = load_config(None, [*server.overrides, "learn.from_scratch=true"])
-    status = EngineStatusPage.open(server.run_folder / STATUS_NAME)
     for is_again in (False, True):
-        with build_loop(config, server.run_folder, server.run_folder / RING_NAME, server.page, status) as loop:
+        with server.loop("learn.from_scratch=true") as loop:
             norm = loop.learner.draft.norm.weight
             assert norm.min() < 2.0, "what was rolled back is not learned on"
             if not is_again:
@@ -108,14 +88,7 @@ def test_a_rollback_to_an_untrained_draft_is_not_undone_by_the_next_start(server
 def test_a_killed_learner_goes_on_from_what_it_has_published_since_it_saved(
     saved: bool, published: bool, server: ServerStandIn
 ) -> None:
-    from aurora_lit.learn.online.build import build_loop
-
-    config, status = load_config(None, server.overrides), EngineStatusPage.open(server.run_folder / STATUS_NAME)
-
-    def built() -> contextlib.AbstractContextManager[OnlineLoop]:
-        return build_loop(config, server.run_folder, server.run_folder / RING_NAME, server.page, status)
-
-    with built() as loop, torch.no_grad():
+    with server.loop() as loop, torch.no_grad():
         loop.learner.draft.norm.weight.fill_(2.0)
         loop.learner.steps = 7
         if saved:
@@ -123,7 +96,7 @@ def test_a_killed_learner_goes_on_from_what_it_has_published_since_it_saved(
         if published:
             loop.learner.draft.norm.weight.fill_(3.0)
             server.store.publish(loop.learner.draft, record={"steps": 9, "positions": 900})
-    with built() as loop:
+    with server.loop() as loop:
         assert loop.learner.version == ("draft-000001" if published else "start")
         assert set(loop.learner.draft.norm.weight.tolist()) == {3.0 if published else 2.0}
         assert loop.learner.steps == (9 if published else 7)
@@ -131,17 +104,14 @@ def test_a_killed_learner_goes_on_from_what_it_has_published_since_it_saved(
         with torch.no_grad():
             loop.learner.draft.norm.weight.fill_(4.0)
         loop.learner.save()
-    with built() as loop:
+    with server.loop() as loop:
         assert set(loop.learner.draft.norm.weight.tolist()) == {4.0}, "what it has learned since is not lost"
 
 
 def test_a_learner_that_has_learned_on_beside_another_draft_goes_on(server: ServerStandIn) -> None:
     """A version of fewer steps was promoted by hand; what was learned since is not lost with a restart."""
-    from aurora_lit.learn.online.build import build_loop
-
-    config, status = load_config(None, server.overrides), EngineStatusPage.open(server.run_folder / STATUS_NAME)
     for is_again in (False, True):
-        with build_loop(config, server.run_folder, server.run_folder / RING_NAME, server.page, status) as loop:
+        with server.loop() as loop:
             if not is_again:
                 server.store.publish(loop.learner.draft, record={"steps": 5})
                 with torch.no_grad():
@@ -153,10 +123,7 @@ def test_a_learner_that_has_learned_on_beside_another_draft_goes_on(server: Serv
 
 
 def test_learner_and_champion_share_the_heads_rows(server: ServerStandIn) -> None:
-    from aurora_lit.learn.online.build import build_loop
-
-    config, status = load_config(None, server.overrides), EngineStatusPage.open(server.run_folder / STATUS_NAME)
-    with build_loop(config, server.run_folder, server.run_folder / RING_NAME, server.page, status) as loop:
+    with server.loop() as loop:
         module, champion = loop.learner.module.module, loop._champion
         ids_D = module.draft.draft_token_ids
         assert torch.equal(module.head_VdH, loop._target_head.head_VH[ids_D])
@@ -167,20 +134,11 @@ def test_learner_and_champion_share_the_heads_rows(server: ServerStandIn) -> Non
         assert torch.equal(champion.head_VdH, module.head_VdH)
 
 
-def test_errors_without_a_draft_or_a_server_name_the_remedy(server: ServerStandIn, tmp_path: Path) -> None:
-    from aurora_lit.learn.online.build import build_loop
-
-    config = load_config(None, [*server.overrides, "draft.checkpoint=null"])
-    status = EngineStatusPage.open(server.run_folder / STATUS_NAME)
-    with (
-        pytest.raises(AuroraError, match="learn.from_scratch=true"),
-        build_loop(config, server.run_folder, server.run_folder / RING_NAME, server.page, status),
-    ):
+def test_errors_without_a_draft_or_a_server_name_the_remedy(server: ServerStandIn) -> None:
+    with pytest.raises(AuroraError, match="learn.from_scratch=true"), server.loop("draft.checkpoint=null"):
         pass
-    with (
-        pytest.raises(AuroraError, match="is the server running"),
-        build_loop(config, tmp_path, tmp_path / RING_NAME, server.page, status),
-    ):
+    (server.run_folder / RING_NAME).unlink()
+    with pytest.raises(AuroraError, match="is the server running"), server.loop():
         pass
 
 
@@ -189,7 +147,8 @@ def test_errors_without_a_draft_or_a_server_name_the_remedy(server: ServerStandI
 def test_a_learner_reads_the_same_head_from_the_packed_file(
     precision: str, server: ServerStandIn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    overrides = [*server.overrides, f"target.precision={precision}", f"target.cache_dir={tmp_path / 'cache'}"]
+    overrides = [*server.overrides, f"target.precision={precision}"]
+    monkeypatch.setenv("AURORA_LIT_CACHE", str(tmp_path / "cache"))
     config = load_config(None, overrides)
     expected, _ = load_head_and_draft(config)
     monkeypatch.setattr(loading, "_SMALLEST_BYTES", 0)
@@ -209,8 +168,7 @@ needs_a_writer = pytest.mark.skipif(
 
 
 def log_one(folder: Path) -> Fabric:
-    config = AuroraConfig()
-    loggers = _loggers(replace(config, learn=replace(config.learn, logs=str(folder))))
+    loggers = _loggers(AuroraConfig(checkpoint=CheckpointSettings(dir=str(folder / "drafts"))))
     fabric = Fabric(accelerator="cpu", devices=1, loggers=loggers)
     fabric.log_dict({"loss": 0.5}, step=3)
     for logger in loggers:
@@ -245,8 +203,7 @@ def test_when_the_disk_fills_up_in_tensorboards_writer_only_logging_ends(
 ) -> None:
     pytest.importorskip("tensorboardX")
     monkeypatch.setattr(tensorboard, "_TENSORBOARD_AVAILABLE", False)
-    config = AuroraConfig()
-    loggers = _loggers(replace(config, learn=replace(config.learn, logs=str(tmp_path))))
+    loggers = _loggers(AuroraConfig(checkpoint=CheckpointSettings(dir=str(tmp_path / "drafts"))))
     learner = Learner(
         online_module(target, random_draft(target)),
         make_controller(),

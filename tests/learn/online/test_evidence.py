@@ -74,9 +74,9 @@ def test_equal_drafts_pass_in_a_quarter_of_lineages_at_most_however_often_they_a
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     trials = Trials(monkeypatch)
-    lineages = [trials.lineage(lambda: 0.0) for _ in range(400)]
-    assert sum(count for count, _ in lineages) > 2000, "or they are hardly tried"
-    assert 0.05 < sum(passed is not None for _, passed in lineages) / 400 < 0.25
+    lineages = [trials.lineage(lambda: 0.0) for _ in range(160)]
+    assert sum(count for count, _ in lineages) > 800, "or they are hardly tried"
+    assert 0.05 < sum(passed is not None for _, passed in lineages) / 160 < 0.25
 
 
 def test_evidence_without_end_passes_equal_drafts_with_its_probability_at_most() -> None:
@@ -105,9 +105,9 @@ def test_a_draft_that_is_five_per_cent_better_passes_within_a_few_trials(monkeyp
     cases = [(6, NOISE, 6, 0.6), (12, NOISE, 4, 0.75), (30, NOISE, 1, 0.4), (30, NOISE, 3, 0.7), (12, 0.1, 1, 0.7)]
     for requests, noise, within, least in cases:
         trials = Trials(monkeypatch, requests=requests, noise=noise)
-        lineages = [trials.lineage(lambda: 0.05 * CHAMPION) for _ in range(300)]
+        lineages = [trials.lineage(lambda: 0.05 * CHAMPION) for _ in range(120)]
         soon = sum(passed is not None and count <= within for count, passed in lineages)
-        assert soon / 300 > least, (requests, noise, within, soon / 300)
+        assert soon / 120 > least, (requests, noise, within, soon / 120)
 
 
 def test_the_more_is_left_to_learn_the_sooner_a_better_draft_passes_and_a_worse_one_still_does_not(
@@ -116,10 +116,10 @@ def test_the_more_is_left_to_learn_the_sooner_a_better_draft_passes_and_a_worse_
     def passed_at_once(lead: float, heat: float) -> float:
         trials = Trials(monkeypatch, heat=heat)
         found = []
-        for _ in range(300):
+        for _ in range(150):
             trials.held_out.clear_champion_scores()
             found.append(trials.hold(lead).passed)
-        return sum(found) / 300
+        return sum(found) / 150
 
     better = [passed_at_once(0.05 * CHAMPION, heat) for heat in (0.0, 0.5, 1.0)]
     assert better[0] + 0.1 < better[1] < better[2], better
@@ -135,7 +135,7 @@ def test_what_steady_traffic_has_cost_does_not_delay_drafts_for_new_traffic(monk
 
     def passed_after_a_shift(lead: float, heat: float, *, within: int) -> float:
         trials, found = Trials(monkeypatch, noise=0.2), 0
-        for number in range(180):
+        for number in range(84):
             trials.heat = 0.0
             trials.held_out.clear_champion_scores()
             for _ in range(number % 12):
@@ -144,7 +144,7 @@ def test_what_steady_traffic_has_cost_does_not_delay_drafts_for_new_traffic(monk
             trials.held_out.evidence.forget_losses()
             trials.heat = heat
             found += any(trials.hold(lead).passed for _ in range(within))
-        return found / 180
+        return found / 84
 
     assert passed_after_a_shift(0.05 * CHAMPION, 1.0, within=1) > 0.8
     assert passed_after_a_shift(0.0, 1.0, within=1) < 0.55, "it must be ahead"
@@ -156,7 +156,7 @@ def test_worse_drafts_do_not_creep_in(monkeypatch: pytest.MonkeyPatch) -> None:
     """What the served draft loses in a hundred trials of drafts that are all worse than the one that serves."""
     for worse_by in (0.005, 0.01, 0.03):
         trials = Trials(monkeypatch)
-        lineages = [trials.lineage(lambda worse=worse_by: -worse * CHAMPION) for _ in range(400)]  # type: ignore[misc]
+        lineages = [trials.lineage(lambda worse=worse_by: -worse * CHAMPION) for _ in range(130)]  # type: ignore[misc]
         held = sum(count for count, _ in lineages)
         lost = worse_by * sum(passed is not None for _, passed in lineages) / held * 100
         assert lost < 0.02, (worse_by, lost)
@@ -164,6 +164,6 @@ def test_worse_drafts_do_not_creep_in(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_draft_that_takes_random_steps_gets_better_through_the_gate(monkeypatch: pytest.MonkeyPatch) -> None:
     trials, chance = Trials(monkeypatch), random.Random(1)
-    leads = [lead for _ in range(300) if (lead := trials.lineage(lambda: chance.gauss(-0.05, 0.1))[1]) is not None]
-    assert len(leads) > 20
+    leads = [lead for _ in range(150) if (lead := trials.lineage(lambda: chance.gauss(-0.05, 0.1))[1]) is not None]
+    assert len(leads) > 10
     assert sum(leads) / len(leads) > 0.0

@@ -350,8 +350,8 @@ def test_two_requests_that_happen_to_lose_alike_refuse_no_draft() -> None:
         return sum(not decision.passed for decision in decisions) / 1000
 
     for noise in (0.05, 0.1, 0.25):
-        for requests in (2, 3, 4):
-            for roots in ((4,), (8,), (12,), (32,), (1, 32), (4, 32), (2, 8, 32)):
+        for requests in (2, 4):
+            for roots in ((4,), (32,), (1, 32), (2, 8, 32)):
                 rate = refused(0.0, noise=noise, requests=requests, roots=roots)
                 assert rate < 0.09, (noise, requests, roots)
     assert refused(-0.2, noise=0.1, requests=4) > 0.9

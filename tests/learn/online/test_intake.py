@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from support.learner_harness import LearnerHarness
+from support.learner_harness import MakeHarness
 from support.live_traces import make_controller, serve, some_requests
 from support.tiny_models import random_draft
 
 from aurora_lit.learn.online.held_out import HeldOut
-from aurora_lit.learn.online.intake import TraceIntake, is_looping, repeated_share
+from aurora_lit.learn.online.intake import MAX_REPEATED_SHARE, TraceIntake, is_looping, repeated_share
 from aurora_lit.models.interface import Target
 from aurora_lit.traces.record import Trace
 
@@ -50,10 +49,8 @@ def test_only_repetition_in_the_answer_counts_and_the_setting_sets_how_much(traf
     assert not is_looping(in_prompt, max_repeated_share=0.7), "the loop is in the prompt"
 
 
-def test_loops_reach_neither_batches_nor_the_gate_and_are_counted(
-    target: Target, traffic: list[Trace], tmp_path: Path
-) -> None:
-    harness = LearnerHarness(target, tmp_path, max_repeated_share=0.7)
+def test_loops_reach_neither_batches_nor_the_gate_and_are_counted(make: MakeHarness, traffic: list[Trace]) -> None:
+    harness = make(max_repeated_share=MAX_REPEATED_SHARE)
     loops = [
         replace(with_answer(trace, torch.arange(5).repeat(7)), request_id=f"loop {n}")
         for n, trace in enumerate(traffic)
@@ -81,7 +78,8 @@ def test_requests_wait_before_they_are_learned_from_and_at_the_start_every_secon
 
     batches: Any = Batches()
     held_out, controller, renamed = HeldOut(seed=0), make_controller(), list[tuple[str, str]]()
-    intake = TraceIntake(controller, batches, held_out, num_waiting=4, max_repeated_share=1.0)
+    intake = TraceIntake(controller, batches, held_out, num_waiting=4)
+    intake.max_repeated_share = 1.0
     waiting, names = [], [f"r{n}" for n in range(40)]
     for name in names:
         intake.add(replace(traffic[0], request_id=name))
@@ -103,7 +101,8 @@ def test_what_speaks_against_challengers_is_forgotten_when_traffic_is_new(traffi
     """And not what speaks for them: the next one may well be as good."""
     batches: Any = SimpleNamespace(add=lambda trace: None)
     held_out, number = HeldOut(seed=0), itertools.count()
-    intake = TraceIntake(make_controller(), batches, held_out, num_waiting=4, max_repeated_share=1.0)
+    intake = TraceIntake(make_controller(), batches, held_out, num_waiting=4)
+    intake.max_repeated_share = 1.0
 
     def evidence_after(domain: str, changes: list[float]) -> float:
         held_out.evidence.clear()

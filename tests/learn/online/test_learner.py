@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,15 +23,34 @@ from aurora_lit.learn.online.learner import PATIENCE_TRIALS, STARTING_VERSION, L
 from aurora_lit.models.interface import Target
 from aurora_lit.modules.domains.detector import DomainDetector
 from aurora_lit.modules.draft.eagle3 import Eagle3Draft
+from aurora_lit.modules.losses.batch import OnlineBatch
 from aurora_lit.modules.losses.draft_module import clip_gradients
 from aurora_lit.traces.record import Trace
 
+MakeLearner = Callable[..., Learner]
+
+
+@pytest.fixture
+def make(target: Target, tmp_path: Path) -> MakeLearner:
+    """A learner that begins with a draft, and whose state is in a file that all share."""
+
+    def make(draft: Eagle3Draft | None = None, **options: Any) -> Learner:
+        module = online_module(target, copy.deepcopy(draft or random_draft(target)))
+        fields = {"controller": make_controller(), "version": "start", **options}
+        return Learner(module, state_path=tmp_path / "state", target_head=TargetHead(target), **fields)
+
+    return make
+
+
+@pytest.fixture
+def batch(target_head: TargetHead, traffic: list[Trace]) -> OnlineBatch:
+    return collate_online(label_traces(traffic[:6], target_head), [], oldest_fresh=0)
+
 
 def test_a_batch_with_a_loss_that_is_not_finite_changes_nothing(
-    target: Target, traffic: list[Trace], tmp_path: Path
+    make: MakeLearner, target_head: TargetHead, traffic: list[Trace]
 ) -> None:
-    target_head, module = TargetHead(target), online_module(target, random_draft(target))
-    learner = Learner(module, make_controller(), tmp_path / "s", target_head=target_head, version="start")
+    learner = make()
     labelled = label_traces([traffic[0]], target_head)[0]
     aux_T3H = labelled.trace.aux_T3H.clone()
     aux_T3H[4, 0] = float("nan")
@@ -60,31 +80,22 @@ class TwoEqualProcesses:
 
 
 def test_the_logged_losses_of_several_processes_are_those_of_the_whole_batch(
-    target: Target, traffic: list[Trace], tmp_path: Path
+    make: MakeLearner, batch: OnlineBatch
 ) -> None:
     """Of each term every process computes a part of a sum."""
-    target_head, module = TargetHead(target), online_module(target, random_draft(target))
-    learner = Learner(module, make_controller(), tmp_path / "s", target_head=target_head, version="start")
+    learner = make()
     learner.fabric = TwoEqualProcesses(learner.fabric)  # type: ignore[assignment]
-    report = learner.update(collate_online(label_traces(traffic[:6], target_head), [], oldest_fresh=0))
+    report = learner.update(batch)
     assert report is not None
     for name, part in (("loss", report.loss), ("value_loss", report.value_loss)):
         assert learner.mean(name) == pytest.approx(2 * float(part.detach())) != 0
 
 
 def test_the_averaged_draft_has_the_running_average_of_the_weights(
-    target: Target, traffic: list[Trace], tmp_path: Path
+    make: MakeLearner, target: Target, batch: OnlineBatch
 ) -> None:
-    target_head, start = TargetHead(target), random_draft(target)
-    batch = collate_online(label_traces(traffic[:6], target_head), [], oldest_fresh=0)
-    learner = Learner(
-        online_module(target, copy.deepcopy(start)),
-        make_controller(),
-        tmp_path / "s",
-        target_head=target_head,
-        version="start",
-        ema_decay=0.8,
-    )
+    start = random_draft(target)
+    learner = make(start, ema_decay=0.8)
 
     def averaged() -> dict[str, torch.Tensor]:
         with learner.averaged() as module:
@@ -108,13 +119,10 @@ def test_the_averaged_draft_has_the_running_average_of_the_weights(
 
 @pytest.mark.parametrize("longer", ["draft", "average"])
 def test_the_average_takes_positions_that_only_one_of_both_was_given(
-    target: Target, traffic: list[Trace], tmp_path: Path, longer: str
+    make: MakeLearner, batch: OnlineBatch, longer: str
 ) -> None:
     """A trial may see a longer trace than a batch did, or the other way round."""
-    target_head = TargetHead(target)
-    batch = collate_online(label_traces(traffic[:6], target_head), [], oldest_fresh=0)
-    module, head = online_module(target, random_draft(target)), target_head
-    learner = Learner(module, make_controller(), tmp_path / "s", target_head=head, version="start", ema_decay=0.9)
+    learner = make(ema_decay=0.9)
     with learner.averaged() as trial:
         grown = trial.draft if longer == "average" else None
     (grown or learner.draft).extend_positions(4096)
@@ -125,15 +133,16 @@ def test_the_average_takes_positions_that_only_one_of_both_was_given(
 
 
 def test_a_resumed_learner_continues_as_if_it_had_not_stopped(
-    target: Target, traffic: list[Trace], tmp_path: Path, caplog: pytest.LogCaptureFixture
+    make: MakeLearner,
+    target: Target,
+    traffic: list[Trace],
+    batch: OnlineBatch,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    target_head = TargetHead(target)
-    batch = collate_online(label_traces(traffic[:6], target_head), [], oldest_fresh=0)
-
     def a_learner(seed: int) -> Learner:
         controller = make_controller(detector=DomainDetector(max_domains=4, novelty_threshold=0.7), min_lr_factor=0.1)
-        module = online_module(target, random_draft(target, seed=seed))
-        return Learner(module, controller, tmp_path / "state", target_head=target_head, version="start", ema_decay=0.9)
+        return make(random_draft(target, seed=seed), controller=controller, ema_decay=0.9)
 
     first = a_learner(0)
     assert not first.resume(), "there is nothing yet"
@@ -163,23 +172,15 @@ def test_a_resumed_learner_continues_as_if_it_had_not_stopped(
     assert not a_learner(5).resume(), "a file cut short is no state"
     assert f"the state in {tmp_path / 'state'} is not used: not the state of a training" in caplog.text
     (tmp_path / "state").write_bytes(whole)
-    other = online_module(target, random_draft(target, intermediate_size=96))
-    assert not Learner(other, make_controller(), tmp_path / "state", target_head=target_head, version="start").resume()
+    assert not make(random_draft(target, intermediate_size=96)).resume()
 
 
 @pytest.mark.parametrize("before", [0.0, 0.9])
 def test_a_state_is_continued_with_and_without_an_average(
-    target: Target, traffic: list[Trace], tmp_path: Path, before: float
+    make: MakeLearner, target: Target, batch: OnlineBatch, before: float
 ) -> None:
     """An average begins with the weights that are continued; one that is not wanted any more is left."""
-    target_head = TargetHead(target)
-    batch = collate_online(label_traces(traffic[:6], target_head), [], oldest_fresh=0)
-
-    def a_learner(seed: int, ema_decay: float) -> Learner:
-        module, path = online_module(target, random_draft(target, seed=seed)), tmp_path / "state"
-        return Learner(module, make_controller(), path, target_head=target_head, version="start", ema_decay=ema_decay)
-
-    first, again = a_learner(0, before), a_learner(1, 0.9 - before)
+    first, again = make(ema_decay=before), make(random_draft(target, seed=1), ema_decay=0.9 - before)
     first.update(batch)
     first.save()
     assert again.resume()
@@ -189,40 +190,29 @@ def test_a_state_is_continued_with_and_without_an_average(
     assert again.update(batch) is not None
 
 
-def test_a_resumed_learner_goes_on_counting_refusals(target: Target, tmp_path: Path) -> None:
+def test_a_resumed_learner_goes_on_counting_refusals(make: MakeLearner, target: Target, tmp_path: Path) -> None:
     draft = random_draft(target)
-
-    def a_learner() -> Learner:
-        module = online_module(target, copy.deepcopy(draft))
-        return Learner(module, make_controller(), tmp_path / "state", target_head=TargetHead(target), version="start")
 
     def refused(learner: Learner) -> bool:
         return learner.apply_gate_decision(passed=False, champion=draft, version="start")
 
-    first = a_learner()
+    first = make()
     assert not any(refused(first) for _ in range(PATIENCE_TRIALS - 1))
     first.save()
-    again = a_learner()
+    again = make()
     assert again.resume()
     assert refused(again), "learning restarts"
     state = first.state_dict()
     del state["refused"], state["lineage"]
     write_state(tmp_path / "state", state)
-    earlier = a_learner()
+    earlier = make()
     assert earlier.resume(), "a state of an earlier version"
     assert not refused(earlier)
 
 
-def test_a_state_of_another_starting_draft_is_not_used(target: Target, tmp_path: Path) -> None:
+def test_a_state_of_another_starting_draft_is_not_used(make: MakeLearner, target: Target) -> None:
     def learner(draft: Eagle3Draft, version: str = STARTING_VERSION) -> Learner:
-        return Learner(
-            online_module(target, copy.deepcopy(draft)),
-            make_controller(),
-            tmp_path / "learner.safetensors",
-            target_head=TargetHead(target),
-            version=version,
-            starting_digest=weights_digest(draft),
-        )
+        return make(draft, version=version, starting_digest=weights_digest(draft))
 
     first, second = random_draft(target, seed=1), random_draft(target, seed=2)
     learner(first).save()
@@ -232,29 +222,18 @@ def test_a_state_of_another_starting_draft_is_not_used(target: Target, tmp_path:
     assert learner(second).resume(), "the served draft is not the starting one"
 
 
-def test_positions_are_those_that_a_step_has_trained_on(target: Target, traffic: list[Trace], tmp_path: Path) -> None:
-    target_head = TargetHead(target)
-    learner = Learner(
-        online_module(target, random_draft(target)),
-        make_controller(),
-        tmp_path / "state",
-        target_head=target_head,
-        version="start",
-    )
+def test_positions_are_those_that_a_step_has_trained_on(
+    make: MakeLearner, target_head: TargetHead, traffic: list[Trace]
+) -> None:
+    learner = make()
     batch = collate_online(label_traces(traffic[:3], target_head), traffic[3:5], oldest_fresh=0)
     assert learner.update(batch) is not None
     assert learner.positions == sum(len(each.token_ids_T) - first_trained_position(each) for each in traffic[:5])
 
 
-def test_a_state_of_another_vocabulary_is_not_used(target: Target, tmp_path: Path) -> None:
+def test_a_state_of_another_vocabulary_is_not_used(make: MakeLearner, target: Target) -> None:
     def learner(ids: torch.Tensor) -> Learner:
-        return Learner(
-            online_module(target, initial_draft(target.in_torch, ids)),
-            make_controller(),
-            tmp_path / "state",
-            target_head=TargetHead(target),
-            version="draft-000003",
-        )
+        return make(initial_draft(target.in_torch, ids), version="draft-000003")
 
     learner(torch.arange(40)).save()
     assert learner(torch.arange(40)).resume()

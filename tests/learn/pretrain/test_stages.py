@@ -42,23 +42,29 @@ def stop(*_: object, **__: object) -> Any:
     raise Stopped
 
 
+class Train:
+    """Pretrains with the settings and options of the tests, or others."""
+
+    def __init__(self, settings: list[str], options: PretrainOptions) -> None:
+        self._settings, self.options = settings, options
+
+    def config(self, *settings: str) -> AuroraConfig:
+        return load_config(None, [*self._settings, *settings])
+
+    def __call__(self, *settings: str, **options: Any) -> dict[str, Any]:
+        return pretrain(self.config(*settings), dataclasses.replace(self.options, **options))
+
+
 @pytest.fixture
-def config(tmp_path: Path) -> AuroraConfig:
+def train(tmp_path: Path) -> Train:
     tokenizer = tiny_tokenizer()
     folder = save_model("llama", tmp_path / "target", num_hidden_layers=4, vocab_size=len(tokenizer))
     tokenizer.save_pretrained(folder)
-    return load_config(
-        None,
-        [f"target.source={folder}", "target.precision=fp32", "engine.max_seq_len=256", f"checkpoint.dir={tmp_path}"],
-    )
-
-
-@pytest.fixture
-def options(tmp_path: Path) -> PretrainOptions:
+    settings = [f"target.source={folder}", "target.precision=fp32", "engine.max_seq_len=256"]
     prompts = tmp_path / "words.jsonl"
     lines = [{"domain": "words", "messages": [{"role": "user", "content": f"the {n}"}]} for n in range(12)]
     prompts.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return PretrainOptions(
+    options = PretrainOptions(
         prompts=(prompts,),
         text=(),
         out=tmp_path / "first",
@@ -68,132 +74,123 @@ def options(tmp_path: Path) -> PretrainOptions:
         draft_vocab_size=32,
         learning_rate=0.02,
     )
+    return Train([*settings, f"checkpoint.dir={tmp_path}"], options)
 
 
-def test_a_draft_is_trained_from_another(
-    config: AuroraConfig, options: PretrainOptions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_draft_is_trained_from_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, train: Train) -> None:
     monkeypatch.setattr(log_batches, "HELD_OUT_EVERY", 4)  # so that one of few prompts is held out
-    untrained = pretrain(config, dataclasses.replace(options, out=tmp_path / "none", learning_rate=1e-9))
-    trained = pretrain(config, options)
+    untrained = train(out=tmp_path / "none", learning_rate=1e-9)
+    trained = train()
     length = "expected_accepted_length"
     assert trained["words"][length] > untrained["words"][length]
     target = load_target(tmp_path / "target", precision="fp32")
-    first = load_draft(options.out, target)
+    first = load_draft(train.options.out, target)
     # Too slow to learn: what comes out is what it started from, vocabulary included.
-    slow = dataclasses.replace(
-        options, out=tmp_path / "second", start_from=options.out, learning_rate=1e-9, positions=100
-    )
-    pretrain(config, slow)
-    second = load_draft(slow.out, target)
+    slow = tmp_path / "second"
+    train(out=slow, start_from=train.options.out, learning_rate=1e-9, positions=100)
+    second = load_draft(slow, target)
     assert torch.equal(first.draft_token_ids, second.draft_token_ids)
     for name, weight in first.named_parameters():
         torch.testing.assert_close(second.get_parameter(name), weight, atol=1e-4, rtol=1e-2)  # stored in bf16
-    record = json.loads((slow.out / "training.json").read_text())
+    record = json.loads((slow / "training.json").read_text())
     assert record["started_from"] == "first"
     assert (record["target"], record["precision"]) == (str(tmp_path / "target"), "fp32")
     assert (record["max_answer_tokens"], record["draft_vocab_size"], record["seed"]) == (12, 32, 0)
 
 
 def test_what_is_started_again_answers_and_trains_on_nothing_twice(
-    config: AuroraConfig, options: PretrainOptions, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], train: Train
 ) -> None:
-    pretrain(config, options)
-    assert capsys.readouterr().out.endswith(f"serve it with draft.checkpoint={options.out}\n")
-    before = (options.out / "model.safetensors").read_bytes()
+    train()
+    assert capsys.readouterr().out.endswith(f"serve it with draft.checkpoint={train.options.out}\n")
+    before = (train.options.out / "model.safetensors").read_bytes()
 
     def answer_again(*_: object, **__: object) -> None:
         raise AssertionError("all prompts were answered")
 
     monkeypatch.setattr(stages, "generate_answers", answer_again)
-    pretrain(dataclasses.replace(config, learn=dataclasses.replace(config.learn, from_scratch=True)), options)
-    assert (options.out / "model.safetensors").read_bytes() == before
-    assert f"draft.checkpoint={options.out} learn.from_scratch=false checkpoint.run=NEW\n" in capsys.readouterr().out
-    DraftStore(versions_folder(config), keep=2).publish(Eagle3Draft(read_config(options.out)), record={})
-    pretrain(config, dataclasses.replace(options, positions=2100))
-    assert f"draft.checkpoint={options.out} checkpoint.run=NEW\n" in capsys.readouterr().out
-    assert (options.out / "model.safetensors").read_bytes() != before, "there was more to train on"
+    train("learn.from_scratch=true")
+    assert (train.options.out / "model.safetensors").read_bytes() == before
+    assert (
+        f"draft.checkpoint={train.options.out} learn.from_scratch=false checkpoint.run=NEW\n" in capsys.readouterr().out
+    )
+    DraftStore(versions_folder(train.config()), keep=2).publish(Eagle3Draft(read_config(train.options.out)), record={})
+    train(positions=2100)
+    assert f"draft.checkpoint={train.options.out} checkpoint.run=NEW\n" in capsys.readouterr().out
+    assert (train.options.out / "model.safetensors").read_bytes() != before, "there was more to train on"
 
 
-def test_an_unusable_starting_draft_is_refused_before_any_work(
-    config: AuroraConfig, options: PretrainOptions, tmp_path: Path
-) -> None:
+def test_an_unusable_starting_draft_is_refused_before_any_work(tmp_path: Path, train: Train) -> None:
     with pytest.raises(CheckpointError, match="missing"):
-        pretrain(config, dataclasses.replace(options, start_from=tmp_path / "missing"))
-    assert not options.out.with_name("first.traces").exists()
+        train(start_from=tmp_path / "missing")
+    assert not train.options.out.with_name("first.traces").exists()
 
 
-def test_a_folder_of_other_files_is_refused_before_any_work(
-    config: AuroraConfig, options: PretrainOptions, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    options.out.mkdir()
-    (options.out / "live").mkdir()
+def test_a_folder_of_other_files_is_refused_before_any_work(monkeypatch: pytest.MonkeyPatch, train: Train) -> None:
+    train.options.out.mkdir()
+    (train.options.out / "live").mkdir()
     monkeypatch.setattr(stages, "load_tokenizer", stop)
     with pytest.raises(ConfigError, match="--out: .*first holds files, but no draft .* name a new folder"):
-        pretrain(config, options)
-    assert [path.name for path in options.out.iterdir()] == ["live"]
+        train()
+    assert [path.name for path in train.options.out.iterdir()] == ["live"]
 
 
-def test_the_present_folder_is_not_replaced(
-    config: AuroraConfig, options: PretrainOptions, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    options.out.mkdir()
-    monkeypatch.chdir(options.out)
+def test_the_present_folder_is_not_replaced(monkeypatch: pytest.MonkeyPatch, train: Train) -> None:
+    train.options.out.mkdir()
+    monkeypatch.chdir(train.options.out)
     with pytest.raises(ConfigError, match="--out: . is the present folder"):
-        pretrain(config, dataclasses.replace(options, out=Path(".")))
+        train(out=Path("."))
 
 
 def test_a_finished_training_answers_no_prompts_that_are_added(
-    config: AuroraConfig,
-    options: PretrainOptions,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], train: Train
 ) -> None:
-    options = dataclasses.replace(options, positions=200)
-    pretrain(config, options)
-    before = json.loads((options.out / "training.json").read_text())
-    with options.prompts[0].open("a") as file:
+    train.options = dataclasses.replace(train.options, positions=200)
+    train()
+    before = json.loads((train.options.out / "training.json").read_text())
+    with train.options.prompts[0].open("a") as file:
         file.write(json.dumps({"domain": "words", "messages": [{"role": "user", "content": "added"}]}) + "\n")
     monkeypatch.setattr(stages, "generate_answers", stop)
-    pretrain(config, options)
+    train()
     assert "so nothing is recorded or answered; raise --positions" in " ".join(capsys.readouterr().out.split())
-    assert json.loads((options.out / "training.json").read_text()) == before
+    assert json.loads((train.options.out / "training.json").read_text()) == before
     with pytest.raises(Stopped):
-        pretrain(config, dataclasses.replace(options, positions=300))
+        train(positions=300)
 
 
 @pytest.mark.parametrize("change", ["precision", "weights", "start_from"])
 def test_traces_of_other_work_are_refused(
-    change: str, config: AuroraConfig, options: PretrainOptions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    change: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, train: Train
 ) -> None:
     monkeypatch.setattr(stages, "generate_answers", stop)
     for _ in range(2):  # begun, and started again
         with pytest.raises(Stopped):
-            pretrain(config, options)
+            train()
+    settings: tuple[str, ...] = ()
     if change == "precision":
-        config = dataclasses.replace(config, target=dataclasses.replace(config.target, precision="bf16"))
+        settings = ("target.precision=bf16",)
     elif change == "weights":
         save_model("llama", tmp_path / "target", seed=1, num_hidden_layers=4, vocab_size=len(tiny_tokenizer()))
     else:
         other = tmp_path / "other"
         save_draft(random_draft(load_target(tmp_path / "target", precision="fp32")), other)
-        options = dataclasses.replace(options, start_from=other)
+        train.options = dataclasses.replace(train.options, start_from=other)
     with pytest.raises(ConfigError, match="another target, precision or --start-from"):
-        pretrain(config, options)
+        train(*settings)
 
 
 def test_another_vocabulary_size_is_refused_when_training_continues(
-    config: AuroraConfig, options: PretrainOptions, monkeypatch: pytest.MonkeyPatch
+    monkeypatch: pytest.MonkeyPatch, train: Train
 ) -> None:
     monkeypatch.setattr(stages, "DraftTrainer", stop)
     with pytest.raises(Stopped):
-        pretrain(config, options)
+        train()
     with pytest.raises(ConfigError, match="--draft-vocab-size 16: .*first.traces is of a training with 32; use that"):
-        pretrain(config, dataclasses.replace(options, draft_vocab_size=16))
+        train(draft_vocab_size=16)
 
 
 def test_training_continues_after_a_disk_that_was_full_when_the_vocabulary_was_written(
-    config: AuroraConfig, options: PretrainOptions, monkeypatch: pytest.MonkeyPatch
+    monkeypatch: pytest.MonkeyPatch, train: Train
 ) -> None:
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
 
@@ -204,24 +201,21 @@ def test_training_continues_after_a_disk_that_was_full_when_the_vocabulary_was_w
     monkeypatch.setattr(stages, "choose_vocabulary", fill_the_disk)
     try:
         with pytest.raises(OSError, match="File too large"):
-            pretrain(config, options)
+            train()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     monkeypatch.setattr(stages, "choose_vocabulary", choose_vocabulary)
-    pretrain(config, options)
-    assert (options.out / "training.json").exists()
+    train()
+    assert (train.options.out / "training.json").exists()
 
 
-def test_a_target_that_was_moved_is_no_other(
-    config: AuroraConfig, options: PretrainOptions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_target_that_was_moved_is_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, train: Train) -> None:
     monkeypatch.setattr(stages, "generate_answers", stop)
     with pytest.raises(Stopped):
-        pretrain(config, options)
+        train()
     (tmp_path / "target").rename(tmp_path / "moved")
-    moved = dataclasses.replace(config.target, source=str(tmp_path / "moved"))
     with pytest.raises(Stopped):
-        pretrain(dataclasses.replace(config, target=moved), options)
+        train(f"target.source={tmp_path / 'moved'}")
 
 
 def ctrl_c() -> None:
@@ -230,7 +224,7 @@ def ctrl_c() -> None:
 
 @pytest.mark.parametrize("end", [ctrl_c, partial(signal.raise_signal, signal.SIGTERM)], ids=["Ctrl-C", "SIGTERM"])
 def test_answers_before_an_interruption_are_kept(
-    end: Callable[[], None], config: AuroraConfig, options: PretrainOptions, monkeypatch: pytest.MonkeyPatch
+    end: Callable[[], None], monkeypatch: pytest.MonkeyPatch, train: Train
 ) -> None:
     before = signal.getsignal(signal.SIGTERM)
 
@@ -242,14 +236,12 @@ def test_answers_before_an_interruption_are_kept(
 
     monkeypatch.setattr(stages, "generate_answers", interrupted)
     with pytest.raises((KeyboardInterrupt, SystemExit)):
-        pretrain(config, options)
-    assert [shard.num_sequences for shard in read_index(options.out.with_name("first.traces"))] == [3]
+        train()
+    assert [shard.num_sequences for shard in read_index(train.options.out.with_name("first.traces"))] == [3]
     assert signal.getsignal(signal.SIGTERM) is before
 
 
-def test_text_before_an_interruption_is_kept(
-    config: AuroraConfig, options: PretrainOptions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_text_before_an_interruption_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, train: Train) -> None:
     text = tmp_path / "text.txt"
     text.write_text("the world " * 4000)
     batches: list[int] = []
@@ -262,12 +254,12 @@ def test_text_before_an_interruption_is_kept(
 
     monkeypatch.setattr(stages, "record_pieces", interrupted)
     with pytest.raises(Stopped):
-        pretrain(config, dataclasses.replace(options, text=(text,)))
-    assert [shard.num_sequences for shard in read_index(options.out.with_name("first.traces"))] == batches
+        train(text=(text,))
+    assert [shard.num_sequences for shard in read_index(train.options.out.with_name("first.traces"))] == batches
 
 
 def test_text_of_a_file_that_is_added_is_recorded_from_its_beginning(
-    config: AuroraConfig, options: PretrainOptions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, train: Train
 ) -> None:
     monkeypatch.setattr(stages, "_PIECE_TOKENS", 16)
     monkeypatch.setattr(stages, "_PIECES_AT_ONCE", 2)
@@ -280,45 +272,40 @@ def test_text_of_a_file_that_is_added_is_recorded_from_its_beginning(
     assert len(pieces) > 8
     for files, positions in ((texts[:1], 1), (texts, 100_000)):
         with pytest.raises(Stopped):
-            pretrain(config, dataclasses.replace(options, text=files, text_positions=positions))
-    traces = options.out.with_name("first.traces")
+            train(text=files, text_positions=positions)
+    traces = train.options.out.with_name("first.traces")
     recorded = [t.token_ids_T.tolist() for shard in read_index(traces) for t in read_shard(traces / shard.name)]
     assert sorted(recorded) == sorted(pieces)
 
 
 def test_prompts_that_leave_no_room_are_counted(
-    config: AuroraConfig,
-    options: PretrainOptions,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], train: Train
 ) -> None:
     """The target has 256 positions."""
-    with options.prompts[0].open("a") as file:
+    with train.options.prompts[0].open("a") as file:
         file.write(json.dumps({"messages": [{"role": "user", "content": "the world " * 200}]}) + "\n")
     monkeypatch.setattr(stages, "generate_answers", stop)
     with pytest.raises(Stopped):
-        pretrain(config, options)
+        train()
     assert "1 of 13 prompts have more than 244 tokens and are left out" in capsys.readouterr().out
     with pytest.raises(ConfigError, match="13 of 13 prompts have more than 0 tokens .*; lower --max-answer-tokens"):
-        pretrain(config, dataclasses.replace(options, max_answer_tokens=300))
+        train(max_answer_tokens=300)
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("settings", "said"),
     [
-        ({"device": "cuda"}, "engine.device=cuda: pretraining runs the target on the CPU"),
-        ({"strategy": "fsdp", "devices": 2}, "engine.strategy=fsdp: only `aurora-lit serve`"),
+        (("engine.device=cuda",), "engine.device=cuda: pretraining runs the target on the CPU"),
+        (("engine.strategy=fsdp", "engine.devices=2"), "engine.strategy=fsdp: only `aurora-lit serve`"),
     ],
 )
-def test_settings_that_it_cannot_follow_are_refused(
-    changes: dict[str, Any], said: str, config: AuroraConfig, options: PretrainOptions
-) -> None:
+def test_settings_that_it_cannot_follow_are_refused(settings: tuple[str, ...], said: str, train: Train) -> None:
     with pytest.raises(ConfigError, match=said):
-        pretrain(dataclasses.replace(config, engine=dataclasses.replace(config.engine, **changes)), options)
+        train(*settings)
 
 
 def test_as_many_prompts_are_answered_together_as_the_engine_may_take(
-    config: AuroraConfig, options: PretrainOptions, monkeypatch: pytest.MonkeyPatch
+    monkeypatch: pytest.MonkeyPatch, train: Train
 ) -> None:
     sizes: list[int] = []
 
@@ -329,7 +316,5 @@ def test_as_many_prompts_are_answered_together_as_the_engine_may_take(
     monkeypatch.setattr(stages, "generate_answers", interrupted)
     for size in (3, 100):
         with pytest.raises(Stopped):
-            pretrain(
-                dataclasses.replace(config, engine=dataclasses.replace(config.engine, max_batch_size=size)), options
-            )
+            train(f"engine.max_batch_size={size}")
     assert sizes == [3, 32]

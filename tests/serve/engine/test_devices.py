@@ -102,7 +102,7 @@ def test_an_engine_is_built_where_its_configuration_says(
 ) -> None:
     monkeypatch.setattr(load_models, "_device", lambda config: device)
     monkeypatch.setattr(build, "load_tokenizer", lambda config: SimpleNamespace(eos_token_id=None))
-    settings = (f"target.source={folder}", "engine.max_seq_len=64", "engine.prefill_chunk_tokens=8")
+    settings = (f"target.source={folder}", "engine.max_seq_len=64")
     config = load_config(None, [*settings, "engine.adaptive=false", "learn.from_scratch=true", "draft.checkpoint=null"])
     engine, _ = build.build_engine(config)
     answer = run(engine, [request("a", prompt(1, 12))])["a"]

@@ -49,7 +49,6 @@ def test_every_setting_of_the_engine_reaches_it(target: Target, monkeypatch: pyt
         "max_draft_tokens": (2, 3),
         "lookup": (True, False),
         "adaptive": (True, False),
-        "prefill_chunk_tokens": (64, 96),
         "prefix_cache": (True, False),
         "explore_share": (0.125, 0.25),
         "explore_temperature": (1.5, 2.0),
@@ -86,7 +85,7 @@ def test_a_target_whose_layers_are_not_native_says_why_at_the_start(
 def test_costs_are_kept_for_what_they_were_measured_on(
     target: Target, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    common = [f"target.source={tmp_path / 'target'}", f"target.cache_dir={tmp_path}", "draft.checkpoint=null"]
+    common = [f"target.source={tmp_path / 'target'}", "draft.checkpoint=null"]
 
     def key(*overrides: str) -> dict[str, str]:
         return build._kept_costs(load_config(None, [*common, "learn.enabled=false", *overrides]), target)._key
@@ -114,7 +113,7 @@ def test_a_named_draft_is_used_where_nothing_learns_and_told_of_where_it_is_not(
     monkeypatch.setattr(build, "load_tokenizer", lambda _: tiny_tokenizer())
     monkeypatch.setattr(build, "Engine", lambda *_, draft_version, **__: draft_version)
     save_draft(random_draft(target), tmp_path / "mine")
-    settings = [f"target.source={tmp_path / 'target'}", "target.precision=fp32", f"target.cache_dir={tmp_path}"]
+    settings = [f"target.source={tmp_path / 'target'}", "target.precision=fp32"]
     config = load_config(None, [*settings, f"draft.checkpoint={tmp_path / 'mine'}", "learn.from_scratch=true"])
     assert build.build_engine(config, target=target)[0] == "mine"
     assert "from_scratch" not in caplog.text
@@ -135,7 +134,7 @@ def test_slots_whose_keys_and_values_do_not_fit_into_memory_are_refused_and_othe
     """
     assert target.num_kv_heads == 1
     monkeypatch.setattr(type(target), "all_kv_heads", property(lambda _: copies))
-    settings = ["engine.max_batch_size=3", "engine.max_seq_len=256", "engine.prefill_chunk_tokens=32"]
+    settings = ["engine.max_batch_size=3", "engine.max_seq_len=256"]
     more = ["target.precision=fp32", "draft.checkpoint=null", "learn.from_scratch=true"]
     config = load_config(None, [*settings, *more])
     monkeypatch.setattr(build, "Engine", lambda *_, **__: "an engine")
@@ -187,7 +186,7 @@ def test_structured_outputs_are_served_though_the_tokenizer_has_a_token_more_tha
     target = load_target(save_model("llama", tmp_path, vocab_size=len(tokenizer)), precision="fp32")
     tokenizer.backend_tokenizer.add_special_tokens(["<|image|>"])
     settings = ["draft.checkpoint=null", "learn.enabled=false"]
-    sizes = ["engine.max_seq_len=64", "engine.prefill_chunk_tokens=32"]
+    sizes = ["engine.max_seq_len=64"]
     engine = build._engine(load_config(None, [*settings, *sizes]), target, tokenizer, observer=None)
     asked = request("a", (1, 2, 3), structured_outputs=StructuredOutputsParams(choice=("a",)))
     assert tokenizer.decode(run(engine, [asked])["a"].token_ids) == "a<|end|>"

@@ -50,13 +50,13 @@ def ask(servers: TinyServers, number: int, *, domain: str) -> None:
 def test_a_new_domain_makes_a_live_server_explore_and_a_learned_one_does_not(
     servers: TinyServers, tmp_path: Path
 ) -> None:
+    constants = {"aurora_lit.learn.online.build.DECAY_TOKENS": 2500, "aurora_lit.learn.online.build.WARMUP_STEPS": 0}
+    servers.constants |= constants
     server = servers.start(
         f"trace.record={tmp_path / 'traces'}",
         "memory.scope=off",  # the same prompts come again and again: copies would leave the draft nothing to propose
         "engine.explore_share=0.0",
         "schedule.explore_share=0.8",
-        "schedule.decay_tokens=2500",
-        "schedule.warmup_steps=0",
     )
     servers.wait_ready()
     numbers = itertools.count()

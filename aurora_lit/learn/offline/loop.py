@@ -5,7 +5,7 @@
 
 Each trace is scored before it is learned from (test-then-train), with the starting draft too, and with both also as if
 copies were proposed beside the draft: from earlier in the request and from the answers of earlier traces, which are
-remembered after their score (learn/offline/copies.py). The policy gradient uses
+remembered after their score (learn/offline/ngram_paths.py). The policy gradient uses
 the rounds that the draft served in the replay would have had (learn/offline/on_policy.py), not those of the recorded
 draft. Steps, gate and published versions are those of online learning; time is counted in traces, so a replay is
 repeatable. Leaves out how a trace is scored (learn/offline/scoring.py), the command and its report (cli/replay.py), and
@@ -39,7 +39,7 @@ from aurora_lit.drafts.versions import version_name, version_number
 from aurora_lit.errors import AuroraError, TraceError
 from aurora_lit.learn.data.labelled_trace import is_compatible
 from aurora_lit.learn.data.target_head import TargetHead
-from aurora_lit.learn.offline.copies import copy_paths_of
+from aurora_lit.learn.offline.ngram_paths import ngram_paths_of
 from aurora_lit.learn.offline.on_policy import RoundSimulator
 from aurora_lit.learn.offline.scoring import RoundScorer, RoundTotals, RoundWalk
 from aurora_lit.learn.online.build import STATE_NAME, controller_for, make_batcher, make_held_out, online_module
@@ -49,6 +49,7 @@ from aurora_lit.learn.online.intake import TraceIntake
 from aurora_lit.learn.online.learner import STARTING_VERSION, Learner
 from aurora_lit.modules.draft.eagle3 import Eagle3Draft
 from aurora_lit.modules.losses.draft_module import DraftModule
+from aurora_lit.modules.losses.objective import BaseLoss
 from aurora_lit.traces.log import read_index, read_shard
 from aurora_lit.traces.record import Trace, check
 
@@ -79,10 +80,10 @@ ARMS = ("static", "memory", "learning", "both")
 """What is scored; the first two have the starting draft, the others the served one."""
 
 
-class Replay:
+class OfflineLoop:
     """A learner, the draft it serves, and the scores of the starting and the served draft along the stream.
 
-    >>> replay = Replay(config, target_head=head, starting=draft, folder=out, scratch=scratch, steps_per_trace=0.5)
+    >>> replay = OfflineLoop(config, target_head=head, starting=draft, folder=out, scratch=scratch, steps_per_trace=0.5)
     >>> for block in blocks(traces, 32):
     ...     replay.process_block(block)
     >>> replay.scored, replay.served
@@ -99,16 +100,19 @@ class Replay:
         steps_per_trace: float,
         fabric: Fabric | None = None,
         gated: bool = True,
+        base_loss: BaseLoss = "lk",
+        seed: int = 0,
         keep_versions: bool = True,
     ) -> None:
         """Start with the `starting` draft as the served one.
 
         folder: for published versions. scratch: for remembered traces, of which only the first process has any.
-        fabric: for several processes that replay together; all create a Replay. gated: false serves the learner's draft
-        without a trial after each learn.publish_every_steps steps. keep_versions: false writes no version to disk.
+        fabric: for several processes that replay together; all create one. gated: false serves the learner's draft
+        without a trial after each learn.publish_every_steps steps. base_loss: another one is for comparison. seed: of
+        what is remembered, held out and explored. keep_versions: false writes no version to disk.
         """
         learn = config.learn
-        module = online_module(config, copy.deepcopy(starting), target_head)
+        module = online_module(config, copy.deepcopy(starting), target_head, base_loss=base_loss)
         processes, first = (1, True) if fabric is None else (fabric.world_size, fabric.is_global_zero)
         self._leader = Leader(fabric) if first and processes > 1 else None
         self._follower = None if first else Follower(fabric)
@@ -127,25 +131,24 @@ class Replay:
         self._target_head = target_head.to(device)
         self.served = copy.deepcopy(starting).to(device)
         self._champion = online_module(config, self.served, target_head).to(device)
-        self.copies = copy_paths_of(config)
+        self.ngrams = ngram_paths_of(config)
         """What is copied; None: nothing, and arms with copies score as those without."""
         proposed = config.engine.max_draft_tokens
-        reach = proposed if self.copies is None else max(proposed, self.copies.most)
+        reach = proposed if self.ngrams is None else max(proposed, self.ngrams.most)
         self._scorers = [self._scorer(config, draft, reach) for draft in (copy.deepcopy(starting), self.served)]
         self._walks = {arm: RoundWalk(reach=reach) for arm in ARMS}
-        self._batcher = make_batcher(config, target_head, scratch)
-        self._held_out = make_held_out(config)
+        self._batcher = make_batcher(config, target_head, scratch, seed=seed)
+        self._held_out = make_held_out(config, seed=seed)
         self._intake = TraceIntake(
             self.learner.controller,
             self._batcher,
             self._held_out,
             num_waiting=learn.gate_requests if gated else 0,
-            max_repeated_share=learn.max_repeated_share,
         )
         self.simulator = RoundSimulator(
-            module=self._scorers[1].module, explore_temperature=config.engine.explore_temperature, seed=learn.seed
+            module=self._scorers[1].module, explore_temperature=config.engine.explore_temperature, seed=seed
         )
-        self._store = DraftStore(folder, keep=config.checkpoint.keep) if keep_versions else None
+        self._store = DraftStore(folder) if keep_versions else None
         self._gated = gated
         self.published = 0
         """Drafts of the learner that were served."""
@@ -216,7 +219,7 @@ class Replay:
         own = [traces[i] for i in indices]
         static, served = (dict(zip(indices, each.accept_probabilities(own), strict=True)) for each in self._scorers)
         found = torch.zeros(len(traces), len(ARMS), 2, dtype=torch.float64)
-        along = [None] * len(traces) if self.copies is None else [c.accepted_T for c in self.copies.along(traces)]
+        along = [None] * len(traces) if self.ngrams is None else [c.accepted_T for c in self.ngrams.along(traces)]
         for index in indices:
             copied_T = along[index]
             rows = ((static, None), (static, copied_T), (served, None), (served, copied_T))  # as ARMS

@@ -17,7 +17,7 @@ from support.trace_examples import keep_in, numbered_trace
 from aurora_lit.kernels import native
 from aurora_lit.kernels.copy_rates import CopyReliability
 from aurora_lit.kernels.suffix_index import NUM_CELLS, Copies, SuffixMemory
-from aurora_lit.learn.offline.copies import CopyPaths
+from aurora_lit.learn.offline.ngram_paths import NgramPaths
 from aurora_lit.learn.offline.scoring import RoundTotals, RoundWalk, with_copied
 from aurora_lit.models.interface import Target
 from aurora_lit.modules.sampling.tree import accepted_path
@@ -34,12 +34,12 @@ MOST = 6
 MEMORY: dict[str, Any] = {"memory_scope": "domain"}
 
 
-def copy_paths(**changes: Any) -> CopyPaths:
+def copy_paths(**changes: Any) -> NgramPaths:
     fields: dict[str, Any] = {"most": MOST, "segment_tokens": 512, "memory": SuffixMemory(1 << 20), **changes}
-    return CopyPaths(**fields)
+    return NgramPaths(**fields)
 
 
-def copied_rounds(paths: CopyPaths, traces: Sequence[Trace]) -> list[RoundTotals]:
+def copied_rounds(paths: NgramPaths, traces: Sequence[Trace]) -> list[RoundTotals]:
     """The rounds of each trace if only copies are proposed; each is remembered after its score."""
     walk, found = RoundWalk(reach=MOST), []
     for trace in traces:

@@ -11,8 +11,8 @@ it never helps itself. In two things this differs from a server:
   (serve/speculation/copy_planner.py), and proposes what repays its cost.
 
 Traces hold neither a request's last token nor its `cache_salt`: the former is not remembered, and requests that differ
-in the latter share a memory here. A segment with fewer new tokens than trace.segment_tokens is taken as a request's
-last one. Needs kernels. Leaves out the draft's part (learn/offline/scoring.py) and the index (kernels/suffix_index.py).
+in the latter share a memory here. A segment with fewer new tokens than `SEGMENT_TOKENS` is taken as a request's last
+one. Needs kernels. Leaves out the draft's part (learn/offline/scoring.py) and the index (kernels/suffix_index.py).
 
 Shapes: T positions.
 """
@@ -33,7 +33,7 @@ from aurora_lit.kernels.copy_rates import CopyReliability
 from aurora_lit.kernels.suffix_index import DOMAIN_BITS, Copies, LookUp, SuffixMemory, look_up
 from aurora_lit.learn.data.labelled_trace import first_trained_position
 from aurora_lit.modules.domains.centroids import client_label
-from aurora_lit.traces.record import Trace
+from aurora_lit.traces.record import SEGMENT_TOKENS, Trace
 
 LEAST_SURVIVAL = 0.25
 """Of a copied node that is proposed, if nothing else is said."""
@@ -66,10 +66,10 @@ class _OpenRequest:
     """What of the memory it reads and writes."""
 
 
-class CopyPaths:
+class NgramPaths:
     """Copies along recorded answers, and the memory of those that ended.
 
-    >>> paths = CopyPaths(most=15, segment_tokens=512)
+    >>> paths = NgramPaths(most=15)
     >>> found = paths.copied(trace)             # before the memory knows the trace
     >>> paths.remember(trace)                   # after it was scored
     >>> paths.along(traces)                     # both, for each trace in turn
@@ -80,7 +80,7 @@ class CopyPaths:
         self,
         *,
         most: int,
-        segment_tokens: int,
+        segment_tokens: int = SEGMENT_TOKENS,
         least: float = LEAST_SURVIVAL,
         own: bool = True,
         memory: SuffixMemory | None = None,
@@ -200,14 +200,13 @@ class CopyPaths:
             self._memory.insert_answer(request.tokens, answer=answer, part=request.part)
 
 
-def copy_paths_of(config: AuroraConfig) -> CopyPaths | None:
+def ngram_paths_of(config: AuroraConfig) -> NgramPaths | None:
     """Copies as a server with these settings may propose; None if it proposes none, or without kernels."""
     most, scope = copied_tokens(config.engine, config.memory), resolved_memory_scope(config)
     if not most or native.library() is None:
         return None
-    return CopyPaths(
+    return NgramPaths(
         most=most,
-        segment_tokens=config.trace.segment_tokens,
         own=config.engine.lookup,
         memory=None if scope == "off" else SuffixMemory(config.memory.capacity_mb << 20),
         by_client=scope == "client",
