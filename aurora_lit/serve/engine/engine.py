@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Iterator
 
 import torch
 
@@ -134,15 +133,7 @@ class Engine:
         )
 
         self.costs = Costs(ragged=target.has_native_decoder)
-        weighs = (
-            settings.adaptive and self._drafter is not None and self._drafter.is_native and target.has_native_decoder
-        )
-        limits = SpeculationLimits(
-            draft_tokens=settings.max_draft_tokens if self._drafter else 0,
-            copied_tokens=copied_tokens(settings, memory),
-            sibling_tokens=SIBLING_TOKENS if weighs else 0,
-            adaptive=settings.adaptive,
-        )
+        limits = self._limits(settings, memory)
         self.planner = SpeculationPlanner(limits, self.costs)
         self.memory = make_memory(memory, device=target.device, counters=self.counters) if settings.speculate else None
         """None: there is no traffic memory."""
@@ -163,13 +154,21 @@ class Engine:
 
         adapts = settings.adaptive and (self._drafter is not None or limits.copied_tokens > 0)
         self.floor = SpeculationFloor() if adapts else None
-        steps: Iterator[None] = iter(())
-        if adapts:
-            steps = calibration_steps(
-                self.costs, limits, target, self._drafter, kv_cache=kv_cache, max_batch_size=slots
-            )
+        timed = (self.costs, limits, target, self._drafter)
+        steps = calibration_steps(*timed, kv_cache=kv_cache, max_batch_size=slots) if adapts else iter(())
         kept = kept_costs if adapts else None
         self._calibration = Calibration(self.costs, steps, kept=kept, max_batch_size=slots)
+
+    def _limits(self, settings: EngineSettings, memory: MemorySettings) -> SpeculationLimits:
+        """The most that a round proposes for a sequence. Chains are weighed where native steps and trees allow it."""
+        drafter = self._drafter
+        weighs = drafter is not None and drafter.is_native and self.target.has_native_decoder and settings.adaptive
+        return SpeculationLimits(
+            draft_tokens=settings.max_draft_tokens if drafter else 0,
+            copied_tokens=copied_tokens(settings, memory),
+            sibling_tokens=SIBLING_TOKENS if weighs else 0,
+            adaptive=settings.adaptive,
+        )
 
     @property
     def has_work(self) -> bool:

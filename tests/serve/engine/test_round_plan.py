@@ -23,7 +23,7 @@ def path_tokens(tokens: tuple[int, ...], parents: list[int], column: int) -> tup
     return (*path_tokens(tokens, parents, parents[column - 1]), tokens[column - 1]) if column else ()
 
 
-@pytest.mark.parametrize(("vocab", "nodes"), [(2, 0), (2, 3), (2, 4), (3, 3), (4, 1), (4, 2), (4, 3), (2, 5)])
+@pytest.mark.parametrize(("vocab", "nodes"), [(2, 0), (4, 1), (4, 2), (3, 3), (4, 3), (2, 4)])
 def test_every_tree_with_any_own_tokens_emits_what_plain_decoding_emits(vocab: int, nodes: int) -> None:
     """Exhaustively. The target's own token is a function of the tokens before it, as equal columns have equal ones."""
     for parents in trees(nodes):

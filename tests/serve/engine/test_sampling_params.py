@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -72,52 +73,45 @@ def tokens(answers: dict[str, Answer]) -> dict[str, list[int]]:
     return {name: answer.token_ids for name, answer in answers.items()}
 
 
-@pytest.mark.parametrize(
-    "params",
-    [
+def test_greedy_with_penalties_and_bias_is_the_same_under_speculation(target: Target, draft: Eagle3Draft) -> None:
+    plain, speculative = both(target, draft)
+    without = tokens(run(plain, requests()))
+    for params in (
         {"repetition_penalty": 1.4},
         {"presence_penalty": 1.2},
         {"frequency_penalty": 0.8},
         {"frequency_penalty": -0.5},
         {"logit_bias": {7: 1.5, 11: -2.0}},
         {"repetition_penalty": 1.2, "presence_penalty": 0.4, "frequency_penalty": 0.3, "logit_bias": {1: 1.0}},
-    ],
-    ids=lambda params: "+".join(params),
-)
-def test_greedy_with_penalties_and_bias_is_the_same_under_speculation(
-    params: dict[str, object], target: Target, draft: Eagle3Draft
-) -> None:
-    plain, speculative = both(target, draft)
-    expected = tokens(run(plain, requests(**params)))
-    assert expected != tokens(run(plain, requests())), "the option changes something"
-    assert tokens(run(speculative, requests(**params))) == expected
-    # And in a batch with a request of other parameters.
-    sampled = request("x", PROMPTS[1], max_tokens=30, temperature=0.9, seed=5, presence_penalty=1.0)
-    mixed = [*requests(**params), sampled]
-    answers = tokens(run(speculative, mixed))
-    assert {name: answers[name] for name in expected} == expected
-    assert speculative.counters.accepted > 10
+    ):
+        accepted = speculative.counters.accepted
+        expected = tokens(run(plain, requests(**params)))
+        assert expected != without, "the option changes something"
+        assert tokens(run(speculative, requests(**params))) == expected
+        # And in a batch with a request of other parameters.
+        sampled = request("x", PROMPTS[1], max_tokens=30, temperature=0.9, seed=5, presence_penalty=1.0)
+        answers = tokens(run(speculative, [*requests(**params), sampled]))
+        assert {name: answers[name] for name in expected} == expected
+        assert speculative.counters.accepted > accepted + 10
 
 
-@pytest.mark.parametrize("sampling", [{"temperature": 0.0}, {"temperature": 1e-5}, {"temperature": 2.0, "seed": 3}])
-@pytest.mark.parametrize(
-    "extreme",
-    [
+def test_the_engine_runs_at_both_ends_of_the_range_of_every_parameter(target: Target, draft: Eagle3Draft) -> None:
+    extremes: list[dict[str, object]] = [
         {"repetition_penalty": 0.01, "frequency_penalty": -2.0, "presence_penalty": -2.0},
         {"repetition_penalty": 10.0, "frequency_penalty": 2.0, "presence_penalty": 2.0},
         {"top_p": 5e-324, "min_p": 1.0, "top_k": 1},
         {"top_p": 5e-324},
         {"min_p": 5e-324, "top_k": 2**31 - 1},
         {"logit_bias": {i: 100.0 if i % 2 else -100.0 for i in range(VOCAB)}},
-    ],
-)
-def test_the_engine_runs_at_both_ends_of_the_range_of_every_parameter(
-    sampling: dict[str, object], extreme: dict[str, object], target: Target, draft: Eagle3Draft
-) -> None:
+    ]
+    samplings: list[dict[str, object]] = [{"temperature": 0.0}, {"temperature": 1e-5}, {"temperature": 2.0, "seed": 3}]
+    asked = [
+        request(f"{number}", PROMPTS[number % 4], max_tokens=12, logprobs=2, **sampling, **extreme)
+        for number, (sampling, extreme) in enumerate(itertools.product(samplings, extremes))
+    ]
     for engine in both(target, draft):
-        answers = run(engine, requests(**{**sampling, **extreme}, logprobs=2))
-        for answer in answers.values():
-            assert len(answer.token_ids) == 20
+        for answer in run(engine, asked).values():
+            assert len(answer.token_ids) == 12
             assert all(0 <= token < VOCAB for token in answer.token_ids)
 
 
@@ -151,18 +145,13 @@ def test_min_tokens_is_that_of_transformers_and_changes_no_other_request(
             assert answers["b"].token_ids == without
 
 
-@pytest.mark.parametrize("params", [{}, {"top_p": 0.9}, {"top_k": 5}, {"min_p": 0.1}, {"repetition_penalty": 1.2}])
-def test_a_sampled_answer_does_not_end_before_its_min_tokens(
-    params: dict[str, object], target: Target, draft: Eagle3Draft
-) -> None:
-    stop = tuple(range(0, VOCAB, 2))
-    found = []
-    for engine in both(target, draft):
+def test_a_sampled_answer_does_not_end_before_its_min_tokens(target: Target, draft: Eagle3Draft) -> None:
+    stop, engines = tuple(range(0, VOCAB, 2)), tuple(both(target, draft))
+    for params in ({}, {"top_p": 0.9}, {"top_k": 5}, {"min_p": 0.1}, {"repetition_penalty": 1.2}):
         how = {"temperature": 1.0, "seed": 4, "min_tokens": 6, "stop_token_ids": stop, **params}
-        answers = tokens(run(engine, requests(**how)))
-        assert all(len(each) > 6 and not set(each[:6]) & set(stop) for each in answers.values())
-        found.append(answers)
-    assert found[0] == found[1]
+        found = [tokens(run(engine, requests(**how))) for engine in engines]
+        assert all(len(each) > 6 and not set(each[:6]) & set(stop) for each in found[0].values())
+        assert found[0] == found[1]
 
 
 @pytest.mark.parametrize("k", [1, 4])

@@ -68,9 +68,9 @@ def test_keys_and_values_written_alone_have_the_bits_of_a_whole_pass(target: Tar
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("noise", [False, True])
 @pytest.mark.parametrize(
-    ("length", "most"), [(2, 1), (40, 1), *((n, most) for n in (2, 40, 300, LENGTH) for most in (37, 256, 300, 10_000))]
+    ("length", "most", "noise"),
+    [(2, 1, False), (40, 1, True), (40, 37, False), (300, 256, True), (LENGTH, 37, True), (LENGTH, 300, False)],
 )
 def test_catching_up_in_parts_gives_the_proposals_of_reading_at_once(
     target: Target, length: int, most: int, noise: bool

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -14,6 +13,7 @@ from aurora_lit.kernels.draft_steps import Drafted
 from aurora_lit.models.interface import Target
 from aurora_lit.models.loading import load_target
 from aurora_lit.modules.draft.eagle3 import Eagle3Draft
+from aurora_lit.request import Output
 from aurora_lit.serve.speculation.drafter import Drafter
 
 PROMPT = (3, 14, 15, 9, 26)
@@ -54,42 +54,37 @@ def test_output_is_that_of_plain_decoding(
     assert engine.counters.explored_drafts > 10 or adaptive
 
 
-@pytest.mark.parametrize("kind", [{"temperature": 0.7, "seed": 1}, {"temperature": 0.7}])
-def test_sampled_requests_do_not_explore(target: Target, kind: dict[str, float]) -> None:
-    engine = make_engine(target, random_draft(target), explore_share=1.0, explore_temperature=1.0)
-    run(engine, [request("greedy", PROMPT), request("sampled", PROMPT, **kind)])
-    assert 0 < engine.counters.explored_drafts < engine.counters.drafts
-    alone = make_engine(target, random_draft(target), explore_share=1.0, explore_temperature=1.0)
-    run(alone, [request("sampled", PROMPT, **kind)])
-    assert alone.counters.explored_drafts == 0
-    assert alone.counters.drafts > 0
+def test_requests_that_teach_no_policy_do_not_explore(target: Target) -> None:
+    """Their rewards are not of the model's own distribution. Truncation leaves a greedy request as it is."""
+    for params, explores in (
+        ({"temperature": 0.7, "seed": 1}, False),
+        ({"temperature": 0.7}, False),
+        ({"presence_penalty": 0.5}, False),
+        ({"logit_bias": {3: 1.0}}, False),
+        ({"top_p": 0.5}, True),
+    ):
+        engine = make_engine(target, random_draft(target), explore_share=1.0, explore_temperature=1.0)
+        run(engine, [request("a", PROMPT, **params)])
+        assert engine.counters.drafts > 0
+        assert engine.counters.explored_drafts == (engine.counters.drafts if explores else 0), params
+    run(engine, [request("greedy", PROMPT), request("sampled", PROMPT, temperature=0.7)])
+    assert 0 < engine.counters.explored_drafts < engine.counters.drafts, "beside each other"
 
 
-@pytest.mark.parametrize("options", [{"presence_penalty": 0.5}, {"logit_bias": {3: 1.0}}, {"top_p": 0.5}])
-def test_requests_that_teach_no_policy_do_not_explore(target: Target, options: dict[str, Any]) -> None:
-    """Their rewards are not those of the model's own distribution. Truncation leaves a greedy request as it is."""
-    engine = make_engine(target, random_draft(target), explore_share=1.0, explore_temperature=1.0)
-    run(engine, [request("a", PROMPT, **options)])
-    assert engine.counters.drafts > 0
-    assert engine.counters.explored_drafts == (engine.counters.drafts if "top_p" in options else 0)
+def test_the_configured_share_of_drafted_rounds_explores(target: Target) -> None:
+    def outputs_of(share: float, *, new: int = 60) -> list[Output]:
+        engine = make_engine(target, random_draft(target), explore_share=share, explore_seed=4)
+        answers = run(engine, [request(str(i), PROMPT, max_tokens=new) for i in range(16)])
+        outputs = [output for answer in answers.values() for output in answer.rounds]
+        explored = sum(output.explored for output in outputs)
+        assert explored == engine.counters.explored_drafts
+        assert new < 60 or explored / engine.counters.drafts == pytest.approx(share, abs=0.05)
+        return outputs
 
-
-@pytest.mark.parametrize("share", [0.0, 0.25, 1.0])
-def test_the_configured_share_of_drafted_rounds_explores(target: Target, share: float) -> None:
-    engine = make_engine(target, random_draft(target), explore_share=share, explore_temperature=1.0, explore_seed=4)
-    answers = run(engine, [request(str(i), PROMPT, max_tokens=60) for i in range(16)])
-    outputs = [output for answer in answers.values() for output in answer.rounds]
-    explored = sum(output.explored for output in outputs)
-    assert explored == engine.counters.explored_drafts
-    assert explored / engine.counters.drafts == pytest.approx(share, abs=0.05)
-    again = make_engine(target, random_draft(target), explore_share=share, explore_temperature=1.0, explore_seed=4)
-    rounds = [
-        output
-        for a in run(again, [request(str(i), PROMPT, max_tokens=60) for i in range(16)]).values()
-        for output in a.rounds
-    ]
-    if share == 0.25:
-        assert [o.explored for o in outputs][:16] == [o.explored for o in rounds][:16], "the seed decides"
+    outputs_of(0.0)
+    outputs_of(1.0)
+    first, again = (outputs_of(0.25, new=new) for new in (60, 24))
+    assert [o.explored for o in first][:16] == [o.explored for o in again][:16], "the seed decides"
 
 
 def test_exploring_samples_from_the_draft_at_the_exploration_temperature(

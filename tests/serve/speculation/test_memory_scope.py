@@ -50,7 +50,7 @@ def test_a_shared_key_means_equal_scope_salt_and_client() -> None:
         check_shared_key(one, other, (scope, other_scope), (key, other_key))
 
 
-@settings(deadline=None, max_examples=200)
+@settings(deadline=None, max_examples=60)
 @given(one=REQUESTS, other=REQUESTS, scopes=st.tuples(st.sampled_from(SCOPES), st.sampled_from(SCOPES)))
 @example(one=request("a", "b"), other=request("b", "a"), scopes=("client", "client"))
 @example(one=request("", "a"), other=request("a", ""), scopes=("client", "domain"))
@@ -60,6 +60,7 @@ def test_any_other_words_make_keys_likewise(one: Request, other: Request, scopes
     check_shared_key(one, other, scopes, (first, second))
 
 
+@settings(deadline=None, max_examples=30)
 @given(one=REQUESTS, scope=st.sampled_from(SCOPES))
 def test_neither_opting_out_nor_the_clients_label_changes_what_may_be_read(one: Request, scope: Scope) -> None:
     """`store` is the writer's to check, and a domain only decides what comes first."""

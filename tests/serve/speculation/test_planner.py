@@ -6,7 +6,6 @@ Costs are in seconds; a plain forward pass of the target takes 10 ms.
 from __future__ import annotations
 
 import copy
-import itertools
 from collections import Counter
 from collections.abc import Sequence
 
@@ -20,7 +19,6 @@ from aurora_lit.serve.speculation.costs import Costs
 from aurora_lit.serve.speculation.planner import (
     SpeculationLimits,
     SpeculationPlanner,
-    choose_length,
     extends_chain,
     speed_of,
 )
@@ -88,33 +86,6 @@ def test_the_length_with_the_most_tokens_per_second_is_chosen(
     costs: dict[str, float], rates: list[float], length: int
 ) -> None:
     assert decide(chain_planner(**costs), rates) == length  # type: ignore[arg-type]
-
-
-def test_the_choice_is_a_pure_function_of_its_arguments() -> None:
-    """The same arguments give the same length, in any order of calls, and change nothing."""
-    costs = chain_costs(wider_s=0.001)
-    costs.target._parts.clear()
-
-    def state() -> dict[str, object]:
-        table = {name: value for name, value in vars(costs.target).items() if name != "_slowdown"}
-        return {**table, "slowdown": vars(costs.target._slowdown)}
-
-    before = copy.deepcopy(state())
-    cases = [
-        ((rate,) * number, number + plain, last)
-        for rate, number, plain, last in itertools.product((0.01, 0.3, 0.6, 0.9), (1, 3, 8), (0, 4), (0, 1, 4))
-    ]
-
-    def chosen(case: tuple[tuple[float, ...], int, int]) -> int:
-        rates, batch_size, last = case
-        speeds = [speed_of(length, rates, batch_size=batch_size, costs=costs) for length in range(5)]
-        return choose_length(speeds, last=last)
-
-    first = [chosen(case) for case in cases]
-    assert [chosen(case) for case in reversed(cases)] == first[::-1]
-    costs.target._parts.clear()
-    assert state() == before
-    assert len(set(first)) > 3
 
 
 def test_drafts_are_shorter_beside_sequences_that_do_not_speculate() -> None:
@@ -370,14 +341,6 @@ def test_one_request_says_little_of_a_draft_and_a_few_say_enough() -> None:
         rates.append(planner.mean_rate(sampled=False))
     assert rates[0] > 0.35
     assert rates[-1] < 0.26
-
-
-def test_in_the_long_run_a_proposal_counts_as_one_of_five_hundred() -> None:
-    planner = chain_planner()
-    for _ in range(800):
-        before = planner.mean_rate(sampled=False)
-        observe(planner, a_sequence(temperature=0.0), proposed=1, accepted=0)
-    assert 1 - planner.mean_rate(sampled=False) / before == pytest.approx(1 - planner_module._MEAN_DECAY)
 
 
 def test_in_ragged_rounds_sequences_that_do_not_draft_have_short_queries() -> None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.tiny_models import request
 
@@ -101,6 +101,7 @@ def test_no_proposal_holds_what_its_request_may_not_see(asked: list[Asked], scop
         memory.remember(sequence, torch.tensor(tokens))
 
 
+@settings(deadline=None, max_examples=40)
 @given(st.lists(REQUESTS, min_size=1, max_size=12), st.sampled_from(["domain", "client"]))
 def test_what_a_request_may_see_is_found(asked: list[Asked], scope: MemoryScope) -> None:
     """After the same prompt and two tokens of the same answer its next token is proposed."""
