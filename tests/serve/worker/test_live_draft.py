@@ -52,7 +52,7 @@ class ServingCase:
 @pytest.fixture(scope="module")
 def case(tmp_path_factory: pytest.TempPathFactory) -> ServingCase:
     target = load_target(
-        save_model("llama", tmp_path_factory.mktemp("llama"), seed=3, num_hidden_layers=4), precision="fp32"
+        save_model("llama", tmp_path_factory.mktemp("llama"), seed=3), precision="fp32"
     )
     torch.manual_seed(0)
     requests = []
@@ -63,7 +63,7 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> ServingCase:
     plain = run(make_engine(target, max_batch_size=32), requests)
     texts = [[*each.prompt_ids, *plain[each.request_id].token_ids] for each in requests]
     width = max(map(len, texts))
-    good = trained_draft(target, torch.tensor([(text + [0] * width)[:width] for text in texts]), steps=60)
+    good = trained_draft(target, torch.tensor([(text + [0] * width)[:width] for text in texts]), steps=120)
     return ServingCase(
         target=target, good=good, requests=requests, plain={key: answer.token_ids for key, answer in plain.items()}
     )
