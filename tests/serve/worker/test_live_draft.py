@@ -51,9 +51,7 @@ class ServingCase:
 
 @pytest.fixture(scope="module")
 def case(tmp_path_factory: pytest.TempPathFactory) -> ServingCase:
-    target = load_target(
-        save_model("llama", tmp_path_factory.mktemp("llama"), seed=3), precision="fp32"
-    )
+    target = load_target(save_model("llama", tmp_path_factory.mktemp("llama"), seed=3), precision="fp32")
     torch.manual_seed(0)
     requests = []
     for number in range(32):
