@@ -154,12 +154,10 @@ def cache_pair(dtype: torch.dtype, head_dim: int) -> int:
     return 2 if fits and kernels is not None and kernels.aurora_uses_tiles() else 1
 
 
-def can_attend(query_BNTD: torch.Tensor, *, window: int | None, softcap: float | None) -> bool:
-    """True if `attend` supports these queries and options."""
+def can_attend(query_BNTD: torch.Tensor) -> bool:
+    """True if `attend` supports these queries."""
     return (
-        window is None
-        and softcap is None
-        and query_BNTD.dtype == torch.float32
+        query_BNTD.dtype == torch.float32
         and query_BNTD.device.type == "cpu"
         and query_BNTD.shape[-1] % 32 == 0
         and library() is not None

@@ -12,7 +12,7 @@ C blocks of P positions, E values stored together (kv_cache.py), Q = D / E, M pa
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -23,6 +23,41 @@ from aurora_lit.kernels import native
 from aurora_lit.models.kv_cache import KVCache, keys_by_position, values_by_position
 
 ATTENTION_NAME = "aurora_kv_cache"
+
+
+class Variant(NamedTuple):
+    """In what a family's attention differs from plain causal attention."""
+
+    window: int | None = None
+    """Positions that a query sees, its own included."""
+    softcap: float | None = None
+    """Scores become cap·tanh(score / cap)."""
+    sinks_N: torch.Tensor | None = None
+    """One score a head that enters the softmax's denominator and contributes no value (gpt-oss)."""
+
+    @property
+    def is_plain(self) -> bool:
+        """True if it does not differ."""
+        return self.window is None and self.softcap is None and self.sinks_N is None
+
+    def within(self, length: int) -> Variant:
+        """The same for sequences of `length` positions, of which a window as long leaves out none."""
+        return self._replace(window=None) if self.window is not None and self.window >= length else self
+
+    def weights(self, scores_BNTL: torch.Tensor, distance_BNTL: torch.Tensor) -> torch.Tensor:
+        """Weights of the positions by their scores and their distance before the query; negative after it."""
+        L = scores_BNTL.shape[-1]
+        if self.softcap is not None:
+            scores_BNTL = self.softcap * torch.tanh(scores_BNTL / self.softcap)
+        masked_BNTL = (distance_BNTL < 0) | (distance_BNTL >= (self.window or L))
+        scores_BNTL = scores_BNTL.masked_fill(masked_BNTL, float("-inf"))
+        if self.sinks_N is None:
+            return scores_BNTL.softmax(-1)
+        sinks_BNT1 = self.sinks_N.float().view(1, -1, 1, 1).expand(*scores_BNTL.shape[:3], 1)
+        return torch.cat([scores_BNTL, sinks_BNT1], dim=-1).softmax(-1)[..., :-1]
+
+
+PLAIN = Variant()
 
 
 class KVCacheView:
@@ -44,15 +79,11 @@ class KVCacheView:
         value_BGTD: torch.Tensor,
         *,
         scale: float,
-        window: int | None = None,
-        softcap: float | None = None,
-        sinks_N: torch.Tensor | None = None,
+        variant: Variant = PLAIN,
     ) -> torch.Tensor:
         """Write the new keys and values to the cache, then attend causally over each sequence; returns [B, T, N, D].
 
-        `window`: positions a query sees, its own included. `softcap`: scores become cap·tanh(score / cap). `sinks_N`:
-        one score per head that enters the softmax's denominator and contributes no value (gpt-oss). Raises SourceError
-        if keys or values do not have the cache's number of heads or head size.
+        Raises SourceError if keys or values do not have the cache's number of heads or head size.
         """
         new = (query_BNTD, key_BGTD, value_BGTD)
         cached = (self.kv_cache.keys_SGCQPE[layer], self.kv_cache.values_SGMDE[layer], self.slots_B, self.starts_B)
@@ -64,11 +95,10 @@ class KVCacheView:
                     f"{heads_BGTD.shape[3]}, but its configuration says {G} heads of size {D}; choose another model"
                 )
         self.attended_layers.add(layer)
-        if window is not None and window >= self.kv_cache.capacity:
-            window = None  # it leaves out no position of a slot, and the native kernel has no windows
-        if sinks_N is None and native.can_attend(query_BNTD, window=window, softcap=softcap):
+        variant = variant.within(self.kv_cache.capacity)
+        if variant.is_plain and native.can_attend(query_BNTD):
             return native.attend(*new, *cached, scale=scale)
-        return cached_attention(*new, *cached, scale=scale, window=window, softcap=softcap, sinks_N=sinks_N)
+        return cached_attention(*new, *cached, scale=scale, variant=variant)
 
     def write(self, layer: int, key_BGTD: torch.Tensor, value_BGTD: torch.Tensor) -> None:
         """Write the new keys and values to the cache, as `attend` does, for positions whose outputs nobody needs."""
@@ -87,9 +117,7 @@ def cached_attention(
     starts_B: torch.Tensor,
     *,
     scale: float,
-    window: int | None = None,
-    softcap: float | None = None,
-    sinks_N: torch.Tensor | None = None,
+    variant: Variant = PLAIN,
 ) -> torch.Tensor:
     """As `KVCacheView.attend`, in torch operations: for any device, and for every variant of attention."""
     B, N, T, D = query_BNTD.shape
@@ -101,11 +129,8 @@ def cached_attention(
     keys_BGDL = keys_by_position(keys_SGCQPE[slots_B, :, : -(-L // P)])[..., :L].float()
     values_BGLD = values_by_position(values_SGMDE[slots_B, :, : -(-L // E)])[:, :, :L].float()
     scores_BNTL = (query_BNTD.reshape(B, G, N // G * T, D).float() @ keys_BGDL * scale).view(B, N, T, L)
-    if softcap is not None:
-        scores_BNTL = softcap * torch.tanh(scores_BNTL / softcap)
     distance_BTL = positions_BT[..., None] - torch.arange(L, device=starts_B.device)
-    masked_BTL = (distance_BTL < 0) | (distance_BTL >= (window or L))
-    weights_BNTL = _softmax(scores_BNTL.masked_fill(masked_BTL[:, None], float("-inf")), sinks_N)
+    weights_BNTL = variant.weights(scores_BNTL, distance_BTL[:, None])
     out = weights_BNTL.view(B, G, N // G * T, L) @ values_BGLD
     return out.view(B, N, T, D).transpose(1, 2).to(query_BNTD.dtype)
 
@@ -133,25 +158,20 @@ def causal_attention(
     value_BGTD: torch.Tensor,
     *,
     scale: float,
-    window: int | None = None,
-    softcap: float | None = None,
-    sinks_N: torch.Tensor | None = None,
+    variant: Variant = PLAIN,
 ) -> torch.Tensor:
-    """Causal attention over whole sequences without a cache; options as `KVCacheView.attend`; returns [B, T, N, D]."""
+    """Causal attention over whole sequences without a cache; returns [B, T, N, D]."""
     N, T = query_BNTD.shape[1:3]
     groups = N // key_BGTD.shape[1]
     key_BNTD = key_BGTD.repeat_interleave(groups, dim=1)
     value_BNTD = value_BGTD.repeat_interleave(groups, dim=1)
-    if softcap is None and sinks_N is None and (window is None or window >= T):
+    variant = variant.within(T)
+    if variant.is_plain:
         out = F.scaled_dot_product_attention(query_BNTD, key_BNTD, value_BNTD, is_causal=True, scale=scale)
         return out.transpose(1, 2)
     scores_BNTT = query_BNTD.float() @ key_BNTD.float().transpose(2, 3) * scale
-    if softcap is not None:
-        scores_BNTT = softcap * torch.tanh(scores_BNTT / softcap)
     position_T = torch.arange(T, device=query_BNTD.device)
-    distance_TT = position_T[:, None] - position_T
-    masked_TT = (distance_TT < 0) | (distance_TT >= (window or T))
-    weights_BNTT = _softmax(scores_BNTT.masked_fill(masked_TT, float("-inf")), sinks_N)
+    weights_BNTT = variant.weights(scores_BNTT, position_T[:, None] - position_T)
     return (weights_BNTT @ value_BNTD.float()).transpose(1, 2).to(query_BNTD.dtype)
 
 
@@ -172,12 +192,12 @@ def attention_interface(
     """The function that transformers' layers call; it attends over the cache if a `kv_cache_view` is passed."""
     scale = query_BNTD.shape[-1] ** -0.5 if scaling is None else scaling
     new = (query_BNTD, key_BGTD, value_BGTD)
-    options: dict[str, Any] = {"scale": scale, "window": sliding_window, "softcap": softcap, "sinks_N": s_aux}
+    variant = Variant(window=sliding_window, softcap=softcap, sinks_N=s_aux)
     if kv_cache_view is None:
-        return causal_attention(*new, **options), None
+        return causal_attention(*new, scale=scale, variant=variant), None
     layer = module.layer_idx
     assert isinstance(layer, int)
-    return kv_cache_view.attend(layer, *new, **options), None
+    return kv_cache_view.attend(layer, *new, scale=scale, variant=variant), None
 
 
 @functools.cache
@@ -186,11 +206,3 @@ def register_attention() -> None:
     from transformers import AttentionInterface
 
     AttentionInterface.register(ATTENTION_NAME, attention_interface)
-
-
-def _softmax(scores_BNTL: torch.Tensor, sinks_N: torch.Tensor | None) -> torch.Tensor:
-    """Softmax over L; an attention sink adds its exponential to the denominator."""
-    if sinks_N is None:
-        return scores_BNTL.softmax(-1)
-    sinks_BNT1 = sinks_N.float().view(1, -1, 1, 1).expand(*scores_BNTL.shape[:3], 1)
-    return torch.cat([scores_BNTL, sinks_BNT1], dim=-1).softmax(-1)[..., :-1]

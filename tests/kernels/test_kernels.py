@@ -14,7 +14,7 @@ from aurora_lit.kernels import matmul, native
 from aurora_lit.kernels.packed_linear import PackedEmbedding, PackedLinear, pack_linears
 from aurora_lit.kernels.quantization import quantize_per_output
 from aurora_lit.kernels.weight_format import WeightFormat
-from aurora_lit.models.attention import KVCacheView, cached_attention
+from aurora_lit.models.attention import KVCacheView, Variant, cached_attention
 from aurora_lit.models.kv_cache import KVCache
 
 needs_kernels = pytest.mark.skipif(native.library() is None, reason="no C++ compiler, or AURORA_LIT_NATIVE=0")
@@ -284,7 +284,7 @@ def test_attention_equals_torch_attention(
 ) -> None:
     new, kv_cache, slots_B, starts_B = attention_case(rows=4, T=T, N=N, G=G, D=D, dtype=dtype, starts=starts, gen=gen)
     keys, values = kv_cache.keys_SGCQPE[0].clone(), kv_cache.values_SGMDE[0].clone()
-    assert native.can_attend(new[0], window=None, softcap=None)
+    assert native.can_attend(new[0])
     out = KVCacheView(kv_cache, slots_B=slots_B, starts_B=starts_B).attend(0, *new, scale=0.3)
     expected = cached_attention(*new, keys, values, slots_B, starts_B, scale=0.3)
     torch.testing.assert_close(out, expected, atol=2e-5 if dtype == torch.float32 else 1e-4, rtol=0)
@@ -303,10 +303,11 @@ def test_a_window_that_no_slot_is_long_enough_for_leaves_attention_native(
     monkeypatch.setattr(native, "attend", lambda *given, **options: calls.append(1) or attend(*given, **options))
     view = KVCacheView(kv_cache, slots_B=slots_B, starts_B=starts_B)
     expected = view.attend(0, *new, scale=0.3)
-    assert torch.equal(view.attend(0, *new, scale=0.3, window=capacity), expected)
+    assert torch.equal(view.attend(0, *new, scale=0.3, variant=Variant(window=capacity)), expected)
     assert len(calls) == 2
-    view.attend(0, *new, scale=0.3, window=capacity - 1)
-    assert len(calls) == 2, "this window could leave out a position"
+    for variant in (Variant(window=capacity - 1), Variant(softcap=30.0), Variant(sinks_N=torch.zeros(2))):
+        view.attend(0, *new, scale=0.3, variant=variant)
+    assert len(calls) == 2, "this window could leave out a position, and the kernel has neither caps nor sinks"
 
 
 @needs_kernels
@@ -340,29 +341,18 @@ def test_torch_attention_masks_the_future_other_slots_and_positions_outside_a_wi
     cached = (kv_cache.keys_SGCQPE[0], kv_cache.values_SGMDE[0], torch.tensor([1]), torch.tensor([8]))
     seen = cached_attention(query, key, value, *cached, scale=1.0)[0, :, 0] > 1e-6
     assert seen.sum(-1).tolist() == [9, 10, 11]
-    seen = cached_attention(query, key, value, *cached, scale=1.0, window=4)[0, :, 0] > 1e-6
+    seen = cached_attention(query, key, value, *cached, scale=1.0, variant=Variant(window=4))[0, :, 0] > 1e-6
     assert [row.nonzero().flatten().tolist() for row in seen] == [[5, 6, 7, 8], [6, 7, 8, 9], [7, 8, 9, 10]]
 
 
-@pytest.mark.parametrize(
-    ("query", "options"),
-    [
-        (torch.zeros(1, 1, 1, 48), {}),
-        (torch.zeros(1, 1, 1, 32, dtype=torch.bfloat16), {}),
-        (torch.zeros(1, 1, 1, 32), {"window": 4}),
-        (torch.zeros(1, 1, 1, 32), {"softcap": 30.0}),
-    ],
-)
-def test_cases_that_the_kernel_does_not_support(query: torch.Tensor, options: dict[str, int]) -> None:
-    assert not native.can_attend(query, window=options.get("window"), softcap=options.get("softcap"))
-
-
 @needs_kernels
-def test_without_the_library_the_kernel_cannot_attend(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_queries_that_the_kernel_does_not_support(monkeypatch: pytest.MonkeyPatch) -> None:
     query = torch.zeros(1, 1, 1, 32)
-    assert native.can_attend(query, window=None, softcap=None)
+    assert native.can_attend(query)
+    for other in (torch.zeros(1, 1, 1, 48), query.bfloat16(), query.to("meta")):
+        assert not native.can_attend(other)
     monkeypatch.setattr(native, "library", lambda: None)
-    assert not native.can_attend(query, window=None, softcap=None)
+    assert not native.can_attend(query)
 
 
 def test_the_environment_can_disable_the_kernels() -> None:

@@ -10,6 +10,7 @@ from support.tiny_models import VOCAB, save_model
 
 from aurora_lit.kernels import native
 from aurora_lit.kernels.matmul import ColumnDraws
+from aurora_lit.models import loading
 from aurora_lit.models.interface import Target
 from aurora_lit.models.kv_cache import keys_by_position, values_by_position
 from aurora_lit.models.loading import load_target
@@ -27,13 +28,18 @@ def rows_of(seed: int) -> dict[str, list[list[int]]]:
     return {"tokens": [torch.randint(VOCAB, (width,), generator=gen).tolist() for width in (4, 4, 1, 9)]}
 
 
-@pytest.fixture(scope="module", params=["fp32", "bf16", "int8", "int4", "int4 from a packed file"])
+@pytest.fixture(
+    scope="module", params=["llama fp32", "llama bf16", "llama int8", "llama int4", "qwen3 fp32", "qwen3 int4"]
+)
 def target(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Target:
-    folder: Path = save_model("llama", tmp_path_factory.mktemp("llama"))
-    precision, *packed = request.param.split(maxsplit=1)
-    if packed:
+    """With an embedding that is a plain table, and in qwen3's case one that is packed."""
+    family, precision = request.param.split()
+    folder: Path = save_model(family, tmp_path_factory.mktemp(family))
+    if family == "llama":
+        return load_target(folder, precision=precision)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(loading, "_SMALLEST_BYTES", 0)
         return load_target(folder, precision=precision, cache_dir=tmp_path_factory.mktemp("cache"))
-    return load_target(folder, precision=precision)
 
 
 @pytest.mark.parametrize(("drawn", "skips_prompts_last"), [(False, False), (True, False), (False, True)])
