@@ -112,8 +112,7 @@ def test_greedy_rows_alone_are_the_argmax_and_the_first_of_equal_outputs_is_chos
     assert (token_N[1::2] >= 48).any(), "noise differs where logits do not"
 
 
-@pytest.mark.parametrize("temperature", [0.7, 1.0])
-@pytest.mark.parametrize("varied", ["position_N", "key_N"])
+@pytest.mark.parametrize(("varied", "temperature"), [("position_N", 0.7), ("key_N", 1.0)])
 def test_chosen_tokens_have_the_softmaxs_law(varied: str, temperature: float) -> None:
     """Two million draws over positions of one key, or over keys at one position; 40 tokens, so two blocks."""
     layer = head(40, WeightFormat.FP32, inputs=4, scale=1.5)

@@ -434,8 +434,8 @@ def test_a_call_does_not_depend_on_the_calls_before_it(target: Target) -> None:
 
 @torch.no_grad()
 def test_first_proposals_with_noise_have_the_law_of_the_drafts_softmax(target: Target) -> None:
-    """Four thousand sequences with one context and a key each."""
-    count, temperature = 4000, 2.0
+    """Two thousand sequences with one context and a key each."""
+    count, temperature = 2000, 2.0
     tokens_SL = torch.randint(0, VOCAB, (1, 9), generator=torch.Generator().manual_seed(2)).repeat(count, 1)
     drafter = Drafter(random_draft(target, draft_vocab_size=50), target, tokens_SL=tokens_SL, capacity=8)
     drafter.features_SLF.copy_(torch.randn(drafter.features_SLF.shape[1:]).to(drafter.features_SLF.dtype))
