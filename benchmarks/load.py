@@ -142,7 +142,7 @@ def read_answer(lines: Sequence[tuple[float, bytes]], *, sent_s: float, ended_s:
     """Parse the timestamped lines of a response. Raises AuroraError if it holds an error, or lacks its usage."""
     events = list(_events(lines)) if streamed else [(ended_s, json.loads(b"".join(line for _, line in lines)))]
     chunks, pieces, texts = [], [], []
-    usage, reason, speculation, sources = None, "", {}, Counter[str]()
+    usage, reason, speculation, sources = None, "", Json(), Counter[str]()
     for stamp, event in events:
         if "error" in event:
             raise AuroraError(f"the server ended an answer with an error: {event['error']}")

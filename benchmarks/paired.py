@@ -265,7 +265,7 @@ def main() -> int:
             f"{len(turns)} prompts are too few for {most} in a setting: one that came again would find its own answer "
             "in the memory; name longer files, or fewer --pairs"
         )
-    turns = itertools.cycle(turns)
+    asked = itertools.cycle(turns)
     columns = ["ratio", "95 % interval", "tokens/s", "tokens a round", "speculating", "unequal", "pairs"]
     columns += ["pause p99, ms"] * options.stream
     table = Table("temperature", "clients", *columns)
@@ -279,7 +279,7 @@ def main() -> int:
         time.sleep(_SETTLE_S)
         for temperature, clients in itertools.product(options.temperatures, options.clients):
             arms = arms_of(options, temperature)
-            found = measure(urls, turns, arms, clients, options)
+            found = measure(urls, asked, arms, clients, options)
             rows.append({"temperature": temperature, "clients": clients, **found})
             one, other = found["tokens_per_s"]
             named = "default" if temperature is None else temperature

@@ -19,11 +19,15 @@ from aurora_lit.bench.prompts import (
     Answer,
     BenchPrompt,
     PromptRun,
+    answer_prompts,
+    load_prompts,
+    params_for,
+    repeated_share,
 )
 from aurora_lit.bench.reference import generate as reference_generate
 from aurora_lit.bench.reporting import Spread
 from aurora_lit.config import AuroraConfig
-from aurora_lit.errors import ConfigError
+from aurora_lit.errors import AuroraError, ConfigError
 from aurora_lit.request import Output
 from aurora_lit.settings import DraftSettings, EngineSettings
 
@@ -195,3 +199,44 @@ def test_the_reference_batch_answers_as_transformers_does_prompt_by_prompt() -> 
     cut = reference_generate(model, prompts[:1], eos_token_ids=frozenset({eos}), max_tokens=5, temperature=0)
     assert cut.answers[0].token_ids[-1] == eos
     assert cut.answers[0].token_ids.count(eos) == 1
+
+
+# -- prompts answered by an engine ------------------------------------------------------------------------------------
+
+
+def test_prompts_of_all_files_are_interleaved_limited_and_short_enough(tmp_path: Path) -> None:
+    tokenizer = tiny_tokenizer()
+    prompts = load_prompts(_files(tmp_path), limit=3, tokenizer=tokenizer, max_prompt_tokens=100)
+    assert [p.domain for p in prompts] == ["chat", "poems", "chat", "poems", "chat"]
+    assert tokenizer.decode(prompts[0].token_ids) == "<|user|>hello 0<|assistant|>"
+    with pytest.raises(AuroraError, match="max-tokens"):
+        load_prompts(_files(tmp_path), limit=None, tokenizer=tokenizer, max_prompt_tokens=1)
+
+
+def test_every_prompt_is_answered_and_tokens_after_the_last_first_token_are_counted() -> None:
+    engine = FakeEngine(FakeOptions(tokens_per_round=3, max_batch_size=2, round_s=0.01))
+    ended: list[None] = []
+    run = answer_prompts(
+        engine,
+        [_prompt(7, 8), _prompt(9), _prompt(5, 6)],
+        params_for(0, max_tokens=7),
+        on_answer=lambda: ended.append(None),
+    )
+    assert [a.token_ids for a in run.answers] == [[7, 8, 7, 8, 7, 8, 7], [9] * 7, [5, 6, 5, 6, 5, 6, 5]]
+    assert run.num_tokens == 21
+    assert run.decode_tokens == 4  # the third prompt began last, when the others had ended
+    assert run.seconds >= 0.06 > run.decode_seconds >= 0.02
+    assert len(ended) == 3
+
+
+def test_an_engine_error_ends_the_benchmark() -> None:
+    engine = FakeEngine()
+    error = tiny_tokenizer().convert_tokens_to_ids("<|error|>")
+    with pytest.raises(AuroraError, match="as asked"):
+        answer_prompts(engine, [_prompt(error)], params_for(0, max_tokens=4))
+
+
+def test_repeated_share_counts_repeats_within_an_answer() -> None:
+    assert repeated_share([[1, 2, 3, 4, 5], [1, 2, 3, 4, 5]]) == 0
+    assert repeated_share([[1] * 13]) == 0.9
+    assert repeated_share([[1, 2]]) == 0
