@@ -318,7 +318,7 @@ def test_torch_is_not_loaded_by_commands_that_need_no_model() -> None:
         ["status"],
         ["drafts", "list"],
         ["replay", "--help"],
-        ["bench", "ablation", "--help"],
+        ["bench", "throughput", "--help"],
     ]
     code = f"""
 import sys
