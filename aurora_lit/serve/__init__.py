@@ -1,7 +1,7 @@
 """Serving: the processes of a server, from start to shutdown. Never imports learning.
 
 The sub-packages hold what these processes run: the HTTP process (http/), the engine worker (worker/), and the engine
-itself (engine/, speculation/, sequences/).
+itself (engine/, speculation/).
 
 May import: its sub-packages and all above. Start with server.py. The files, each importing only those above it:
 

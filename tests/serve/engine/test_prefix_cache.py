@@ -110,16 +110,13 @@ def test_outputs_and_traces_have_the_same_bits(
     assert same_traces(plain.traces, cache.traces)
 
 
-@pytest.mark.parametrize(
-    ("changes", "options", "looked_up"),
-    [({}, {}, 42), ({"prefix_cache": False}, {}, 0), ({}, {"prompt_logprobs": 1}, 0), ({}, {"shared": 14}, 0)],
-)
-def test_only_prompts_that_are_looked_for_count_as_looked_up(
-    target: Target, changes: dict[str, Any], options: dict[str, Any], looked_up: int
-) -> None:
-    recorded = RecordedEngine(target, None, **changes)
-    recorded.serve(make_request("a", 1, 2, **options))
-    assert recorded.engine.counters.looked_up_tokens == looked_up
+def test_only_prompts_that_are_looked_for_count_as_looked_up(target: Target) -> None:
+    looking, off = RecordedEngine(target, None), RecordedEngine(target, None, prefix_cache=False)
+    off.serve(make_request("a", 1, 2))
+    looking.serve(make_request("b", 1, 2, prompt_logprobs=1), make_request("c", 1, 2, shared=14))
+    assert looking.engine.counters.looked_up_tokens == off.engine.counters.looked_up_tokens == 0
+    looking.serve(make_request("d", 1, 2))
+    assert looking.engine.counters.looked_up_tokens == 42
 
 
 def test_a_conversation_continues_from_what_was_rounded_as_a_prompt(target: Target, draft: Eagle3Draft) -> None:
@@ -169,21 +166,15 @@ def test_a_prefix_of_a_request_that_may_not_be_stored_is_not_used_for_a_trace(
     assert recorded.traces.keys() == ({"b"} if store else set())
 
 
-@pytest.mark.parametrize(
-    ("first", "second", "cached"), [("", "", 40), ("s", "s", 40), ("s", "t", 0), ("s", "", 0), ("", "s", 0)]
-)
-@pytest.mark.parametrize(
-    ("slots", "arrivals"),
-    [(1, [0, 0]), (2, [0, 4]), (2, [0, 40]), (2, [0, 0])],  # the same slot; beside it; after it; together
-)
-def test_a_prefix_is_copied_only_between_requests_with_the_same_salt(
-    target: Target, draft: Eagle3Draft, slots: int, arrivals: list[int], first: str, second: str, cached: int
-) -> None:
-    requests = [make_request("a", 1, salt=first), make_request("b", 2, 3, salt=second)]
-    recorded = RecordedEngine(target, draft, max_batch_size=slots, prefill_chunk_tokens=64)
-    answers = recorded.serve(*requests, arrivals=arrivals)
-    assert recorded.engine.counters.cached_tokens == cached
-    assert answers == RecordedEngine(target, draft, prefix_cache=False).serve(*requests)
+def test_a_prefix_is_copied_only_between_requests_with_the_same_salt(target: Target, draft: Eagle3Draft) -> None:
+    """In the same slot, beside it, after it, and together."""
+    plain = RecordedEngine(target, draft, prefix_cache=False).serve(make_request("a", 1), make_request("b", 2, 3))
+    for slots, arrivals in ((1, [0, 0]), (2, [0, 4]), (2, [0, 40]), (2, [0, 0])):
+        for first, second, cached in (("", "", 40), ("s", "s", 40), ("s", "t", 0), ("s", "", 0), ("", "s", 0)):
+            requests = [make_request("a", 1, salt=first), make_request("b", 2, 3, salt=second)]
+            recorded = RecordedEngine(target, draft, max_batch_size=slots, prefill_chunk_tokens=64)
+            assert recorded.serve(*requests, arrivals=arrivals) == plain
+            assert recorded.engine.counters.cached_tokens == cached, (slots, arrivals, first, second)
 
 
 def test_a_salt_is_no_part_of_a_trace(target: Target, draft: Eagle3Draft) -> None:
@@ -207,17 +198,16 @@ def test_prompts_with_log_probabilities_are_computed_in_full(target: Target, dra
     assert recorded.engine.counters.cached_tokens == 0
 
 
-@pytest.mark.parametrize("rounds", [1, 2, 6])
-def test_the_prefix_that_a_cancelled_request_computed_is_used(target: Target, draft: Eagle3Draft, rounds: int) -> None:
-    recorded = RecordedEngine(target, draft, prefill_chunk_tokens=20, max_batch_size=1)
-    recorded.engine.submit(make_request("a", 1))
-    for _ in range(rounds):
-        recorded.engine.round()
-    recorded.engine.cancel("a")
-    assert recorded.serve(make_request("b", 2)) == RecordedEngine(target, draft, prefix_cache=False).serve(
-        make_request("b", 2)
-    )
-    assert recorded.engine.counters.cached_tokens == min(20 * rounds, 40)
+def test_the_prefix_that_a_cancelled_request_computed_is_used(target: Target, draft: Eagle3Draft) -> None:
+    plain = RecordedEngine(target, draft, prefix_cache=False).serve(make_request("b", 2))
+    for rounds in (1, 2, 6):
+        recorded = RecordedEngine(target, draft, prefill_chunk_tokens=20, max_batch_size=1)
+        recorded.engine.submit(make_request("a", 1))
+        for _ in range(rounds):
+            recorded.engine.round()
+        recorded.engine.cancel("a")
+        assert recorded.serve(make_request("b", 2)) == plain
+        assert recorded.engine.counters.cached_tokens == min(20 * rounds, 40)
 
 
 def test_an_interrupt_while_a_request_is_admitted_keeps_no_slot_and_leaves_no_false_prefix(
