@@ -210,7 +210,7 @@ def test_an_http_process_that_stalls_does_not_stop_the_rounds_and_then_delivers_
 
 @pytest.mark.process
 def test_kill_9_of_the_main_process_leaves_nothing():
-    with FakeServer(spawn=True) as server:
+    with FakeServer() as server:
         os.kill(server.process.pid, signal.SIGKILL)
         assert server.left_behind() == []
 
