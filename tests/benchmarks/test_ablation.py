@@ -76,6 +76,7 @@ def test_rounds_accept_the_better_of_copies_and_draft() -> None:
     assert round_counts(trace, None, reach=4) == [1, 1, 1, 0, 0]
 
 
+@pytest.mark.slow
 def test_intervals_have_their_nominal_coverage() -> None:
     rng = np.random.default_rng(0)
     covered = 0
@@ -90,6 +91,7 @@ def test_intervals_have_their_nominal_coverage() -> None:
     assert interval(accepted_length, rows_of(histograms[:0])) == (1, 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shared", [True, False])
 def test_intervals_know_that_training_varies_with_the_seed(shared: bool) -> None:
     """Differences between two arms, where each seed trained a draft that is better or worse by its own amount."""

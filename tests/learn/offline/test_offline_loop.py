@@ -130,6 +130,7 @@ def test_steps_that_nothing_is_left_for_are_owed_until_the_next_trial_at_most(
     replay.process_block(stream[16:20])
 
 
+@pytest.mark.slow
 def test_the_gate_is_told_how_hot_the_stream_is(
     target: Target, stream: list[Trace], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -99,7 +99,7 @@ def test_with_copies_the_rounds_are_those_that_a_replay_scores(
     assert all(alone[root] == beside[root] for root in alone.keys() & beside.keys()), "the draft's own, without copies"
 
 
-@pytest.mark.parametrize("copies", [False, True])
+@pytest.mark.parametrize("copies", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_segments_of_a_request_have_the_rounds_of_the_whole(
     target: Target, good_draft: Eagle3Draft, recorded: list[Trace], pieces: list[Trace], copies: bool
 ) -> None:

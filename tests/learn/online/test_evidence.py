@@ -110,6 +110,7 @@ def test_a_draft_that_is_five_per_cent_better_passes_within_a_few_trials(monkeyp
         assert soon / 120 > least, (requests, noise, within, soon / 120)
 
 
+@pytest.mark.slow
 def test_the_more_is_left_to_learn_the_sooner_a_better_draft_passes_and_a_worse_one_still_does_not(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -162,6 +163,7 @@ def test_worse_drafts_do_not_creep_in(monkeypatch: pytest.MonkeyPatch) -> None:
         assert lost < 0.02, (worse_by, lost)
 
 
+@pytest.mark.slow
 def test_a_draft_that_takes_random_steps_gets_better_through_the_gate(monkeypatch: pytest.MonkeyPatch) -> None:
     trials, chance = Trials(monkeypatch), random.Random(1)
     leads = [lead for _ in range(150) if (lead := trials.lineage(lambda: chance.gauss(-0.05, 0.1))[1]) is not None]

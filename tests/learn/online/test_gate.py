@@ -329,6 +329,7 @@ def test_equal_drafts_are_rarely_refused_for_a_domain_however_many_domains_there
     assert refused(-1.0, requests=12) > 0.95
 
 
+@pytest.mark.slow
 def test_two_requests_that_happen_to_lose_alike_refuse_no_draft() -> None:
     """Scores of greedy requests are multiples of 1 / roots, so their changes are often equal: a variance of 0."""
     chance = torch.Generator().manual_seed(0)

@@ -207,6 +207,7 @@ def test_saving_takes_a_small_share_of_the_time_that_learning_takes(
     assert all(later - earlier >= 0.3 / 0.03 for earlier, later in itertools.pairwise(saved_at_s))
 
 
+@pytest.mark.slow
 def test_trials_take_a_small_share_of_the_time_that_learning_takes(
     make: MakeHarness, traffic: list[Trace], monkeypatch: pytest.MonkeyPatch
 ) -> None:
