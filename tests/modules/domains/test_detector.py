@@ -220,14 +220,14 @@ def test_traffic_of_one_kind_alone_is_known_when_it_comes_back() -> None:
     assert second.novelty < 0.3
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", [*(pytest.param(seed, marks=pytest.mark.slow) for seed in (0, 1)), 2])
 def test_no_shift_is_detected_in_shuffled_traffic(seed: int) -> None:
     kinds = shuffled(400, seed=seed, kinds=KINDS[: 2 + seed])
     assignments, _ = assign_all(kinds, seed=seed)
     assert [assignment.shift for assignment in assignments if assignment.shift] == []
 
 
-@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_domain_that_is_found_late_is_no_shift(seed: int) -> None:
     kinds = random.Random(seed).choices(KINDS, weights=(60, 30, 6, 3), k=150)
     assignments, _ = assign_all(kinds, spread=1.8)

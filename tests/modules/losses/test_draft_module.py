@@ -133,7 +133,7 @@ def test_each_step_of_a_chain_counts_by_the_probability_that_it_is_reached(targe
         torch.testing.assert_close(a.to_dense(), b, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("certain", [0.2, 1.0])
+@pytest.mark.parametrize("certain", [pytest.param(0.2, marks=pytest.mark.slow), 1.0])
 def test_chains_that_end_by_chance_have_the_loss_and_the_gradient_of_all_in_expectation(
     certain: float, target: Target, monkeypatch: pytest.MonkeyPatch
 ) -> None:

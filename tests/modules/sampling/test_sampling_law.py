@@ -94,7 +94,7 @@ def test_two_million_pairs_of_tokens_have_the_law_of_the_targets_softmax(tempera
     assert in_law(count.view(V, V), law_VV)
 
 
-@pytest.mark.parametrize("temperature", [0.6, 1.0])
+@pytest.mark.parametrize("temperature", [pytest.param(0.6, marks=pytest.mark.slow), 1.0])
 @pytest.mark.parametrize("by", PROPOSED_BY)
 def test_pairs_are_the_same_whatever_is_proposed(by: str, temperature: float) -> None:
     """So that they have the same law."""
