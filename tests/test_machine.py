@@ -1,4 +1,4 @@
-"""The cores that may be used: by affinity, and by the limits of this process's cgroups; and how long threads spin."""
+"""The cores and the memory that may be used, by affinity and this process's cgroups; and how long threads spin."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from support import child_environment
 from support.fork_host import run_program
 
 from aurora_lit import machine as machine_module
-from aurora_lit.machine import available_cores
+from aurora_lit.machine import available_bytes, available_cores
 
 CORES = sorted(os.sched_getaffinity(0))
 V2 = "31 23 0:28 {root} {folder} rw,relatime - cgroup2 cgroup2 rw"
@@ -210,3 +211,31 @@ def test_threads_that_wait_for_each_other_sleep_soon_unless_the_environment_says
     for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
         env.pop(name, None)
     assert f"GOMP_SPINCOUNT = '{spins}'" in run(code, {**env, **given}).stderr
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_memory_that_a_cgroup_leaves_counts_what_is_cached_as_free(
+    version: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The limit of a parent holds too: a service's own group may have none."""
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=64 << 30))
+    mount = "/sys/fs/cgroup" if version == 2 else "/sys/fs/cgroup/memory"
+    kind = "cgroup2 cgroup2 rw" if version == 2 else "cgroup cgroup rw,memory"
+    groups = "0::/box/app" if version == 2 else "3:cpu:/other\n4:memory:/box/app"
+    machine = FakeMachine(tmp_path, groups=groups, mounts=[f"31 23 0:28 / {mount} rw,relatime - {kind}"])
+    assert available_bytes(root=tmp_path) == 64 << 30, "no group is visible"
+    limit, usage, prefix = {
+        1: ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_"),
+        2: ("memory.max", "memory.current", ""),
+    }[version]
+    for group, most, used, cached in (("box", 8 << 30, 7 << 30, 5 << 30), ("box/app", None, 6 << 30, 0)):
+        machine.write(f"{mount[1:]}/{group}/{limit}", str(most or ("max" if version == 2 else (1 << 63) - 4096)))
+        machine.write(f"{mount[1:]}/{group}/{usage}", str(used))
+        read_once = cached // 2
+        names = (1 << 20 if cached else 0) if version == 2 else 0
+        parts = f"{prefix}inactive_file {read_once}\n{prefix}active_file {cached - read_once - names}"
+        parts += f"\nslab_reclaimable {names}" if version == 2 else ""
+        machine.write(f"{mount[1:]}/{group}/memory.stat", f"anon 5\ninactive_file 3\nactive_file 4\n{parts}")
+    assert available_bytes(root=tmp_path) == 6 << 30
+    machine.write(f"{mount[1:]}/box/{usage}", str(20 << 30))
+    assert available_bytes(root=tmp_path) == 0
