@@ -35,7 +35,7 @@ def replay_config(*changes: str, **learn: Any) -> AuroraConfig:
     return replace(config, learn=replace(config.learn, **{**fields, **learn}))
 
 
-def asked(times: int = 8) -> list[Request]:
+def asked(times: int = 6) -> list[Request]:
     """A few prompts of two domains, asked so often."""
     requests = [*some_requests(8), *some_requests(4, seed=1, domain="code")]
     return [replace(r, request_id=f"{n}-{r.request_id}") for n in range(times) for r in requests]

@@ -69,7 +69,7 @@ def train(tmp_path: Path) -> Train:
         text=(),
         out=tmp_path / "first",
         max_answer_tokens=12,
-        positions=2000,
+        positions=1200,
         batch_positions=128,
         draft_vocab_size=32,
         learning_rate=0.02,
@@ -115,7 +115,7 @@ def test_what_is_started_again_answers_and_trains_on_nothing_twice(
         f"draft.checkpoint={train.options.out} learn.from_scratch=false checkpoint.run=NEW\n" in capsys.readouterr().out
     )
     DraftStore(versions_folder(train.config()), keep=2).publish(Eagle3Draft(read_config(train.options.out)), record={})
-    train(positions=2100)
+    train(positions=1300)
     assert f"draft.checkpoint={train.options.out} checkpoint.run=NEW\n" in capsys.readouterr().out
     assert (train.options.out / "model.safetensors").read_bytes() != before, "there was more to train on"
 
