@@ -107,6 +107,7 @@ def test_followers_import_from_the_working_directory_if_the_leader_does(
     monkeypatch.setattr(Fabric, "launch", lambda fabric: inherited.append(os.environ["PYTHONSAFEPATH"]))
     leader = SimpleNamespace(flags=SimpleNamespace(safe_path=safe))
     monkeypatch.setattr(data_parallel, "sys", leader)
+    monkeypatch.setenv("LT_PRECISION", "bf16-mixed")  # which else would stay set for the tests after this one
     monkeypatch.setenv("PYTHONSAFEPATH", "")
     launch_fabric(LearnSettings(devices=2), tmp_path)
     assert inherited == ["1" if safe else ""]
