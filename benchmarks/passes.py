@@ -26,6 +26,7 @@ from aurora_lit.kernels.decoder import PASS_PARTS
 from aurora_lit.models.interface import Target
 from aurora_lit.models.kv_cache import KVCache
 from aurora_lit.models.loading import load_target
+from aurora_lit.models.native_target import NativeTarget
 from aurora_lit.models.source import find_target
 
 ROUNDS = 3  # the shapes take turns
@@ -53,7 +54,7 @@ class Passes:
         self._target = target
         self._kv_cache: KVCache = target.make_kv_cache(num_slots=rows, capacity=capacity)
         self._nanoseconds = torch.zeros(len(PASS_PARTS), dtype=torch.int64)
-        if target.decoder is not None:
+        if isinstance(target, NativeTarget):
             target.decoder.nanoseconds = self._nanoseconds
         torch.manual_seed(0)
 
