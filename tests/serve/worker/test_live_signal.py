@@ -20,6 +20,7 @@ def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TinyServers]:
         yield running
 
 
+@pytest.mark.process
 @pytest.mark.slow
 def test_a_server_assigns_the_domains_that_its_learner_has_found(servers: TinyServers) -> None:
     server = servers.start()
