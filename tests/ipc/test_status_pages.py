@@ -357,3 +357,10 @@ def test_a_page_whose_writer_was_killed_while_it_wrote_is_whole_after_the_next_w
         again.write(steps=steps)
         assert reader._integers[1] % 2 == 0, "no reader waits"
         assert reader.read().steps == steps
+
+
+def test_a_learner_tells_how_many_threads_compute_while_they_do(tmp_path: Path) -> None:
+    page = LearnerStatusPage.create(tmp_path / "learner")
+    with page.computing(3):
+        assert page.read().busy_threads == 3
+    assert page.read().busy_threads == 0

@@ -105,6 +105,15 @@ def test_argmax_finds_the_first_largest_output(inputs: int, outputs: int, weight
     assert torch.equal(layer.argmax(-torch.zeros(3, inputs)), torch.zeros(3, dtype=torch.int64))
 
 
+@needs_kernels
+@pytest.mark.parametrize("weight_format", FORMATS)
+def test_a_layer_made_of_anothers_tensors_computes_the_same(weight_format: WeightFormat) -> None:
+    layer = PackedLinear(random_linear(64, 96, bias=True), weight_format)
+    again = PackedLinear.from_tensors(layer.tensors(), weight_format, (96, 64))
+    x = torch.randn(5, 64)
+    assert torch.equal(again(x), layer(x))
+
+
 def screened_and_unscreened(linear: nn.Linear, weight_format: WeightFormat) -> tuple[PackedLinear, PackedLinear]:
     return PackedLinear(linear, weight_format, screened=True), PackedLinear(linear, weight_format)
 

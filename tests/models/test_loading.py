@@ -279,3 +279,13 @@ def test_the_file_is_valid_safetensors_with_aligned_tensors(tmp_path: Path) -> N
         assert found[name].data_ptr() % 64 == 0
     raw = (tmp_path / "file").read_bytes()
     assert json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])["b"]["dtype"] == "F32"
+
+
+def test_a_packed_file_that_cannot_be_written_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(path: Path) -> None:
+        raise OSError("no space left")
+
+    monkeypatch.setattr(packed_file, "sync", full)
+    with pytest.raises(OSError, match="no space"):
+        packed_file.write(tmp_path / "file", {"x": torch.zeros(8)}, facts={}, key={})
+    assert not list(tmp_path.iterdir())

@@ -402,6 +402,7 @@ def test_without_the_key_nothing_is_shown_or_generated_and_no_body_is_parsed(ser
         schema = session.get("/openapi.json").json()
     assert "security" in schema["paths"][CHAT]["post"]
     assert "security" not in schema["paths"]["/health"]["get"]
+    assert "head" not in schema["paths"]["/health"], "what load balancers send is not described"
 
 
 def test_without_the_key_no_body_is_awaited(server):

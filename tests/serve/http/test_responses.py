@@ -15,7 +15,7 @@ from support.fake_engine import tiny_tokenizer
 from aurora_lit.request import TokenLogprob
 from aurora_lit.serve.http.answer_stream import TextDelta
 from aurora_lit.serve.http.detokenizer import TokenDecoder
-from aurora_lit.serve.http.responses import ChatResponse, ResponseBuilder, TextResponse
+from aurora_lit.serve.http.responses import ChatResponse, ResponseBuilder, TextResponse, _top_by_text
 from aurora_lit.serve.http.schema import ChatRequest, CompletionRequest
 from aurora_lit.serve.http.tokenize import Limits, longest_token, prepare_chat, prepare_completion
 
@@ -214,3 +214,12 @@ def test_what_might_have_become_a_call_is_content_in_the_end() -> None:
     assert "".join(chunk["choices"][0]["delta"].get("content", "") for chunk in chunks) == CALLS[:20]
     (choice,) = full(made)["choices"]
     assert choice["message"] == {"role": "assistant", "content": CALLS[:20], "refusal": None}
+
+
+def test_of_two_tokens_with_the_same_text_the_likelier_one_stays() -> None:
+    first, second = TOKENIZER.encode("ab")
+    known = TokenLogprob(token_id=second, logprob=-2.0, top=((first, -0.5), (second, -2.0)))
+    decoder = TokenDecoder(TOKENIZER)
+    assert _top_by_text(known, decoder) == {decoder.to_text(first): -0.5, decoder.to_text(second): -2.0}
+    again = TokenLogprob(token_id=first, logprob=-0.7, top=((first, -0.5),))
+    assert _top_by_text(again, decoder) == {decoder.to_text(first): -0.5}

@@ -12,7 +12,7 @@ from support.fake_engine import FakeEngine
 from aurora_lit.ipc.engine_status import EngineStatusPage
 from aurora_lit.serve.worker.call_tracker import CallTracker
 from aurora_lit.serve.worker.parts import WorkerParts
-from aurora_lit.serve.worker.status_report import StatusReport
+from aurora_lit.serve.worker.status_report import RoundTimes, StatusReport
 
 
 def test_every_counter_of_the_engine_and_each_figure_of_the_memory_has_its_own_field(tmp_path: Path) -> None:
@@ -31,3 +31,15 @@ def test_every_counter_of_the_engine_and_each_figure_of_the_memory_has_its_own_f
     assert {name: getattr(now, name) for name in vars(engine.counters)} == vars(engine.counters)
     assert (now.memory_capacity, now.memory_tokens, now.memory_evicted) == (9, 1, 2)
     assert (now.unrecorded, now.started_ns, now.draft_version) == (5, 3, "fake-000001")
+
+
+def test_percentiles_of_rounds_are_in_microseconds_and_those_that_swap_a_draft_are_apart() -> None:
+    times = RoundTimes()
+    assert times.changed_fields() == {}, "no round yet"
+    times = RoundTimes()
+    for _ in range(99):
+        times.add(0.010, swapped=False)
+    times.add(0.110, swapped=False)
+    times.add(0.250, swapped=True)
+    assert times.changed_fields() == {"round_p50_us": 10_000, "round_p99_us": 11_000, "swap_round_p99_us": 250_000}
+    assert times.changed_fields() == {}, "once a second"
