@@ -110,7 +110,7 @@ def test_the_cache_folder_is_that_of_models(
     monkeypatch.delenv("AURORA_LIT_CACHE", raising=False)
     if given is not None:
         monkeypatch.setenv("AURORA_LIT_CACHE", given)
-    assert build._folder() == cache_root(None) / "kernels" == Path(os.path.expanduser(expected)) / "kernels"
+    assert build._folder() == cache_root() / "kernels" == Path(os.path.expanduser(expected)) / "kernels"
 
 
 @pytest.mark.slow
