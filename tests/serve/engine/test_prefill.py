@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.tiny_models import VOCAB, make_engine, request, run, save_model, trained_draft
+from support.tiny_models import VOCAB, Answer, make_engine, request, run, save_model, trained_draft
 
 from aurora_lit.ipc.engine_status import EngineCounters
 from aurora_lit.kernels import native
@@ -181,6 +181,15 @@ def make(target: Target, draft: Eagle3Draft | None, **changes: Any) -> Engine:
 PROPOSALS = [{"branches": False}, {"branches": True}, {"branches": True, "copied_tokens": 7}]
 
 
+@pytest.fixture(scope="module")
+def alone(target: Target) -> tuple[list[Request], dict[str, Answer]]:
+    """Sequences that decode, and long prompts; each one's answer without the others."""
+    requests = decoding_requests()
+    requests += [request("p0", LONG, max_tokens=8), request("p1", LONG[3:120], max_tokens=8, temperature=0.8, seed=2)]
+    requests += [request("p2", LONG[10:], max_tokens=4, prompt_logprobs=1)]
+    return requests, {r.request_id: run(make(target, None), [r])[r.request_id] for r in requests}
+
+
 @pytest.mark.skipif(native.library() is None, reason="torch's sums depend on what is computed together")
 @pytest.mark.parametrize("max_round_s", [0.001, 0.02, 1.0])
 @pytest.mark.parametrize("proposals", PROPOSALS, ids=["chains", "branches", "branches and lookup"])
@@ -189,23 +198,20 @@ def test_outputs_beside_prompts_are_those_alone(
     max_round_s: float,
     target: Target,
     draft: Eagle3Draft,
+    alone: tuple[list[Request], dict[str, Answer]],
     plans: list[tuple[RoundPlan, Columns]],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Greedy and sampled rows decode while long prompts come; and these prompts' own outputs."""
-    requests = decoding_requests()
-    requests += [request("p0", LONG, max_tokens=8), request("p1", LONG[3:120], max_tokens=8, temperature=0.8, seed=2)]
-    requests += [request("p2", LONG[10:], max_tokens=4, prompt_logprobs=1)]
-    alone = {r.request_id: run(make(target, None), [r])[r.request_id] for r in requests}
-    plans.clear()
+    requests, expected = alone
     if max_round_s == 0.001:  # a prompt token takes longer than a round may, whatever the machine does meanwhile
         monkeypatch.setattr(Prefill, "observe", lambda self, num_tokens, seconds: setattr(self, "_token_s", 1.0))
     engine = make(target, draft, max_round_s=max_round_s, **proposals)
     answers = run(engine, requests, arrivals=[0, 0, 0, 1, 4, 6, 9])
     for name, answer in answers.items():
-        assert answer.token_ids == alone[name].token_ids, name
-        assert answer.logprobs == alone[name].logprobs, name
-        assert answer.prompt_logprobs == alone[name].prompt_logprobs, name
+        assert answer.token_ids == expected[name].token_ids, name
+        assert answer.logprobs == expected[name].logprobs, name
+        assert answer.prompt_logprobs == expected[name].prompt_logprobs, name
     mixed = [plan for plan, _ in plans if plan.decoding and plan.prompts]
     assert len(mixed) > 5
     assert any(row.proposal.tokens for plan in mixed for row in plan.decoding), "speculation goes on beside prompts"

@@ -87,13 +87,26 @@ def tokens(answers: dict[str, Answer]) -> dict[str, list[int]]:
     return {name: answer.token_ids for name, answer in answers.items()}
 
 
+@pytest.fixture(scope="module")
+def plain_answers(case: Case) -> Callable[[str], tuple[list[Request], dict[str, Answer]]]:
+    """Requests with these options, with and without a grammar, and what plain decoding answers."""
+
+    @functools.cache
+    def of(options: str) -> tuple[list[Request], dict[str, Answer]]:
+        asked = requests(40, **OPTIONS[options]) + requests(10, **OPTIONS[options], regex=None)
+        return asked, run(case.engine(drafts=False), asked)
+
+    return of
+
+
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize(
     "options", [pytest.param(o, marks=pytest.mark.slow) if o == "temperature 1" else o for o in OPTIONS]
 )
-def test_outputs_are_those_of_plain_decoding_and_of_the_grammar(case: Case, way: str, options: str) -> None:
-    asked = requests(40, **OPTIONS[options]) + requests(10, **OPTIONS[options], regex=None)
-    plain = run(case.engine(drafts=False), asked)
+def test_outputs_are_those_of_plain_decoding_and_of_the_grammar(
+    case: Case, plain_answers: Callable[[str], tuple[list[Request], dict[str, Answer]]], way: str, options: str
+) -> None:
+    asked, plain = plain_answers(options)
     engine = case.engine(**WAYS[way])
     answers = run(engine, asked, arrivals=[i // 3 for i in range(len(asked))])
     assert tokens(answers) == tokens(plain)
