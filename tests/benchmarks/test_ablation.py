@@ -264,11 +264,12 @@ def test_arms_that_cannot_be_run_are_refused(folder: Path, tmp_path: Path) -> No
 def test_arms_learn_differently_and_the_memory_remembers(folder: Path, tmp_path: Path) -> None:
     memory = ["engine.lookup=true", "memory.capacity_mb=1"] if native.library() is not None else []
     names = ["static", "kl", "lk", "learner", *(["memory", "both"] if memory else [])]
-    arms = run(a_config(folder, *memory), options(folder, tmp_path, *names, steps_per_request=0.8))["arms"]
-    after = {name: arm["measured"]["after"]["accepted_length"] for name, arm in arms.items()}
-    assert len({after[name] for name in ("static", "kl", "lk", "learner")}) == 4, "no two arms learn the same"
-    for name in ("kl", "lk"):
-        assert after[name] > after["static"]
+    config = a_config(folder, *memory, "learn.learning_rate=3e-2")
+    arms = run(config, options(folder, tmp_path, *names, steps_per_request=2.0))["arms"]
+    accepted = {name: arm["traffic"]["accepted_length"] for name, arm in arms.items()}
+    assert len({accepted[name] for name in ("static", "kl", "lk", "learner")}) == 4, "no two arms learn the same"
+    for name in ("kl", "lk", "learner"):
+        assert accepted[name] > accepted["static"]
     steps = {name: arm["cost"]["steps"] for name, arm in arms.items()}
     assert len({steps[name] for name in ("kl", "lk", "learner")}) == 1
     if memory:

@@ -189,7 +189,7 @@ def test_an_http_process_that_stalls_does_not_stop_the_rounds_and_then_delivers_
     with FakeServer(options=options) as server:
         folder = server.run_folder
         page = EngineStatusPage.open(folder / STATUS_NAME)
-        (http,) = {pid for pid in server.family[1:] if pid != page.read().worker_pid}
+        (http,) = {pid for pid in server.family[1:] if pid != page.read().worker_pid and psutil.pid_exists(pid)}
         stream = Stream(server, max_tokens=3000).begun()
         os.kill(http, signal.SIGSTOP)
         stopped, until = page.read().rounds, time.monotonic() + 20
