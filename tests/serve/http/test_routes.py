@@ -24,6 +24,7 @@ from aurora_lit.serve.http.metrics import ServerMetrics
 from aurora_lit.serve.http.responses import TextResponse
 from aurora_lit.serve.http.routes import ClientPseudonyms, GenerationRoutes
 from aurora_lit.serve.http.schema import CompletionRequest
+from aurora_lit.serve.http.spec import AuroraSpec
 from aurora_lit.serve.http.stream_events import StreamShape
 from aurora_lit.serve.http.worker_client import WorkerClient
 
@@ -189,3 +190,13 @@ def test_pseudonyms_distinguish_clients_by_user_then_by_address_and_reveal_nothi
     assert ann != ClientPseudonyms().of(user="ann@example.org", address=None), "another server, another key"
     assert len(ann) == 16
     assert int(ann, 16) >= 0
+
+
+def test_health_and_ready_are_503_with_the_reason_while_the_worker_cannot_answer() -> None:
+    spec: Any = AuroraSpec.__new__(AuroraSpec)
+    for reason, status in (("the worker has ended", 503), (None, 200)):
+        spec._worker_client = SimpleNamespace(unavailable_reason=lambda reason=reason: reason)
+        for probe, well in ((spec.health, "ok"), (spec.ready, "ready")):
+            response = asyncio.run(probe())
+            assert response.status_code == status
+            assert json.loads(response.body) == {"status": reason or well}

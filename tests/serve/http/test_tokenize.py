@@ -244,6 +244,13 @@ def test_an_object_of_too_many_fields_is_refused_by_their_number(inside: bool) -
     assert refused.value.param == "body"
 
 
+def test_an_object_may_have_256_fields() -> None:
+    with pytest.raises(ValidationError, match="Extra inputs"):
+        ChatRequest.model_validate({"messages": [], **dict.fromkeys(map(str, range(255)), 0)})
+    with pytest.raises(RequestError, match="an object has 257 fields"):
+        ChatRequest.model_validate({"messages": [], **dict.fromkeys(map(str, range(256)), 0)})
+
+
 @pytest.mark.parametrize("name", ["metadata", "logit_bias"])
 def test_a_map_of_too_many_entries_is_refused_by_their_number(name: str) -> None:
     with pytest.raises(ValidationError, match="at most .* items after validation, not 10000") as refused:
