@@ -77,11 +77,6 @@ class LookUp(NamedTuple):
     """False: nothing is copied from within the sequences."""
 
 
-def kind_of(cell: int) -> str:
-    """One of KINDS."""
-    return KINDS[cell // _CELLS_OF_KIND]
-
-
 def is_remembered(cell: int) -> bool:
     """True if nodes of the cell come from the memory alone."""
     return cell // _CELLS_OF_KIND == _MEMORY

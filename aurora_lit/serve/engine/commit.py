@@ -43,20 +43,20 @@ class Commit:
         self._proposer, self._counters = proposer, counters
 
     def __call__(
-        self, row: DecodingRow, verdict: RowOutcome, logits_TV: torch.Tensor | None, *, draft_version: str
+        self, row: DecodingRow, outcome: RowOutcome, logits_TV: torch.Tensor | None, *, draft_version: str
     ) -> Output:
         """Append a sequence's new tokens, up to where the request ends.
 
         `logits_TV`: the target's, for a request that asks for log-probabilities. `draft_version`: what proposes now.
         """
         sequence, proposal = row.sequence, row.proposal
-        tokens, reason = sequence.cut_at_end(verdict.tokens, max_seq_len=self._max_seq_len)
+        tokens, reason = sequence.cut_at_end(outcome.tokens, max_seq_len=self._max_seq_len)
         logprobs = None
         if logits_TV is not None:
             num_top = sequence.params.logprobs or 0
-            logprobs = token_logprobs(logits_TV[verdict.columns], token_ids=tokens, num_top=num_top)
-        proposed, accepted = len(proposal.tokens), min(len(verdict.tokens) - 1, len(tokens))
-        path = verdict.columns[: accepted + 1]
+            logprobs = token_logprobs(logits_TV[outcome.columns], token_ids=tokens, num_top=num_top)
+        proposed, accepted = len(proposal.tokens), min(len(outcome.tokens) - 1, len(tokens))
+        path = outcome.columns[: accepted + 1]
         first_choices = proposal.first_choices
         chain_accepted = common_prefix_length(first_choices, path[1:])
         is_first = sequence.length == sequence.prompt_length

@@ -256,11 +256,11 @@ class Engine:
         columns = self._runner.run(plan)
         if self._threads is not None:
             self._threads.end_pass()
-        verdicts, logits_DV = self._judge(plan, columns)
+        outcomes, logits_DV = self._judge(plan, columns)
         outputs = []
-        for index, (row, verdict) in enumerate(zip(plan.decoding, verdicts, strict=True)):
-            self._runner.store_decoding(row, columns, index, verdict.columns)
-            output = self._commit(row, verdict, logits_DV.get(index), draft_version=self.draft_version)
+        for index, (row, outcome) in enumerate(zip(plan.decoding, outcomes, strict=True)):
+            self._runner.store_decoding(row, columns, index, outcome.columns)
+            output = self._commit(row, outcome, logits_DV.get(index), draft_version=self.draft_version)
             outputs.append(output)
             if self._observer and row.sequence.request.store:
                 last = functools.partial(columns.last, index)
@@ -357,12 +357,12 @@ class Engine:
         if own_tokens is None:
             last_NH = columns.states.last_NH[: plan.num_decoding_columns]
             own_tokens, logits = choose_tokens(self.target, rows, last_NH, tokens_SL=self._tokens_SL)
-        verdicts, begin = [], 0
+        outcomes, begin = [], 0
         for row in rows:
             end = begin + 1 + len(row.proposal.tokens)
-            verdicts.append(judge(row.proposal, own_tokens[begin:end]))
+            outcomes.append(judge(row.proposal, own_tokens[begin:end]))
             begin = end
-        return verdicts, logits
+        return outcomes, logits
 
     def _account(self, plan: RoundPlan, outputs: list[Output], seconds: float) -> None:
         """Learn from what the round took."""

@@ -2,7 +2,7 @@
 
     plan = RoundPlan([DecodingRow(...)], [PromptRow(...)], expected_s=0.004)    # serve/engine/engine.py: plan
     columns = runner.run(plan)                                                 # run
-    verdict = judge(row, own_tokens)                                           # judge, then commit
+    outcome = judge(row, own_tokens)                                           # judge, then commit
 
 A *row* is one sequence's part of a pass. A decoding row has the last committed token in column 0 and its proposals, a
 chain or a tree, in the columns after it. A prompt row is a chunk of a prompt. Rows of both kinds share one pass.
