@@ -233,6 +233,23 @@ def replay(config: AuroraConfig, traces: Path | None, **options: Any) -> None:
     show_default=True,
     help="Tokens of the draft's vocabulary.",
 )
+@click.option(
+    "--draft-intermediate-size",
+    type=click.IntRange(min=16),
+    help="Width of the draft's MLP. Default: as wide as the target's.",
+)
+@click.option(
+    "--draft-kv-heads",
+    type=click.IntRange(min=1),
+    help="Heads of the draft's keys and values. Default: as many as of its queries.",
+)
+@click.option(
+    "--draft-dtype",
+    type=click.Choice(["bfloat16", "int8"]),
+    default="bfloat16",
+    show_default=True,
+    help="How the draft is stored; int8 takes half the space, and `export` writes it in bfloat16.",
+)
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of sampling and batches.")
 @configured
 def pretrain(config: AuroraConfig, **options: Any) -> None:

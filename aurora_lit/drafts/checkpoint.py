@@ -2,7 +2,8 @@
 
 A folder holds `config.json` and `model.safetensors` in that layout, `value_head.safetensors` (used only here), and
 `manifest.json` with the SHA-256 of each. `load_draft` refuses a draft that is damaged or made for another target, and
-gives the reason. Other trainers' forms are read too (drafts/public_forms.py). A folder without `manifest.json` (a draft
+gives the reason. Weights may be stored in 8 bits: a matrix `NAME` as int8, with a scale for each output in
+`NAME_scale`. Other trainers' forms are read too (drafts/public_forms.py). A folder without `manifest.json` (a draft
 of other origin) is loaded without the check of digests; all other checks are made.
 
 Leaves out training state (learn/) and versions (drafts/versions.py).
@@ -21,12 +22,13 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from aurora_lit.drafts.public_forms import ARCHITECTURE, LAYER_IDS, common_config, common_tensors, eagle_config
 from aurora_lit.durable import exchange, sync
 from aurora_lit.errors import CheckpointError
+from aurora_lit.kernels.quantization import quantize_per_output
 from aurora_lit.modules.draft.eagle3 import Eagle3Config, Eagle3Draft
 
 CONFIG_NAME, WEIGHTS_NAME, VALUE_NAME, MANIFEST_NAME = (
@@ -36,6 +38,8 @@ CONFIG_NAME, WEIGHTS_NAME, VALUE_NAME, MANIFEST_NAME = (
     "manifest.json",
 )
 _VALUE_PREFIX = "value_head."
+_SCALE = "_scale"
+"""What the name of the scales [outputs] of a matrix in 8 bits ends with."""
 # Fields of config.json as `Eagle3Config` names them: whole numbers, and flags that are only there if they are set.
 _SIZES = (
     *("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim"),
@@ -92,11 +96,18 @@ def check_replaceable(folder: Path) -> None:
 
 
 def write_draft(draft: Eagle3Draft, folder: Path, *, dtype: torch.dtype = torch.bfloat16) -> None:
-    """Write a draft's files into an existing folder and flush them to disk; the manifest comes last. Raises OSError."""
+    """Write a draft's files into an existing folder and flush them to disk; the manifest comes last. Raises OSError.
+
+    `dtype`: fp32, bf16, or int8, which stores matrices in 8 bits and all else in bf16.
+    """
+    in_8_bits, dtype = dtype == torch.int8, torch.bfloat16 if dtype == torch.int8 else dtype
     state = {
         name: (tensor.to(dtype) if tensor.is_floating_point() else tensor).contiguous()
         for name, tensor in draft.state_dict().items()
     }
+    for name, matrix in draft.state_dict().items() if in_8_bits else ():
+        if matrix.is_floating_point() and matrix.ndim == 2 and not name.startswith(_VALUE_PREFIX):
+            state[name], state[name + _SCALE] = quantize_per_output(matrix.detach().float())
     weights = without_identity({name: each for name, each in state.items() if not name.startswith(_VALUE_PREFIX)})
     value = {name: tensor for name, tensor in state.items() if name.startswith(_VALUE_PREFIX)}
     try:
@@ -261,11 +272,23 @@ def _read_json(folder: Path, name: str, missing: dict[str, Any] | None = None) -
 
 
 def read_tensors(folder: Path, name: str = WEIGHTS_NAME) -> dict[str, torch.Tensor]:
-    """The tensors of a file of a checkpoint, as they are stored. Raises CheckpointError."""
+    """The tensors of a file of a checkpoint; matrices that are stored in 8 bits in bf16. Raises CheckpointError."""
     try:
-        return load_file(folder / name)
+        tensors = load_file(folder / name)
     except (OSError, SafetensorError) as error:
         raise _refusal(folder, f"{name} cannot be read: {error}") from error
+    for matrix in [each for each, tensor in tensors.items() if tensor.dtype == torch.int8]:
+        scale_O = tensors.pop(matrix + _SCALE, None)
+        if scale_O is None or tensors[matrix].shape[:1] != scale_O.shape:
+            raise _refusal(folder, f"{matrix} is stored in 8 bits, but {matrix + _SCALE} are not its scales")
+        tensors[matrix] = (tensors[matrix].float() * scale_O[:, None]).bfloat16()
+    return tensors
+
+
+def is_in_8_bits(folder: Path) -> bool:
+    """Whether the weights of a checkpoint are stored in 8 bits, which other engines do not read."""
+    with safe_open(folder / WEIGHTS_NAME, framework="pt") as file:
+        return any(name.endswith(_SCALE) for name in file.keys())  # noqa: SIM118
 
 
 def _refusal(folder: Path, reason: str) -> CheckpointError:

@@ -1,7 +1,8 @@
 """`aurora-lit export`: writes a draft to a folder of its own, in the form that vLLM and SGLang load.
 
     FOLDER/config.json           EAGLE-3's, with the auxiliary layer ids as each of the two servers reads them
-    FOLDER/model.safetensors     as it was published, without the vocabulary's maps if they map each token to itself
+    FOLDER/model.safetensors     as it was published, without the vocabulary's maps if they map each token to itself;
+                                 in bf16 if it was stored in 8 bits
 
 vLLM reads `eagle_aux_hidden_state_layer_ids` and takes hidden_states[k], the input of layer k, as we do. SGLang reads
 the list inside `eagle_config` and takes the output of layer k, so the ids there are smaller by one.
@@ -24,6 +25,7 @@ from aurora_lit.drafts.checkpoint import (
     CONFIG_NAME,
     VALUE_NAME,
     WEIGHTS_NAME,
+    is_in_8_bits,
     load_draft,
     read_config,
     read_tensors,
@@ -59,7 +61,7 @@ def export(config: AuroraConfig, *, out: Path, version: int | None) -> None:
     try:
         stored = read_tensors(source)
         kept = without_identity(stored)
-        if kept is stored:
+        if kept is stored and not is_in_8_bits(source):
             shutil.copyfile(source / WEIGHTS_NAME, temporary / WEIGHTS_NAME)
         else:
             save_file(kept, temporary / WEIGHTS_NAME, metadata={"format": "pt"})
@@ -76,7 +78,8 @@ def export(config: AuroraConfig, *, out: Path, version: int | None) -> None:
 
 
 def loadable(draft: Path, folder: Path) -> Path:
-    """The draft's folder as vLLM loads it: without the value head and the maps of a whole vocabulary, which it refuses.
+    """The draft's folder as vLLM loads it: in bf16 if it is stored in 8 bits, and without what it refuses, the value
+    head and the maps of a whole vocabulary.
 
     Layer ids that are in SGLang's form alone are written beside it, since vLLM would take others. This is `draft`
     itself, or `folder` with links to its files. Raises CheckpointError.
@@ -85,7 +88,8 @@ def loadable(draft: Path, folder: Path) -> Path:
     stored = read_tensors(draft) if shape.draft_vocab_size == shape.vocab_size else {}
     kept = without_identity(stored)
     fields = json.loads((draft / CONFIG_NAME).read_text(encoding="utf-8"))
-    if not (draft / VALUE_NAME).exists() and kept is stored and fields.get(LAYER_IDS):
+    in_8_bits = is_in_8_bits(draft)
+    if not (draft / VALUE_NAME).exists() and kept is stored and not in_8_bits and fields.get(LAYER_IDS):
         return draft
     folder.mkdir(parents=True, exist_ok=True)
     for path in draft.glob("*"):
@@ -93,7 +97,9 @@ def loadable(draft: Path, folder: Path) -> Path:
         link.unlink(missing_ok=True)
         if path.name != VALUE_NAME:
             link.symlink_to(path)
-    if kept is not stored:
+    if in_8_bits:
+        kept = without_identity(read_tensors(draft))
+    if in_8_bits or kept is not stored:
         (folder / WEIGHTS_NAME).unlink()
         save_file(kept, folder / WEIGHTS_NAME, metadata={"format": "pt"})
         shutil.copymode(draft / CONFIG_NAME, folder / WEIGHTS_NAME)

@@ -83,16 +83,17 @@ def _copy_last_layer(target: TorchTarget, draft: Eagle3Draft) -> None:
         copies = linear.weight.shape[0] // source.shape[0]
         heads = source.view(-1, draft.config.head_dim, source.shape[1]).repeat_interleave(copies, dim=0)
         linear.weight[:, size:] = heads.reshape(-1, source.shape[1])
-    pairs: tuple[tuple[nn.Linear, Any], ...] = (
-        (layer.self_attn.o_proj, getattr(attention, "o_proj", None)),
-        (layer.mlp.gate_proj, getattr(mlp, "gate_proj", None)),
-        (layer.mlp.up_proj, getattr(mlp, "up_proj", None)),
-        (layer.mlp.down_proj, getattr(mlp, "down_proj", None)),
-    )
-    for linear, own in pairs:
-        source = _weight(own)
-        if source is not None and source.shape == linear.weight.shape:
-            linear.weight.copy_(source)
+    source = _weight(getattr(attention, "o_proj", None))
+    if source is not None and source.shape == layer.self_attn.o_proj.weight.shape:
+        layer.self_attn.o_proj.weight.copy_(source)
+    gate, up, down = (_weight(getattr(mlp, f"{name}_proj", None)) for name in ("gate", "up", "down"))
+    width = layer.mlp.gate_proj.out_features
+    if gate is not None and up is not None and down is not None and len(gate) >= width and gate.shape[1] == size:
+        # Of a wider MLP the neurons with the largest weights.
+        strongest = (gate.norm(dim=1) * up.norm(dim=1) * down.norm(dim=0)).topk(width).indices.sort().values
+        layer.mlp.gate_proj.weight.copy_(gate[strongest])
+        layer.mlp.up_proj.weight.copy_(up[strongest])
+        layer.mlp.down_proj.weight.copy_(down[:, strongest])
     after_attention = getattr(last, "post_attention_layernorm", None)  # in Gemma 2 and 3 not before the MLP
     for module, norm in (
         (layer.hidden_norm, getattr(last, "input_layernorm", None)),

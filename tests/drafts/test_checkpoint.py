@@ -118,6 +118,25 @@ def test_a_draft_s_files_can_be_read_by_whom_umask_lets(umask: int, mode: int, t
     assert {path.stat().st_mode & 0o777 for path in (tmp_path / "draft").iterdir()} == {mode}
 
 
+def test_in_8_bits_matrices_are_kept_to_half_a_step_in_half_the_bytes(target: Target, tmp_path: Path) -> None:
+    draft, folder = random_draft(target), tmp_path / "draft"
+    save_draft(draft, folder, dtype=torch.int8)
+    stored = load_file(folder / "model.safetensors")
+    assert all(stored[name].dtype == torch.int8 for name, shape in SHAPES.items() if len(shape) == 2)
+    back = load_draft(folder, target).state_dict()
+    for name in stored.keys() & SHAPES.keys() - {"d2t", "t2d"}:
+        tensor = draft.state_dict()[name]
+        step = stored[f"{name}_scale"][:, None] if f"{name}_scale" in stored else torch.zeros(())
+        # Half a step, and bf16's own rounding of what was stored in bf16, or is read back.
+        assert bool(((back[name] - tensor).abs() <= step / 2 + tensor.abs() * 2**-8).all()), name
+    (folder / "manifest.json").unlink()
+    save_file(
+        {name: tensor for name, tensor in stored.items() if name != "fc.weight_scale"}, folder / "model.safetensors"
+    )
+    with pytest.raises(CheckpointError, match="fc.weight_scale are not its scales"):
+        load_draft(folder, target)
+
+
 def test_a_round_trip_keeps_every_tensor(target: Target, tmp_path: Path) -> None:
     draft = random_draft(target)
     save_draft(draft, tmp_path / "draft", dtype=torch.float32)

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from aurora_lit.cli.main import main
 from aurora_lit.drafts.checkpoint import load_draft, read_config, save_draft
+from aurora_lit.drafts.export import loadable
 from aurora_lit.drafts.store import DraftStore
 from aurora_lit.modules.draft.eagle3 import Eagle3Draft
 
@@ -68,6 +69,19 @@ def test_maps_of_a_whole_vocabulary_are_left_out(tmp_path: Path) -> None:
     (tmp_path / "start" / "manifest.json").unlink()
     settings = [f"checkpoint.dir={tmp_path / 'none'}", f"draft.checkpoint={tmp_path / 'start'}"]
     assert set(exported(tmp_path / "out", *settings)) == set(published)
+
+
+def test_a_draft_in_8_bits_is_written_in_bf16_for_other_engines(tmp_path: Path) -> None:
+    start = tmp_path / "start"
+    save_draft(a_draft(), start, dtype=torch.int8)
+    settings = [f"checkpoint.dir={tmp_path / 'none'}", f"draft.checkpoint={start}"]
+    tensors = exported(tmp_path / "out", *settings)
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16, torch.int64, torch.bool}
+    own = load_draft(start, read_config(start)).state_dict()
+    assert all(torch.equal(tensor.to(own[name].dtype), own[name]) for name, tensor in tensors.items())
+    for_vllm = load_file(loadable(start, tmp_path / "linked") / "model.safetensors")
+    assert for_vllm.keys() == tensors.keys()
+    assert all(torch.equal(tensor, tensors[name]) for name, tensor in for_vllm.items())
 
 
 def test_a_forward_pass_from_the_exported_tensors_equals_the_drafts(deployment: list[str], tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ Leaves out recording text (learn/pretrain/record_text.py) and training (learn/pr
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from aurora_lit.models.interface import Target
 from aurora_lit.request import Request, SamplingParams
@@ -23,10 +23,8 @@ class PromptToAnswer:
 
     domain: str
     prompt_ids: tuple[int, ...]
-    temperature: float
-    """0 for the greedy answer."""
-    seed: int
-    """Of a sampled answer."""
+    params: SamplingParams
+    """How it is answered; `generate_answers` sets the length."""
 
 
 def generate_answers(
@@ -66,7 +64,7 @@ def generate_answers(
     for number, prompt in enumerate(prompts):
         if len(prompt.prompt_ids) + max_answer_tokens > max_seq_len:
             continue
-        params = SamplingParams(max_tokens=max_answer_tokens, temperature=prompt.temperature, seed=prompt.seed)
+        params = replace(prompt.params, max_tokens=max_answer_tokens)
         engine.submit(
             Request(request_id=str(number), prompt_ids=prompt.prompt_ids, params=params, domain=prompt.domain)
         )

@@ -1,4 +1,4 @@
-"""Prompt files: JSON lines with a domain and turns, or one plain prompt a line.
+"""Prompt files: JSON lines with a domain and turns or a raw prompt, or one plain prompt a line.
 
 Pretraining and the benchmarks read them. Leaves out answering prompts (learn/pretrain/generate_answers.py) and the chat
 template of HTTP requests (serve/http/tokenize.py).
@@ -7,6 +7,7 @@ template of HTTP requests (serve/http/tokenize.py).
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,26 +23,34 @@ class Prompt:
     """One line of a prompt file."""
 
     domain: str
-    messages: tuple[str, ...]
-    """The user's turns."""
+    messages: tuple[str, ...] = ()
+    """The user's turns; none of a raw prompt."""
     system: str | None = None
     """The system's turn before the first of them."""
+    conversation: tuple[Mapping[str, Any], ...] = ()
+    """All turns up to the last that the model has not written, if some are the model's or a tool's; else none."""
+    tools: tuple[Mapping[str, Any], ...] = ()
+    """Functions that the model may call, as in OpenAI's API."""
+    raw: str | None = None
+    """A text that is tokenized as it is, special tokens included, such as a hole to fill in."""
     place: str = field(default="", compare=False)
     """File and line; "" if it is from no file."""
 
     @property
-    def chat(self) -> list[dict[str, str]]:
-        """The system's and the first user turn, as a chat template or a request takes them."""
+    def chat(self) -> list[dict[str, Any]]:
+        """The turns as a chat template or a request takes them: of the user's turns alone only the first."""
+        if self.conversation:
+            return [dict(turn) for turn in self.conversation]
         before = [] if self.system is None else [{"role": "system", "content": self.system}]
         return [*before, {"role": "user", "content": self.messages[0]}]
 
 
 def read_prompts(path: Path) -> list[Prompt]:
-    """Read a prompt file: JSON lines with `messages` and `domain`, or one plain prompt a line.
+    """Read a prompt file: JSON lines, or one plain prompt a line.
 
-    Only files named *.jsonl hold JSON. A line without a domain gets the file's name as its domain. Raises AuroraError,
-    with file and line, for a malformed line, for a line of JSON in a file of another name, and for a file that is not
-    UTF-8 or is named *.json.
+    A line of JSON has `messages`, maybe with `tools`, or a raw `prompt`. Only files named *.jsonl hold JSON. A line
+    without a domain gets the file's name as its domain. Raises AuroraError, with file and line, for a malformed line,
+    for a line of JSON in a file of another name, and for a file that is not UTF-8 or is named *.json.
     """
     if path.suffix.lower() == ".json":
         raise AuroraError(
@@ -65,32 +74,45 @@ def read_prompts(path: Path) -> list[Prompt]:
             prompts.append(Prompt(domain=path.stem, messages=(line,), place=f"{path}:{number}"))
             continue
         try:
-            fields = json.loads(line)
-            turns = tuple(_text_of(message["content"]) for message in fields["messages"] if message["role"] == "user")
-            first = fields["messages"][0] if fields["messages"] else {}
-            system = _text_of(first["content"]) if first.get("role") == "system" else None
+            prompts.append(_prompt_of(json.loads(line), path=path, number=number))
         except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
             raise AuroraError(
                 f"{path}:{number}: not a prompt ({error!r}); each line needs "
                 '{"domain": "chat", "messages": [{"role": "user", "content": "…"}]}'
             ) from error
-        if not turns:
-            raise AuroraError(f"{path}:{number}: no user turn in `messages`")
-        domain = str(fields.get("domain", path.stem))
-        prompts.append(Prompt(domain=domain, messages=turns, system=system, place=f"{path}:{number}"))
     return prompts
 
 
+def _prompt_of(fields: Any, *, path: Path, number: int) -> Prompt:
+    """A line of JSON. Raises KeyError, TypeError, AttributeError, or AuroraError for one without a user's turn."""
+    about: dict[str, Any] = {"domain": str(fields.get("domain", path.stem)), "place": f"{path}:{number}"}
+    if "prompt" in fields:
+        return Prompt(raw=_text_of(fields["prompt"]), **about)
+    messages = fields["messages"]
+    turns = tuple(_text_of(message["content"]) for message in messages if message["role"] == "user")
+    if not turns:
+        raise AuroraError(f"{path}:{number}: no user turn in `messages`")
+    system = _text_of(messages[0]["content"]) if messages[0]["role"] == "system" else None
+    conversation = list(messages) if {"assistant", "tool"} & {message["role"] for message in messages} else []
+    while conversation and conversation[-1]["role"] == "assistant":
+        conversation.pop()
+    tools = tuple(fields.get("tools", ()))
+    return Prompt(messages=turns, system=system, conversation=tuple(conversation), tools=tools, **about)
+
+
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[int]:
-    """Token ids of the system's and the first user turn under the chat template, with the assistant's header.
+    """Token ids of `prompt.chat` under the chat template, with the assistant's header; of a raw prompt of its text.
 
     A tokenizer without a template encodes the user's text as it is. Raises AuroraError, with file and line, if the
     template refuses the prompt.
     """
+    if prompt.raw is not None:
+        return list(tokenizer.encode(prompt.raw, add_special_tokens=False))
     if tokenizer.chat_template is None:
         return list(tokenizer.encode(prompt.messages[0]))
     try:
-        text = tokenizer.apply_chat_template(prompt.chat, tokenize=False, add_generation_prompt=True)
+        tools = [dict(tool) for tool in prompt.tools] or None
+        text = tokenizer.apply_chat_template(prompt.chat, tools=tools, tokenize=False, add_generation_prompt=True)
     # Templates also fail on variables of another type, and on deep ones.
     except (TemplateError, ValueError, TypeError, RecursionError) as error:
         place = prompt.place or "the prompt"

@@ -13,7 +13,7 @@ import json
 import random
 from collections.abc import Iterator
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,7 @@ from aurora_lit.models.torch_target import TorchTarget
 from aurora_lit.modules.losses.draft_module import DraftModule
 from aurora_lit.modules.losses.objective import OnlineWeights
 from aurora_lit.progress import Progress
+from aurora_lit.request import SamplingParams
 from aurora_lit.serve.worker.load_models import check_one_process, eos_token_ids, load_target, load_tokenizer
 from aurora_lit.traces.log import ShardInfo, TraceLogWriter, read_index, read_shard
 
@@ -77,6 +78,12 @@ class PretrainOptions:
     batch_positions: int = 1024
     learning_rate: float = 1e-3
     draft_vocab_size: int = DRAFT_VOCABULARY_SIZE
+    draft_intermediate_size: int | None = None
+    """Width of the draft's MLP; None: as wide as the target's."""
+    draft_kv_heads: int | None = None
+    """Heads of the draft's keys and values; None: as many as of its queries."""
+    draft_dtype: str = "bfloat16"
+    """How weights are stored: "bfloat16", or "int8", in half the size."""
     seed: int = 0
 
 
@@ -118,7 +125,13 @@ def pretrain(config: AuroraConfig, options: PretrainOptions) -> dict[str, Any]:
         raise ConfigError(f"--prompts and --text gave nothing to learn from; {remedy}")
     if draft is None:
         ids = _vocabulary(target, tokenizer, options, traces, shards)
-        draft = initial_draft(in_torch, ids, max_positions=config.engine.max_seq_len)
+        draft = initial_draft(
+            in_torch,
+            ids,
+            num_key_value_heads=options.draft_kv_heads,
+            intermediate_size=options.draft_intermediate_size,
+            max_positions=config.engine.max_seq_len,
+        )
     module = DraftModule(
         draft,
         embedding_VH=target.embedding_rows(),
@@ -144,7 +157,7 @@ def pretrain(config: AuroraConfig, options: PretrainOptions) -> dict[str, Any]:
     if answers:
         trainer.fit(traces, answers, until_positions=options.positions)
     report = trainer.validate(traces, shards, logsumexp=target.logsumexp)
-    save_draft(module.draft, options.out)
+    save_draft(module.draft, options.out, dtype=getattr(torch, options.draft_dtype))
     record = json.dumps(_record(config, options, shards, report), indent=2) + "\n"
     replace_file(options.out / "training.json", record.encode())
     console.print_json(data=report)
@@ -251,14 +264,16 @@ def _prompts_to_answer(
     in_turn = [prompt for group in itertools.zip_longest(*files) for prompt in group if prompt is not None]
     longest = max(0, min(_MAX_SEQUENCE_TOKENS, max_positions) - options.max_answer_tokens)
     chosen, num_too_long = [], 0
+    greedy, sampled = SamplingParams(temperature=0.0), SamplingParams(temperature=0.7, top_p=0.8, top_k=20)
+    special = tuple(sorted(tokenizer.added_tokens_decoder))  # a filled hole ends where any of them follows
     for prompt in in_turn:
         ids = encode_prompt(tokenizer, prompt)
         if len(ids) > longest:
             num_too_long += 1
             continue
-        temperature = 1.0 if rng.random() < options.sampled_share else 0.0
-        seed = rng.getrandbits(32)
-        chosen.append(PromptToAnswer(domain=prompt.domain, prompt_ids=tuple(ids), temperature=temperature, seed=seed))
+        params = sampled if rng.random() < options.sampled_share else greedy
+        params = replace(params, seed=rng.getrandbits(32), stop_token_ids=special if prompt.raw is not None else ())
+        chosen.append(PromptToAnswer(domain=prompt.domain, prompt_ids=tuple(ids), params=params))
     said = f"{num_too_long} of {len(in_turn)} prompts have more than {longest} tokens and are left out"
     return chosen[: options.answers], said if num_too_long else ""
 

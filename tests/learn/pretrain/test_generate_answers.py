@@ -16,6 +16,7 @@ from support.trace_examples import keep_in
 
 from aurora_lit.learn.pretrain.generate_answers import PromptToAnswer, generate_answers
 from aurora_lit.models.interface import Target
+from aurora_lit.request import SamplingParams
 from aurora_lit.serve.engine.trace_recorder import TraceRecorder
 from aurora_lit.traces.record import Trace
 
@@ -24,7 +25,9 @@ def test_answers_are_recorded_with_the_targets_states(target: Target) -> None:
     gen = torch.Generator().manual_seed(0)
     prompts = [tuple(torch.randint(0, VOCAB, (n,), generator=gen).tolist()) for n in (3, 17, 1, 30, 58, 9)]
     questions = [
-        PromptToAnswer(domain=f"d{i}", prompt_ids=prompt, temperature=0.8 if i == 1 else 0.0, seed=i)
+        PromptToAnswer(
+            domain=f"d{i}", prompt_ids=prompt, params=SamplingParams(temperature=0.8 if i == 1 else 0.0, seed=i)
+        )
         for i, prompt in enumerate(prompts)
     ]
     options = {"eos_token_ids": frozenset({7}), "max_answer_tokens": 12, "max_batch_size": 3, "max_seq_len": 64}

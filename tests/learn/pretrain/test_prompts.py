@@ -37,13 +37,36 @@ def test_prompts_and_text_are_read(tmp_path: Path) -> None:
     assert tokenizer.decode([i for piece in pieces for i in piece]).startswith("the world the world ")
 
 
-def test_a_conversation_is_its_system_turn_and_its_first_question(tmp_path: Path) -> None:
+def test_a_prompt_is_its_first_question_or_a_conversation_up_to_the_models_turn(tmp_path: Path) -> None:
     tokenizer = tiny_tokenizer()
     path = tmp_path / "chat.jsonl"
-    turns = [("system", "be kind"), ("user", "hello"), ("assistant", "a"), ("user", "b")]
-    path.write_text(json.dumps({"messages": [{"role": role, "content": text} for role, text in turns]}) + "\n")
+    questions = [("system", "be kind"), ("user", "hello"), ("user", "b")]
+    turns = [("system", "be kind"), ("user", "hello"), ("assistant", "a"), ("user", "b"), ("assistant", "c")]
+    lines = [{"messages": [{"role": role, "content": text} for role, text in each]} for each in (questions, turns)]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    texts = [tokenizer.decode(encode_prompt(tokenizer, prompt)) for prompt in read_prompts(path)]
+    first = "<|system|>be kind<|user|>hello<|assistant|>"
+    assert texts == [first, f"{first}a<|user|>b<|assistant|>"]
+
+
+def test_tools_are_given_to_the_chat_template(tmp_path: Path) -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "{{ tools[0].function.name }}:{{ messages[0].content }}"
+    path = tmp_path / "tools.jsonl"
+    tool = {"type": "function", "function": {"name": "find"}}
+    path.write_text(json.dumps({"messages": [{"role": "user", "content": "hello"}], "tools": [tool]}) + "\n")
     (prompt,) = read_prompts(path)
-    assert tokenizer.decode(encode_prompt(tokenizer, prompt)) == "<|system|>be kind<|user|>hello<|assistant|>"
+    assert tokenizer.decode(encode_prompt(tokenizer, prompt)) == "find:hello"
+
+
+def test_a_raw_prompt_is_its_text_with_special_tokens(tmp_path: Path) -> None:
+    tokenizer = tiny_tokenizer()
+    path = tmp_path / "holes.jsonl"
+    path.write_text(json.dumps({"prompt": "hello<|user|>b", "domain": "holes"}) + "\n")
+    (prompt,) = read_prompts(path)
+    ids = encode_prompt(tokenizer, prompt)
+    assert tokenizer.convert_tokens_to_ids("<|user|>") in ids
+    assert (tokenizer.decode(ids), prompt.domain) == ("hello<|user|>b", "holes")
 
 
 def test_text_parts_are_joined(tmp_path: Path) -> None:

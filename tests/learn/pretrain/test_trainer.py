@@ -27,6 +27,7 @@ from aurora_lit.learn.pretrain.trainer import DraftTrainer, TrainerOptions, lr_f
 from aurora_lit.models.interface import Target
 from aurora_lit.modules.losses.batch import OnlineBatch
 from aurora_lit.modules.losses.objective import OnlineReport, OnlineWeights
+from aurora_lit.request import SamplingParams
 from aurora_lit.traces.log import TraceLogWriter, read_index, read_shard
 
 
@@ -35,7 +36,9 @@ def recorded(target: Target, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Greedy answers of the target, which a draft can learn."""
     gen = torch.Generator().manual_seed(1)
     prompts = [tuple(torch.randint(0, VOCAB, (3,), generator=gen).tolist()) for _ in range(60)]
-    questions = [PromptToAnswer(domain="chat", prompt_ids=prompt, temperature=0.0, seed=0) for prompt in prompts]
+    questions = [
+        PromptToAnswer(domain="chat", prompt_ids=prompt, params=SamplingParams(temperature=0.0)) for prompt in prompts
+    ]
     folder = tmp_path_factory.mktemp("recorded")
     writer = TraceLogWriter(folder, kind="answer")
     for trace in generate_answers(target, questions, eos_token_ids=frozenset(), max_answer_tokens=20):
