@@ -155,8 +155,10 @@ def test_the_next_reader_and_the_next_writer_continue_where_the_last_stopped(pat
 
 
 def test_one_reader_at_a_time(ring: tuple[RingWriter, RingReader], path: Path) -> None:
+    files = set(os.listdir("/proc/self/fd"))
     with pytest.raises(RingError, match="another learner"):
         RingReader.open(path, layout=LAYOUT)
+    assert set(os.listdir("/proc/self/fd")) == files, "what is refused is closed"
     ring[1].close()
     again = RingReader.open(path, layout=LAYOUT)
     again.close()

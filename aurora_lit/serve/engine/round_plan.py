@@ -201,7 +201,7 @@ class RoundPlan:
     proposing: ProposingTimes = field(default_factory=ProposingTimes)
     copied_prefix: bool = False
     """Making the plan took the time of copying a prompt's prefix from another slot."""
-    wants_speculation: bool = True
+    wants_speculation: bool = field(kw_only=True)
     """False: no sequence took proposals when the plan was made. In the round a grammar may stop taking them."""
 
     @property

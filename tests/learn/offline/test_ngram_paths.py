@@ -17,6 +17,7 @@ from support.trace_examples import keep_in, numbered_trace
 from aurora_lit.kernels import native
 from aurora_lit.kernels.copy_rates import CopyReliability
 from aurora_lit.kernels.suffix_index import NUM_CELLS, Copies, SuffixMemory
+from aurora_lit.learn.offline import ngram_paths
 from aurora_lit.learn.offline.ngram_paths import NgramPaths
 from aurora_lit.learn.offline.scoring import RoundTotals, RoundWalk, with_copied
 from aurora_lit.models.interface import Target
@@ -146,6 +147,19 @@ def test_a_peek_sees_what_is_remembered_and_leaves_nothing_behind() -> None:
     assert paths.peek([second]) == before
     assert torch.equal(paths.reliability.rate_RC, rates_RC)
     assert paths.along([second]) == before, "a peek shows what would be copied now"
+
+
+def test_of_requests_whose_last_segment_never_comes_the_newest_are_kept_open(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ngram_paths, "_MAX_OPEN_REQUESTS", 2)
+    paths = copy_paths(own=False, segment_tokens=50)  # as many as each answer has, so that none is the last segment
+    traces = [replace(numbered_trace(60, answer_start=10), request_id=name) for name in "abc"]
+    for trace in traces[:2]:
+        paths.copied(trace)
+        paths.remember(trace)
+    assert not any(paths.peek([traces[2]])[0].accepted_T), "both are open"
+    paths.copied(traces[2])
+    paths.remember(traces[2])
+    assert any(paths.peek([replace(traces[2], request_id="d")])[0].accepted_T), "the oldest was remembered as it is"
 
 
 def test_clients_share_nothing_if_the_scope_says_so() -> None:
