@@ -111,7 +111,7 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[in
     if tokenizer.chat_template is None:
         return list(tokenizer.encode(prompt.messages[0]))
     try:
-        tools = [dict(tool) for tool in prompt.tools] or None
+        tools: Any = [dict(tool) for tool in prompt.tools] or None
         text = tokenizer.apply_chat_template(prompt.chat, tools=tools, tokenize=False, add_generation_prompt=True)
     # Templates also fail on variables of another type, and on deep ones.
     except (TemplateError, ValueError, TypeError, RecursionError) as error:
