@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -89,13 +90,18 @@ def test_traces_reach_the_ring_and_counts_the_page(run_folder: Path, make_worker
     assert worker.aurora_lit_start(str(run_folder)) == {"error": None}  # wraps nothing twice
     run(worker)
     assert traces_in(run_folder) == ["r1", "r2"]
-    status = EngineStatusPage.open(run_folder / STATUS_NAME).read()
+    page = EngineStatusPage.open(run_folder / STATUS_NAME)
+    status = page.read()
     assert (status.state, status.worker_pid, status.vocab_size) == (WorkerState.READY, os.getpid(), 700)
     assert status.generated_tokens >= 70
     assert status.prompt_tokens == 30
     assert status.running == 0  # though no step comes after the last request has ended
     assert status.mean_accepted_length is not None
     assert status.draft_version == "first"
+    until = time.monotonic() + 10
+    while page.read().heartbeat_ns == status.heartbeat_ns:  # an idle engine's, too
+        assert time.monotonic() < until
+        time.sleep(0.05)
 
 
 def test_an_engine_that_was_killed_and_started_again_takes_up_its_ring(

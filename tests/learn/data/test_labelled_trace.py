@@ -17,7 +17,16 @@ from aurora_lit.learn.data.labelled_trace import (
 )
 from aurora_lit.learn.data.online_batch import collate_online
 from aurora_lit.learn.data.target_head import TargetHead
+from aurora_lit.models.interface import Target
 from aurora_lit.traces.record import Trace, check
+
+
+def test_a_target_head_stands_in_for_its_target(target: Target, target_head: TargetHead) -> None:
+    assert target_head.aux_layer_ids == target.aux_layer_ids, "drafts are checked against it"
+    for ids_D in (torch.tensor([3, 5, 8]), torch.tensor([4, 9])):
+        rows_DH = target_head.rows(ids_D)
+        torch.testing.assert_close(rows_DH, target.head_rows(ids_D), atol=0, rtol=1e-2)
+        assert target_head.rows(ids_D.clone()) is rows_DH, "gathered once"
 
 
 def test_a_cropped_trace_is_a_valid_trace_of_its_last_positions(target_head: TargetHead, served: list[Trace]) -> None:
