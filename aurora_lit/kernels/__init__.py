@@ -6,7 +6,7 @@ The shared library is compiled on first use and kept in `$AURORA_LIT_CACHE/kerne
 May import: request.py. Start with native.py. The files, each importing only those above it:
 
     weight_format.py   the formats in which a packed linear layer stores its weight
-    quantization.py    weights of 8 and 4 bits: quantised and laid out as the kernels read them
+    quantization.py    weights quantised to integers and scales, and back
     huge_pages.py      tensors on huge pages: weights, keys and values
     build.py           compiles the kernels and caches the shared library
     native.py          loads the kernels, says what they can do here, and calls attention

@@ -8,17 +8,18 @@ Shapes: N rows, I inputs, O outputs, D rows whose outputs are stored.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 
 from aurora_lit.kernels import huge_pages, native, quantization
+from aurora_lit.kernels.quantization import Codes
 from aurora_lit.kernels.weight_format import WeightFormat
 
 _NORM_MARGIN = 1.001
 """Factor that makes a norm computed in fp32 no smaller than the exact one."""
-_SCREEN_CHUNK = 4096
+_CHUNK = 4096
 """Outputs that are quantised at a time, whole blocks: a large head at once would take gigabytes."""
 
 # -- packing weights -----------------------------------------------------------------------------------------------
@@ -43,30 +44,56 @@ def pack_weight(weight_OI: torch.Tensor, weight_format: WeightFormat) -> torch.T
         return packed
     if weight_format is WeightFormat.INT8_PER_OUTPUT:
         contents = quantization.pack_per_output(*quantization.quantize_per_output(weight_OI), block=block)
-    else:
-        bits = weight_format.grouped_bits
-        assert bits is not None
-        contents = quantization.pack_grouped(weight_OI, bits=bits, block=block, group=kernels.aurora_group())
-    return huge_pages.empty(contents.numel(), torch.uint8).copy_(contents)
+        return huge_pages.empty(contents.numel(), torch.uint8).copy_(contents)
+    parts = (quantization.quantize_grouped(part_OI, weight_format) for part_OI in torch.split(weight_OI, _CHUNK))
+    return pack_codes(parts, weight_format, (outputs, inputs))
+
+
+def pack_codes(parts: Iterable[Codes], weight_format: WeightFormat, shape: Sequence[int]) -> torch.Tensor:
+    """Lay out a weight in a grouped format for `linear`, with exactly these numbers; flat uint8.
+
+    `parts`: its outputs in their order, in all but the last part a multiple of 32; `shape`: outputs and inputs in all.
+    """
+    kernels = native.library()
+    assert kernels is not None
+    outputs, inputs = shape
+    block, groups = kernels.aurora_block(), -(-inputs // kernels.aurora_group())
+    block_bytes = groups * getattr(kernels, f"aurora_group_bytes_{weight_format.suffix}")()
+    packed = huge_pages.empty(-(-outputs // block) * block_bytes, torch.uint8)
+    first = 0
+    for q_OI, scale_OG, min_OG in parts:
+        assert first % block == 0
+        assert q_OI.dtype == torch.uint8
+        assert scale_OG.shape == (len(q_OI), -(-inputs // weight_format.scale_inputs))
+        assert (min_OG is not None) == weight_format.has_minima
+        assert min_OG is None or min_OG.shape == scale_OG.shape
+        numbers = [q_OI.contiguous(), scale_OG.half().contiguous()]
+        minima = None if min_OG is None else min_OG.half().contiguous()
+        getattr(kernels, f"aurora_pack_{weight_format.suffix}")(
+            *map(native.address, numbers),
+            None if minima is None else native.address(minima),
+            len(q_OI),
+            inputs,
+            ctypes.c_void_p(packed.data_ptr() + first // block * block_bytes),
+        )
+        first += len(q_OI)
+    assert first == outputs
+    return packed
 
 
 def packed_values(weight_OI: torch.Tensor, weight_format: WeightFormat) -> torch.Tensor:
     """The values, in fp32, that a weight has after packing; not for INT8_PER_OUTPUT."""
     weight_OI = weight_OI.detach().float()
-    if (bits := weight_format.grouped_bits) is not None:
-        kernels = native.library()
-        assert kernels is not None
-        return quantization.dequantized_grouped(weight_OI, bits=bits, group=kernels.aurora_group())
+    if weight_format.grouped_bits is not None:
+        return quantization.dequantize_grouped(quantization.quantize_grouped(weight_OI, weight_format), weight_format)
     return weight_OI.to(weight_format.storage_dtype).float()
 
 
 def is_lossless(weight_OI: torch.Tensor, weight_format: WeightFormat) -> bool:
-    """True if packing a weight in this grouped format changes none of its values."""
-    kernels = native.library()
-    assert kernels is not None
-    bits = weight_format.grouped_bits
-    assert bits is not None
-    return quantization.is_lossless_grouped(weight_OI.detach().float(), bits=bits, group=kernels.aurora_group())
+    """True if packing a weight in this grouped format changes none of its values: it was read from a file in it."""
+    weight_OI = weight_OI.detach().float()
+    error = float((packed_values(weight_OI, weight_format) - weight_OI).abs().max())
+    return error <= 1e-6 * float(weight_OI.abs().max())
 
 
 class Screen(ctypes.Structure):
@@ -75,13 +102,13 @@ class Screen(ctypes.Structure):
     _fields_ = tuple((name, ctypes.c_void_p) for name in ("copy", "errors", "norms"))
 
     @staticmethod
-    def of(weight_OI: torch.Tensor, weight_format: WeightFormat) -> Screen:
-        """For a weight that is packed in this format; needs `has_int8_tiles`."""
+    def of(packed: torch.Tensor, weight_format: WeightFormat, *, outputs: int, inputs: int) -> Screen:
+        """For a packed weight; needs `has_int8_tiles`."""
         kernels = native.library()
         assert kernels is not None
         parts = []
-        for part_OI in torch.split(weight_OI, _SCREEN_CHUNK):
-            values_OI = packed_values(part_OI, weight_format)
+        for index_O in torch.split(torch.arange(outputs), _CHUNK):
+            values_OI = read_rows(packed, weight_format, index_O, outputs=outputs, inputs=inputs)
             quantized = quantization.quantize_per_output(values_OI)
             norms = (norm_O * _NORM_MARGIN for norm_O in quantization.per_output_error_norms(values_OI, *quantized))
             parts.append((quantization.pack_per_output(*quantized, block=kernels.aurora_block()), *norms))

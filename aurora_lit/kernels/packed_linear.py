@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from aurora_lit.kernels import matmul, native
+from aurora_lit.kernels.quantization import Codes
 from aurora_lit.kernels.weight_format import WeightFormat
 
 _SAMPLED_ROWS = 8
@@ -32,9 +33,28 @@ class PackedLinear(nn.Module):
         self.weight_format = weight_format
         self.packed = matmul.pack_weight(linear.weight, weight_format)
         self.bias: torch.Tensor | None = None if linear.bias is None else linear.bias.detach().float().contiguous()
-        screened = screened and native.has_int8_tiles()
-        self.screen = matmul.Screen.of(linear.weight.detach(), weight_format) if screened else None
+        self.screen: matmul.Screen | None = None
         """What `argmax` reads first; None: the weight alone."""
+        if screened:
+            self.add_screen()
+
+    @classmethod
+    def from_codes(
+        cls,
+        q_OI: torch.Tensor,
+        scale_OG: torch.Tensor,
+        min_OG: torch.Tensor | None,
+        weight_format: WeightFormat,
+        bias: torch.Tensor | None = None,
+    ) -> Self:
+        """The layer with exactly these numbers of a grouped format; see `Codes`.
+
+        A large weight can be given in parts to `matmul.pack_codes`, and its result to `from_tensors`.
+        """
+        tensors = {"weight": matmul.pack_codes([Codes(q_OI, scale_OG, min_OG)], weight_format, q_OI.shape)}
+        if bias is not None:
+            tensors["bias"] = bias.float().contiguous()
+        return cls.from_tensors(tensors, weight_format, q_OI.shape)
 
     @classmethod
     def from_tensors(
@@ -51,6 +71,12 @@ class PackedLinear(nn.Module):
         has_tiles = native.has_int8_tiles()  # the system may refuse them to this process
         layer.screen = matmul.Screen.from_tensors(*screen) if screen and has_tiles else None
         return layer
+
+    def add_screen(self) -> None:
+        """Have `argmax` read a coarse copy first, where tiles allow."""
+        if native.has_int8_tiles():
+            shape = {"outputs": self.out_features, "inputs": self.in_features}
+            self.screen = matmul.Screen.of(self.packed, self.weight_format, **shape)
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """What the layer consists of, besides its format and its shape."""

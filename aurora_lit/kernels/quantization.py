@@ -1,23 +1,27 @@
-"""Weights quantised to 8 or 4 bits and laid out as the kernels read them.
+"""Weights quantised to integers, with the scales that give their values.
 
-Grouped formats (csrc/grouped.hpp) have scales for groups of inputs. 4 bits: w = scale · q + min with q in 0…15, as
-llama.cpp's Q4_1. 8 bits: w = scale · q with q in -127…127, as its Q8_0, stored as q + 128. Scales and minima are fp16.
-A weight that was read from such a file, with the same groups, is packed into the very same numbers. Source:
-ggml-quants.c (quantize_row_q4_1_ref, quantize_row_q8_0_ref).
+Grouped formats (csrc/grouped.hpp) have fp16 scales for groups of inputs, and integers from 0 up. With 4 and 5 bits,
+w = scale · q + min with q in 0…15 or 0…31, as llama.cpp's Q4_1 and Q5_1. With 6 and 8 bits, w = scale · (q - offset)
+with offsets of 32 and 128, as its Q6_K and Q8_0. A weight that was read from a file in Q4_1, Q5_1 or Q8_0 is quantised
+to the very same numbers. Source: ggml-quants.c (quantize_row_q4_1_ref, quantize_row_q5_1_ref, quantize_row_q8_0_ref,
+dequantize_row_q6_K).
 
 The per-output format (csrc/int8_tiles.hpp) has one fp32 scale for each output: w = scale · q with q in -127…127. It is
 less precise and faster to multiply. It is used where numbers need not be exact (a draft), or where an exact
 computation follows (`matmul.Screen`).
 
-Shapes: O outputs, I inputs, both padded to whole blocks and groups; N blocks, G groups, F vectors of 16 outputs in a
-block.
+Shapes: O outputs, I inputs, G groups of an output's inputs; N blocks of outputs, F vectors of 16 outputs in a block.
 """
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 from torch.nn import functional
+
+from aurora_lit.kernels.weight_format import WeightFormat
 
 _LANES = 16
 """Outputs of one vector: half a block."""
@@ -27,50 +31,52 @@ _MIN_FP16_SCALE = 2.0**-24  # the smallest positive fp16; if all weights of a gr
 _MIN_FP32_SCALE = 1e-30
 
 
-def pack_grouped(weight_OI: Tensor, *, bits: int, block: int, group: int) -> Tensor:
-    """Quantise an fp32 weight in groups of inputs; flat uint8.
+class Codes(NamedTuple):
+    """A weight in a grouped format, or some rows of it; the last group of an output may be shorter."""
 
-    For each block of outputs and each group of inputs: scales, minima (4 bits only) and words of weights.
-    """
+    q_OI: Tensor
+    """uint8."""
+    scale_OG: Tensor
+    """A value of fp16 for every `WeightFormat.scale_inputs` inputs."""
+    min_OG: Tensor | None
+    """Likewise; None in formats without minima."""
+
+
+def quantize_grouped(weight_OI: Tensor, weight_format: WeightFormat) -> Codes:
+    """Quantise an fp32 weight to a grouped format."""
+    bits, span = weight_format.grouped_bits, weight_format.scale_inputs
+    assert bits is not None
     outputs, inputs = weight_OI.shape
-    padded_OI = functional.pad(weight_OI, (0, -inputs % group, 0, -outputs % block))
-    N, G, F = len(padded_OI) // block, padded_OI.shape[1] // group, block // _LANES
-    q_OI, headers = _symmetric(padded_OI.view(-1, G, group)) if bits == 8 else _affine(padded_OI.view(-1, G, group))
-    shares = 16 // bits  # pairs of inputs in a lane
-    # [block, vector, output, group, line, share, half] -> a group's lines of lanes, each half word from its low bits up
-    words = q_OI.view(N, F, _LANES, G, -1, shares, 2).permute(0, 3, 1, 4, 2, 6, 5)
-    if bits == 4:
-        words = words[..., 0::2] | words[..., 1::2] << 4
-    parts = [header.half().view(N, block, G).transpose(1, 2).contiguous().view(torch.uint8) for header in headers]
-    return torch.cat([*parts, words.reshape(N, G, -1)], dim=-1).flatten()
+    weight_OGI = functional.pad(weight_OI, (0, -inputs % span)).view(outputs, -1, span)
+    if weight_format.has_minima:
+        most = 2**bits - 1
+        low_OG1, high_OG1 = weight_OGI.aminmax(dim=-1, keepdim=True)
+        scale_OG1, min_OG1 = ((high_OG1 - low_OG1) / most).half().float(), low_OG1.half().float()
+        q_OGI = ((weight_OGI - min_OG1) / scale_OG1.clamp_min(_MIN_FP16_SCALE)).round_().clamp_(0, most)
+        min_OG = min_OG1.squeeze(-1)
+    else:
+        offset = _offset(weight_format)
+        scale_OG1, min_OG = (weight_OGI.abs().amax(-1, keepdim=True) / (offset - 1)).half().float(), None
+        q_OGI = (weight_OGI / scale_OG1.clamp_min(_MIN_FP16_SCALE)).round_().clamp_(1 - offset, offset - 1).add_(offset)
+    return Codes(q_OGI.to(torch.uint8).view(outputs, -1)[:, :inputs], scale_OG1.squeeze(-1), min_OG)
 
 
-def dequantized_grouped(weight_OI: Tensor, *, bits: int, group: int) -> Tensor:
-    """The values, in fp32, that a weight has after `pack_grouped`."""
-    outputs, inputs = weight_OI.shape
-    padded_OGI = functional.pad(weight_OI, (0, -inputs % group)).view(outputs, -1, group)
-    q_OGI, (scale_OG1, *minima) = _symmetric(padded_OGI) if bits == 8 else _affine(padded_OGI)
-    value_OGI = scale_OG1 * (q_OGI.float() - 128) if bits == 8 else scale_OG1 * q_OGI + minima[0]
+def dequantize_grouped(codes: Codes, weight_format: WeightFormat) -> Tensor:
+    """The values of a weight in a grouped format, fp32."""
+    (outputs, inputs), span = codes.q_OI.shape, weight_format.scale_inputs
+    q_OGI = functional.pad(codes.q_OI, (0, -inputs % span)).view(outputs, -1, span).float()
+    scale_OG1 = codes.scale_OG.float().unsqueeze(-1)
+    if codes.min_OG is None:
+        value_OGI = scale_OG1 * (q_OGI - _offset(weight_format))
+    else:
+        value_OGI = scale_OG1 * q_OGI + codes.min_OG.float().unsqueeze(-1)
     return value_OGI.view(outputs, -1)[:, :inputs]
 
 
-def is_lossless_grouped(weight_OI: Tensor, *, bits: int, group: int) -> bool:
-    """True if `pack_grouped` changes no value: the weight was read from a file in that format."""
-    error = float((dequantized_grouped(weight_OI, bits=bits, group=group) - weight_OI).abs().max())
-    return error <= 1e-6 * float(weight_OI.abs().max())
-
-
-def _symmetric(weight_OGI: Tensor) -> tuple[Tensor, list[Tensor]]:
-    scale_OG1 = (weight_OGI.abs().amax(-1, keepdim=True) / 127).half().float()
-    q_OGI = (weight_OGI / scale_OG1.clamp_min(_MIN_FP16_SCALE)).round_().clamp_(-127, 127).add_(128)
-    return q_OGI.to(torch.uint8), [scale_OG1]
-
-
-def _affine(weight_OGI: Tensor) -> tuple[Tensor, list[Tensor]]:
-    low_OG1, high_OG1 = weight_OGI.aminmax(dim=-1, keepdim=True)
-    scale_OG1, min_OG1 = ((high_OG1 - low_OG1) / 15).half().float(), low_OG1.half().float()
-    q_OGI = ((weight_OGI - min_OG1) / scale_OG1.clamp_min(_MIN_FP16_SCALE)).round_().clamp_(0, 15)
-    return q_OGI.to(torch.uint8), [scale_OG1, min_OG1]
+def _offset(weight_format: WeightFormat) -> int:
+    """The code of weight 0 in a format without minima."""
+    assert weight_format.grouped_bits is not None
+    return int(2 ** (weight_format.grouped_bits - 1))
 
 
 def quantize_per_output(weight_OI: Tensor) -> tuple[Tensor, Tensor]:

@@ -11,14 +11,22 @@ import torch
 
 
 class WeightFormat(enum.Enum):
-    """The value is the ending of the kernels' names in csrc/kernels.cpp; of the first four also `target.precision`."""
+    """The value is the ending of the kernels' names in csrc/kernels.cpp; `target.precision` names some of them.
+
+    In the grouped formats, inputs are rounded to 8 bits with a scale for every 32 of them. Layers of a model may have
+    different ones.
+    """
 
     FP32 = "fp32"
     BF16 = "bf16"
     INT8_GROUPED = "int8"
-    """8 bits with an fp16 scale for every 32 inputs of an output, as llama.cpp's Q8_0; inputs are rounded to 8 bits."""
+    """8 bits with an fp16 scale for every 32 inputs of an output, as llama.cpp's Q8_0."""
+    INT6_GROUPED = "int6"
+    """6 bits with an fp16 scale for every 16 inputs of an output, as Q6_K."""
+    INT5_GROUPED = "int5"
+    """5 bits with an fp16 scale and minimum for every 32 inputs of an output, as Q5_1."""
     INT4_GROUPED = "int4"
-    """4 bits with an fp16 scale and minimum for every 32 inputs of an output, as Q4_1; inputs are rounded to 8 bits."""
+    """4 bits with an fp16 scale and minimum for every 32 inputs of an output, as Q4_1."""
     INT8_PER_OUTPUT = "int8_per_output"
     """8 bits with one fp32 scale for each output; needs AMX tiles (`native.has_int8_tiles`)."""
 
@@ -39,7 +47,22 @@ class WeightFormat(enum.Enum):
     @property
     def grouped_bits(self) -> int | None:
         """Bits of a weight in the grouped formats, otherwise None."""
-        return {WeightFormat.INT8_GROUPED: 8, WeightFormat.INT4_GROUPED: 4}.get(self)
+        return {
+            WeightFormat.INT8_GROUPED: 8,
+            WeightFormat.INT6_GROUPED: 6,
+            WeightFormat.INT5_GROUPED: 5,
+            WeightFormat.INT4_GROUPED: 4,
+        }.get(self)
+
+    @property
+    def has_minima(self) -> bool:
+        """True if a weight is scale · q + min, with q from 0; else it is scale · q, with q around 0."""
+        return self in (WeightFormat.INT4_GROUPED, WeightFormat.INT5_GROUPED)
+
+    @property
+    def scale_inputs(self) -> int:
+        """Inputs that share a scale in a grouped format."""
+        return 16 if self is WeightFormat.INT6_GROUPED else 32
 
     @property
     def kv_dtype(self) -> torch.dtype:

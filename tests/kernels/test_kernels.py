@@ -12,7 +12,7 @@ from torch import nn
 
 from aurora_lit.kernels import matmul, native
 from aurora_lit.kernels.packed_linear import PackedEmbedding, PackedLinear, pack_linears
-from aurora_lit.kernels.quantization import quantize_per_output
+from aurora_lit.kernels.quantization import Codes, quantize_per_output
 from aurora_lit.kernels.weight_format import WeightFormat
 from aurora_lit.models.attention import KVCacheView, Variant, cached_attention
 from aurora_lit.models.kv_cache import KVCache
@@ -51,8 +51,8 @@ def test_a_packed_layer_agrees_with_torch(inputs: int, outputs: int, bias: bool,
     y = PackedLinear(linear, weight_format)(x)
     assert y.shape == (2, 7, outputs)
     assert y.dtype == torch.float32
-    # With 4-bit weights, an input halfway between two integers may be rounded to either: a step of 1/2039.
-    tolerance = 2e-4 if weight_format is WeightFormat.INT4_GROUPED else 2e-5
+    # An input halfway between two integers may be rounded to either.
+    tolerance = 2e-4 if weight_format.has_minima else 2e-5
     assert (y - expected_output(linear, x, weight_format)).abs().max() < tolerance
 
 
@@ -257,6 +257,35 @@ def test_quantising_a_weight_again_does_not_change_it(weight_format: WeightForma
     with torch.no_grad():
         linear.weight.copy_(weight)
     torch.testing.assert_close(PackedLinear(linear, weight_format).rows(torch.arange(64)), weight, rtol=0, atol=1e-7)
+
+
+@needs_kernels
+@pytest.mark.parametrize("weight_format", GROUPED)
+@pytest.mark.parametrize(("inputs", "outputs"), [(64, 96), (112, 33), (16, 1)])
+def test_a_layer_of_given_codes_has_exactly_their_values(
+    inputs: int, outputs: int, weight_format: WeightFormat, gen: torch.Generator
+) -> None:
+    """Every code occurs, and the scales and minima are such as no quantiser would choose."""
+    assert weight_format.grouped_bits is not None
+    codes, span = 2**weight_format.grouped_bits, weight_format.scale_inputs
+    q_OI = torch.randint(codes, (outputs, inputs), generator=gen).to(torch.uint8)
+    numbers_2OG = (torch.randn(2, outputs, -(-inputs // span), generator=gen) * 3).half()
+    scale_OI, min_OI = numbers_2OG.double().repeat_interleave(span, dim=-1)[..., :inputs]
+    scale_OG, min_OG = numbers_2OG[0], numbers_2OG[1] if weight_format.has_minima else None
+    bias_O = torch.randn(outputs, generator=gen)
+    layer = PackedLinear.from_codes(q_OI, scale_OG, min_OG, weight_format, bias_O)
+    weight_OI = scale_OI * q_OI.double() + min_OI if min_OG is not None else scale_OI * (q_OI.double() - codes // 2)
+    assert torch.equal(layer.rows(torch.arange(outputs)), weight_OI.float())
+    x = torch.randint(-127, 128, (20, inputs), generator=gen).float()
+    x[:, ::32] = 127  # so that inputs are not rounded
+    torch.testing.assert_close(layer(x).double(), x.double() @ weight_OI.t() + bias_O.double(), rtol=2e-6, atol=0.05)
+    parts = [Codes(q_OI[rows], scale_OG[rows], None if min_OG is None else min_OG[rows]) for rows in _parts(outputs)]
+    assert torch.equal(matmul.pack_codes(parts, weight_format, (outputs, inputs)), layer.packed)
+
+
+def _parts(outputs: int) -> list[slice]:
+    """Of whole blocks, but for the last."""
+    return [slice(first, first + 32) for first in range(0, outputs, 32)]
 
 
 @needs_kernels

@@ -8,25 +8,32 @@ from aurora_lit.kernels import native
 from aurora_lit.kernels.weight_format import WeightFormat
 
 UNQUANTIZED = [WeightFormat.FP32, WeightFormat.BF16]
-GROUPED = [WeightFormat.INT8_GROUPED, WeightFormat.INT4_GROUPED]
+GROUPED = [
+    WeightFormat.INT8_GROUPED,
+    WeightFormat.INT6_GROUPED,
+    WeightFormat.INT5_GROUPED,
+    WeightFormat.INT4_GROUPED,
+]
 PER_OUTPUT = [WeightFormat.INT8_PER_OUTPUT] if native.has_int8_tiles() else []
 
 
 def stored_weight(weight: torch.Tensor, weight_format: WeightFormat) -> torch.Tensor:
-    """A weight's values in its format, float64; grouped formats are llama.cpp's Q8_0 and Q4_1, rounded in fp32."""
+    """A weight's values in its format, float64; grouped formats round in fp32, as llama.cpp's Q8_0 and Q4_1 do."""
     if weight_format in UNQUANTIZED:
         return weight.to(weight_format.storage_dtype).double()
     if weight_format is WeightFormat.INT8_PER_OUTPUT:
         scale = weight.abs().amax(-1, keepdim=True) / 127
         return (weight / scale.clamp_min(1e-30)).round().double() * scale.double()
-    grouped = in_groups(weight).float()
-    if weight_format is WeightFormat.INT8_GROUPED:
-        scale, low = (grouped.abs().amax(-1, keepdim=True) / 127).half().double(), torch.zeros(1).double()
-        q = (grouped / scale.float()).round().clamp(-127, 127)
+    grouped = in_groups(weight, 16 if weight_format is WeightFormat.INT6_GROUPED else 32).float()
+    if weight_format in (WeightFormat.INT8_GROUPED, WeightFormat.INT6_GROUPED):
+        most = 127 if weight_format is WeightFormat.INT8_GROUPED else 31
+        scale, low = (grouped.abs().amax(-1, keepdim=True) / most).half().double(), torch.zeros(1).double()
+        q = (grouped / scale.float()).round().clamp(-most, most)
     else:
+        most = 15 if weight_format is WeightFormat.INT4_GROUPED else 31
         low = grouped.amin(-1, keepdim=True)
-        scale, low = ((grouped.amax(-1, keepdim=True) - low) / 15).half().double(), low.half().double()
-        q = ((grouped - low.float()) / scale.float()).round().clamp(0, 15)
+        scale, low = ((grouped.amax(-1, keepdim=True) - low) / most).half().double(), low.half().double()
+        q = ((grouped - low.float()) / scale.float()).round().clamp(0, most)
     return torch.where(scale > 0, q * scale + low, low).flatten(-2)[..., : weight.shape[-1]]
 
 
@@ -47,6 +54,6 @@ def rounded_inputs(x: torch.Tensor, weight_format: WeightFormat) -> torch.Tensor
     return (q.double() * largest.double() / 127).flatten(-2)[..., : x.shape[-1]]
 
 
-def in_groups(x: torch.Tensor) -> torch.Tensor:
-    """[..., inputs] as float64 groups [..., groups, 32], padded with zeros."""
-    return torch.nn.functional.pad(x, (0, -x.shape[-1] % 32)).unflatten(-1, (-1, 32)).double()
+def in_groups(x: torch.Tensor, size: int = 32) -> torch.Tensor:
+    """[..., inputs] as float64 groups [..., groups, size], padded with zeros."""
+    return torch.nn.functional.pad(x, (0, -x.shape[-1] % size)).unflatten(-1, (-1, size)).double()

@@ -62,8 +62,21 @@ void aurora_pack_bf16(const float* weight, int outputs, int inputs, int padded, 
       }
 }
 
-// Number of inputs that share a scale in the grouped formats.
+// Number of inputs of a group in the grouped formats.
 int aurora_group() { return GROUP; }
+
+// Pack codes of a grouped weight, their scales and their minima (pack_codes in grouped.hpp); the size in bytes of a
+// group of a packed block.
+#define AURORA_GROUPED(BITS)                                                                                           \
+  void aurora_pack_int##BITS(const uint8_t* codes, const uint16_t* scales, const uint16_t* mins, int outputs,          \
+                             int inputs, void* packed) {                                                               \
+    pack_codes<BITS>(codes, scales, mins, outputs, inputs, static_cast<WeightGroup<BITS>*>(packed));                   \
+  }                                                                                                                    \
+  int aurora_group_bytes_int##BITS() { return int(sizeof(WeightGroup<BITS>)); }
+AURORA_GROUPED(4)
+AURORA_GROUPED(5)
+AURORA_GROUPED(6)
+AURORA_GROUPED(8)
 
 // 1 if the processor has products of bytes, with which grouped weights are multiplied at full speed.
 int aurora_has_byte_products() {
@@ -108,6 +121,8 @@ int aurora_has_byte_products() {
 AURORA_FORMAT(fp32, Fp32, float)
 AURORA_FORMAT(bf16, Bf16, uint16_t)
 AURORA_FORMAT(int8, Grouped<8>, uint16_t)
+AURORA_FORMAT(int6, Grouped<6>, uint16_t)
+AURORA_FORMAT(int5, Grouped<5>, uint16_t)
 AURORA_FORMAT(int4, Grouped<4>, uint16_t)
 
 #if defined(AURORA_INT8_TILES)
@@ -122,6 +137,8 @@ AURORA_FORMAT(int8_per_output, Int8PerOutput, uint16_t)
 AURORA_SCREENED(fp32, Fp32)
 AURORA_SCREENED(bf16, Bf16)
 AURORA_SCREENED(int8, Grouped<8>)
+AURORA_SCREENED(int6, Grouped<6>)
+AURORA_SCREENED(int5, Grouped<5>)
 AURORA_SCREENED(int4, Grouped<4>)
 #endif
 

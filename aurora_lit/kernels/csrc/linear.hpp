@@ -106,12 +106,18 @@ void block_of(int rows, const typename Format::Weight* w, const typename Format:
   block_rows<Format, ROWS>(w, x, x_stride, k_padded, stream, y, y_stride, width, bias, add);
 }
 
-// From this number of rows on, a block of weights of four bits is unpacked once for all of them; measured.
+// From this number of rows on, a block of weights of less than eight bits is unpacked once for all of them; measured.
 #if defined(__AVX512F__)
 constexpr int UNPACKED_FROM_ROWS = 24;
 #else
 constexpr int UNPACKED_FROM_ROWS = 16;
 #endif
+
+// Bits of a weight of such a format; 0: another format.
+template <class Format>
+constexpr int UNPACKED_BITS = 0;
+template <int BITS>
+constexpr int UNPACKED_BITS<Grouped<BITS>> = BITS < 8 ? BITS : 0;
 
 // `rows` rows times blocks [from, to).
 template <class Format>
@@ -129,14 +135,15 @@ void linear_blocks(const typename Format::Input* x, ptrdiff_t x_stride, int rows
         block_of<decltype(format)>(n, block, x + r * x_stride, x_stride, k_padded, stream,
                                    y + ptrdiff_t(r) * outputs + first, outputs, width, bb, add);
       };
-      if constexpr (std::is_same<Format, Grouped<4>>::value)
+      if constexpr (UNPACKED_BITS<Format> != 0)
         if (rows >= UNPACKED_FROM_ROWS) {
-          static thread_local Buffer<UnpackedGroup<4>> buffer;
-          const UnpackedBlock<4> block{wb, buffer.at_least(size_t(k_padded))};
+          constexpr int BITS = UNPACKED_BITS<Format>;
+          static thread_local Buffer<UnpackedGroup<BITS>> buffer;
+          const UnpackedBlock<BITS> block{wb, buffer.at_least(size_t(k_padded))};
           if (r == 0)
-            multiply(ManyRows<4, Reads::PACKED_AND_UNPACKS>{}, &block);
+            multiply(ManyRows<BITS, Reads::PACKED_AND_UNPACKS>{}, &block);
           else
-            multiply(ManyRows<4, Reads::UNPACKED>{}, &block);
+            multiply(ManyRows<BITS, Reads::UNPACKED>{}, &block);
           continue;
         }
       multiply(Format{}, wb);

@@ -5,8 +5,7 @@
 #include <omp.h>
 
 #include "int8_tiles.hpp"
-#include "four_bit_tiles.hpp"
-#include "eight_bit_tiles.hpp"
+#include "grouped_tiles.hpp"
 #include "linear.hpp"
 #include "bf16_tiles.hpp"
 #include "prompt_tiles.hpp"
@@ -104,26 +103,23 @@ struct Product<Bf16> {
   }
 };
 
-template <int BITS>
-struct Product<Grouped<BITS>> {
-  typedef Grouped<BITS> Format;
+// Inputs of grouped weights of any number of bits: InputGroup[rows][groups], or TileInputs[tiles of rows][groups].
+struct GroupedInputs {
   static constexpr bool ROUNDS_GROUPS = true;
   static int padded(int inputs) { return num_groups(inputs); }
   static size_t buffer_rows(int rows) { return size_t((rows + 15) / 16 * 16); }
-  static ptrdiff_t block_bytes(int groups) { return groups * ptrdiff_t(sizeof(typename Format::Weight)); }
-  // The rounded inputs are InputGroup[rows][groups]; for tiles of 4 bits TileInputs[tiles of rows][groups].
   static void round_inputs(const float* from, int count, int g, int groups, InputGroup* x, int r, int rows) {
     float whole[GROUP] = {};
     if (count < GROUP) std::memcpy(whole, from, size_t(count) * sizeof(float)), from = whole;
-    if (BITS == 4 && on_tiles(rows)) {
+    if (on_tiles(rows)) {
 #if defined(AURORA_GROUPED_TILES)
       InputGroup group;
-      round_group<BITS>(from, &group);
+      round_group(from, &group);
       tile_of(x, groups, r)[g].set(r % TILE_ROWS, group);
 #endif
       return;
     }
-    round_group<BITS>(from, &x[ptrdiff_t(r) * groups + g]);
+    round_group(from, &x[ptrdiff_t(r) * groups + g]);
   }
   static void round_row(const float* from, int inputs, InputGroup* x, int r, int rows) {
     const int groups = padded(inputs);
@@ -136,49 +132,48 @@ struct Product<Grouped<BITS>> {
       const int count = inputs - k < GROUP ? inputs - k : GROUP;
       std::memcpy(whole, from + k, size_t(count) * sizeof(float));
       InputGroup group;
-      round_group<BITS>(whole, &group);
+      round_group(whole, &group);
       for (int i = 0; i < GROUP; ++i)
-        if (const int input = LANE_ORDER<BITS>.input[i]; input < count)
-          to[k + input] = float(group.values[i]) * group.scale;
+        if (const int input = LANE_ORDER.input[i]; input < count) to[k + input] = float(group.values[i]) * group.scale;
     }
   }
   static bool on_tiles(int rows) {
 #if defined(AURORA_GROUPED_TILES)
-    return rows >= (BITS == 4 ? FOUR_BIT_TILES_MIN_ROWS : EIGHT_BIT_TILES_MIN_ROWS) && tiles_allowed();
+    return rows >= GROUPED_TILES_MIN_ROWS && tiles_allowed();
 #else
     (void)rows;
     return false;
 #endif
   }
-  static void enter(int rows) {
-#if defined(AURORA_GROUPED_TILES)
-    if (on_tiles(rows)) configure_byte_tiles(rows < TILE_ROWS ? rows : TILE_ROWS);
-#endif
-    (void)rows;
-  }
   static void leave() { Product<Bf16>::leave(); }
-  static void blocks(const InputGroup* x, int groups, int rows, const void* w, int outputs, const Stream& stream,
-                     float* y, const float* bias, bool add, int from, int to) {
-    const typename Format::Weight* weight = static_cast<const typename Format::Weight*>(w);
-#if defined(AURORA_GROUPED_TILES)
-    if (on_tiles(rows)) {
-      if constexpr (BITS == 4)
-        return linear_four_bit_tiles(tile_of(x, groups, 0), groups, rows, weight, outputs, stream, y, bias, add, from,
-                                     to);
-      else
-        return linear_eight_bit_tiles(x, groups, rows, weight, outputs, stream, y, bias, add, from, to);
-    }
-#endif
-    linear_blocks<Format>(x, groups, rows, weight, groups, outputs, stream, y, bias, add, from, to);
-  }
-
- private:
 #if defined(AURORA_GROUPED_TILES)
   static_assert(sizeof(TileInputs) <= TILE_ROWS * sizeof(InputGroup), "the buffer holds either");
   static TileInputs* tile_of(const InputGroup* x, int groups, int r) {
     return reinterpret_cast<TileInputs*>(const_cast<InputGroup*>(x)) + ptrdiff_t(r / TILE_ROWS) * groups;
   }
 #endif
+};
+
+template <int BITS>
+struct Product<Grouped<BITS>> : GroupedInputs {
+  typedef Grouped<BITS> Format;
+  static ptrdiff_t block_bytes(int groups) { return groups * ptrdiff_t(sizeof(typename Format::Weight)); }
+  static void enter(int rows) {
+#if defined(AURORA_GROUPED_TILES)
+    if (on_tiles(rows)) configure_byte_tiles<BITS>(rows < TILE_ROWS ? rows : TILE_ROWS);
+#endif
+    (void)rows;
+  }
+  static void blocks(const InputGroup* x, int groups, int rows, const void* w, int outputs, const Stream& stream,
+                     float* y, const float* bias, bool add, int from, int to) {
+    const typename Format::Weight* weight = static_cast<const typename Format::Weight*>(w);
+#if defined(AURORA_GROUPED_TILES)
+    if (on_tiles(rows))
+      return linear_grouped_tiles<BITS>(tile_of(x, groups, 0), groups, rows, weight, outputs, stream, y, bias, add,
+                                        from, to);
+#endif
+    linear_blocks<Format>(x, groups, rows, weight, groups, outputs, stream, y, bias, add, from, to);
+  }
 };
 
 #if defined(AURORA_INT8_TILES)

@@ -19,20 +19,23 @@ constexpr int PANEL_INPUTS = 512;
 // A block of grouped weights as bf16, in the layout of packed bf16 weights.
 template <int BITS>
 inline void unpack_to_bf16(const WeightGroup<BITS>* weights, int groups, uint16_t* to) {
-  constexpr int PAIRS = 16 / BITS;  // in a lane, see WeightGroup
-  constexpr uint32_t MASK = (1u << BITS) - 1;
+  typedef WeightGroup<BITS> Group;
+  constexpr int SCALE_LINES = LINES / Group::SCALES;
   for (int g = 0; g < groups; ++g, ++weights, to += GROUP * BLOCK)
-    for (int v = 0; v < 2; ++v) {
-      const f16v scales = from_fp16(weights->scales + 16 * v);
-      const f16v offsets = WeightGroup<BITS>::HAS_MIN ? from_fp16(weights->mins + 16 * v) : -128.0f * scales;
-      for (int line = 0; line < GROUP * BITS / 32; ++line) {
-        const u16v words = *reinterpret_cast<const u16v*>(weights->words[v][line]);
-        for (int n = 0; n < PAIRS; ++n) {
-          const i16v low = (i16v)((words >> (BITS * n)) & MASK), high = (i16v)((words >> (BITS * n + 16)) & MASK);
+    for (int part = 0; part < 2 * Group::SCALES; ++part) {
+      const int v = part % 2, scale = part / 2;
+      const f16v scales = from_fp16(weights->scales[scale] + 16 * v);
+      const f16v offsets = Group::HAS_MIN ? from_fp16(weights->mins + 16 * v) : -float(Group::OFFSET) * scales;
+#pragma GCC unroll 8
+      for (int i = 0; i < SCALE_LINES; ++i) {
+        const int line = scale * SCALE_LINES + i;
+        const u16v bytes = weights->template bytes<u16v>(16 * v, line);
+        for (int n = 0; n < 2; ++n) {  // see LaneOrder
+          const i16v low = (i16v)((bytes >> (8 * n)) & 0xffu), high = (i16v)((bytes >> (8 * n + 16)) & 0xffu);
           const u16v even = (u16v)fused(__builtin_convertvector(low, f16v), scales, offsets) + 0x8000u;
           const u16v odd = (u16v)fused(__builtin_convertvector(high, f16v), scales, offsets) + 0x8000u;
           const u16v pair = (even >> 16) | (odd & 0xffff0000u);
-          std::memcpy(to + (line * PAIRS + n) * 2 * BLOCK + 32 * v, &pair, sizeof pair);
+          std::memcpy(to + LANE_ORDER.input[4 * line + n] * BLOCK + 32 * v, &pair, sizeof pair);
         }
       }
     }

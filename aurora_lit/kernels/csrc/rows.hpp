@@ -37,21 +37,22 @@ template <int BITS>
 struct Rows<Grouped<BITS>> {
   static void read(const void* packed, int64_t width, int64_t index, float* to) {
     typedef WeightGroup<BITS> Weight;
-    constexpr int SPAN = 32 / BITS;  // inputs of a word
     const int in_block = int(index % BLOCK);
     const Weight* group = static_cast<const Weight*>(packed) + index / BLOCK * num_groups(int(width));
     const auto of_row = [&](const uint16_t* from) {
       return from_fp16(from + in_block / LANES * LANES)[in_block % LANES];
     };
-    for (int64_t first = 0; first < width; first += GROUP, ++group) {
-      const float scale = of_row(group->scales), min = Weight::HAS_MIN ? of_row(group->mins) : -128.0f * scale;
-      for (int64_t i = 0; i < GROUP && first + i < width; ++i) {
-        const uint32_t word = group->words[in_block / 16][i / SPAN][in_block % 16];
-        const int64_t pair = i % SPAN / 2;
-        const uint32_t q = word >> (BITS * pair + 16 * (i % 2)) & ((1u << BITS) - 1);
-        to[first + i] = scale * float(q) + min;  // the product is exact: 11 bits times BITS
+    for (int64_t first = 0; first < width; first += GROUP, ++group)
+      for (int line = 0; line < LINES; ++line) {
+        const float scale = of_row(group->scales[line * Weight::SCALES / LINES]);
+        const float min = Weight::HAS_MIN ? of_row(group->mins) : -float(Weight::OFFSET) * scale;
+        const uint32_t bytes = group->template bytes<uint32_t>(in_block, line);
+        for (int i = 0; i < 4; ++i) {
+          const int64_t input = first + LANE_ORDER.input[4 * line + i];
+          const float q = float(bytes >> (8 * i) & 0xffu);
+          if (input < width) to[input] = scale * q + min;  // the product is exact: 11 bits times BITS
+        }
       }
-    }
   }
 };
 
