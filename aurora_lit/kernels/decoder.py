@@ -26,20 +26,22 @@ _NUM_AUX_LAYERS = 3
 
 
 class Matrix(ctypes.Structure):
-    """A packed linear layer; Matrix in decoder.hpp."""
+    """A packed linear layer; Matrix in matmul.hpp."""
 
     _fields_ = (
         ("weight", ctypes.c_void_p),
         ("bias", ctypes.c_void_p),
         ("outputs", ctypes.c_int64),
         ("inputs", ctypes.c_int64),
+        ("bits", ctypes.c_int64),
     )
 
     @staticmethod
     def of(linear: PackedLinear) -> Matrix:
         """Pointers into a layer, which the caller must keep alive."""
         bias = None if linear.bias is None else linear.bias.data_ptr()
-        return Matrix(linear.packed.data_ptr(), bias, linear.out_features, linear.in_features)
+        bits = linear.weight_format.grouped_bits or 0
+        return Matrix(linear.packed.data_ptr(), bias, linear.out_features, linear.in_features, bits)
 
 
 MATRICES = ("query", "key", "value", "output", "gate", "up", "down")
@@ -127,18 +129,20 @@ class Decoder:
         """
         library = native.library()
         assert library is not None
-        self._layers = [_checked(layer) for layer in layers]
+        weight_format = layers[0].query.weight_format
+        self._layers = [_checked(layer, weight_format) for layer in layers]
         self._final_norm = final_norm.float().contiguous()
         self._rotary = rotary
         self._cosines_PD = self._sines_PD = torch.empty(0, 0)
         """As many positions as the longest slot so far."""
         self._heads = (num_heads, num_kv_heads)
         self._eps, self._aux_layer_ids = eps, aux_layer_ids
-        weight_format = layers[0].query.weight_format
-        self.native_decode = getattr(library, f"aurora_decode_{weight_format.suffix}")
+        self.layers_suffix = weight_format.layers_suffix
+        """See `WeightFormat.layers_suffix`."""
+        self.native_decode = getattr(library, f"aurora_decode_{self.layers_suffix}")
         """The native call itself."""
         self._kv_dtype = weight_format.kv_dtype
-        self.has_prompt_arithmetic = bool(getattr(library, f"aurora_has_prompt_arithmetic_{weight_format.suffix}")())
+        self.has_prompt_arithmetic = bool(getattr(library, f"aurora_has_prompt_arithmetic_{self.layers_suffix}")())
         """True if positions of prompts are computed faster than decoding ones, and rounded differently."""
         self._move = getattr(library, f"aurora_move_{WeightFormat.of_dtype(self._kv_dtype).suffix}")
         self.nanoseconds: torch.Tensor | None = None
@@ -270,7 +274,13 @@ def _address(tensor: torch.Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
 
-def _checked(layer: LayerWeights) -> LayerWeights:
+def _checked(layer: LayerWeights, weight_format: WeightFormat) -> LayerWeights:
+    for name in MATRICES:
+        own = getattr(layer, name).weight_format
+        assert own.layers_suffix == weight_format.layers_suffix, (
+            f"{name} is in {own.value} beside matrices in {weight_format.value}: formats are mixed only if all are "
+            "grouped (4, 5, 6 or 8 bits)"
+        )
     for norm in (getattr(layer, name) for name in NORMS):
         assert norm is None or (norm.dtype == torch.float32 and norm.is_contiguous())
     return layer

@@ -204,7 +204,8 @@ class DraftSteps:
         assert coarse_head is None or coarse_head.weight_format is WeightFormat.INT4_GROUPED
         self._kept_alive = (decoder, fuse, head, value, coarse_head, target_id_D, embedding)
         self._decoder = decoder
-        self._draft = getattr(library, f"aurora_draft_{head.weight_format.suffix}")
+        assert all(each.weight_format.layers_suffix == decoder.layers_suffix for each in (fuse, head, value))
+        self._draft = getattr(library, f"aurora_draft_{decoder.layers_suffix}")
         library.aurora_drafting_new.restype = ctypes.c_void_p
         self._state = ctypes.c_void_p(library.aurora_drafting_new())
         weakref.finalize(self, library.aurora_drafting_free, self._state)

@@ -13,8 +13,8 @@ import torch
 class WeightFormat(enum.Enum):
     """The value is the ending of the kernels' names in csrc/kernels.cpp; `target.precision` names some of them.
 
-    In the grouped formats, inputs are rounded to 8 bits with a scale for every 32 of them. Layers of a model may have
-    different ones.
+    In the grouped formats, inputs are rounded to 8 bits with a scale for every 32 of them. A layer's matrices may have
+    different ones of these.
     """
 
     FP32 = "fp32"
@@ -53,6 +53,11 @@ class WeightFormat(enum.Enum):
             WeightFormat.INT5_GROUPED: 5,
             WeightFormat.INT4_GROUPED: 4,
         }.get(self)
+
+    @property
+    def layers_suffix(self) -> str:
+        """Ending of the names of the kernels that take whole layers; formats that have the same one can be mixed."""
+        return self.suffix if self.grouped_bits is None else "grouped"
 
     @property
     def has_minima(self) -> bool:

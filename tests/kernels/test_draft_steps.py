@@ -9,10 +9,12 @@ import copy
 import math
 import random
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
+from support.kernel_formats import GROUPED, pack_in_turn
 from support.tiny_models import VOCAB, random_draft, save_model
 
 from aurora_lit.kernels import native
@@ -22,6 +24,7 @@ from aurora_lit.kernels.matmul import ColumnDraws
 from aurora_lit.models.interface import Target
 from aurora_lit.models.loading import load_target
 from aurora_lit.modules.sampling.noise import gumbel
+from aurora_lit.serve.speculation import runtime_draft
 from aurora_lit.serve.speculation.drafter import Drafter, DraftInputs
 from aurora_lit.serve.speculation.planner import extends_chain
 
@@ -92,6 +95,31 @@ def test_a_native_chain_equals_the_modules_chain(target: Target, stop_after: int
         torch.testing.assert_close(
             drafted.outcome_JB[:, compared], expected.outcome_JB[:, compared], atol=1e-4, rtol=1e-4
         )
+
+
+@torch.no_grad()
+def test_a_draft_whose_matrices_have_different_bits_runs_natively(
+    target: Target, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every matrix of the draft, fuse, head and value head included, has each grouped format in one of four drafts."""
+    if target.kv_dtype != torch.bfloat16:
+        pytest.skip("keys and values beside grouped weights are bf16")
+    for shift in range(len(GROUPED)):
+        monkeypatch.setattr(runtime_draft, "pack_linears", partial(pack_in_turn, shift=shift))
+        sequences = GrowingSequences(target, num_drafters=2)
+        native_drafter, module_drafter = sequences.drafters
+        module_drafter._runtime_draft = replace(module_drafter._runtime_draft, steps=None)
+        assert native_drafter.is_native
+        for lengths in ROUNDS:
+            inputs = sequences.grow(lengths)
+            drafted = native_chain(native_drafter, inputs, num_levels=2)
+            expected = module_drafter.propose(inputs, num_steps=2)
+            compared = slice(0, num_comparable(lengths))
+            # The last bit of an input may decide how it is rounded to 8 bits.
+            torch.testing.assert_close(
+                drafted.outcome_JB[0, compared], expected.outcome_JB[0, compared], atol=1e-2, rtol=1e-2
+            )
+            assert torch.equal(drafted.token_BK[compared, 0], expected.token_BK[compared, 0])
 
 
 @torch.no_grad()

@@ -7,10 +7,14 @@ from typing import Any
 
 import pytest
 import torch
+from support.kernel_formats import pack_in_turn
 from support.tiny_models import FAMILIES, VOCAB, reference_model, save_model
 from torch import nn
 
 from aurora_lit.kernels import native
+from aurora_lit.kernels.packed_linear import PackedLinear
+from aurora_lit.kernels.weight_format import WeightFormat
+from aurora_lit.models import loading
 from aurora_lit.models.interface import Target
 from aurora_lit.models.loading import load_target
 from aurora_lit.models.native_target import NativeTarget, make_native
@@ -20,7 +24,8 @@ pytestmark = [
     pytest.mark.skipif(native.library() is None, reason="no C++ compiler, or AURORA_LIT_NATIVE=0"),
     pytest.mark.usefixtures("two_threads"),
 ]
-PRECISIONS = ("fp32", "bf16", "int8", "int4")
+PRECISIONS = ("fp32", "bf16", "int8", "int4", "mixed")
+"""The last: linear layers have 8, 6, 5 and 4 bits in turn, so that every matrix of a layer has each somewhere."""
 YARN = {
     "rope_type": "yarn",
     "rope_theta": 10_000.0,
@@ -34,7 +39,15 @@ YARN = {
 def targets(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, NativeTarget]:
     """By precision, of a family whose attention has no norms, and of one that has."""
     folder = save_model(request.param, tmp_path_factory.mktemp(request.param))
-    return {precision: load_target(folder, precision=precision) for precision in PRECISIONS}
+    return {precision: load(folder, precision) for precision in PRECISIONS}
+
+
+def load(folder: Path, precision: str) -> Target:
+    if precision != "mixed":
+        return load_target(folder, precision=precision)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(loading, "pack_model", pack_in_turn)
+        return load_target(folder, precision="int4")
 
 
 @pytest.mark.parametrize(
@@ -55,12 +68,21 @@ def test_families_with_a_row_run_natively_with_the_same_outputs(
 ) -> None:
     folder, ids_BT = save_model(family, tmp_path, **changes), torch.arange(22).remainder(VOCAB).view(2, 11)
     for precision in PRECISIONS:
-        target = load_target(folder, precision=precision)
+        target = load(folder, precision)
         assert isinstance(target, NativeTarget)
         assert target.in_torch is not None
         tolerance = 1e-5 if precision == "fp32" else 3e-2
         for a, b in zip(run(target, ids_BT), run(target.in_torch, ids_BT), strict=True):
             torch.testing.assert_close(a, b, rtol=0, atol=float(b.abs().max()) * tolerance)
+
+
+def test_grouped_matrices_are_not_mixed_with_others(tmp_path: Path) -> None:
+    target = load_target(save_model("llama", tmp_path), precision="int4")
+    layer = target.in_torch.model.base_model.layers[1].mlp
+    linear = nn.Linear(layer.up_proj.in_features, layer.up_proj.out_features, bias=False)
+    layer.up_proj = PackedLinear(linear, WeightFormat.BF16)
+    with pytest.raises(AssertionError, match="up is in bf16 beside matrices in int4: formats are mixed only if"):
+        make_native(target.in_torch)
 
 
 @pytest.mark.parametrize("norm", ["q_norm", "k_norm"])

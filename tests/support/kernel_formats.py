@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
+from typing import Any
+
 import torch
+from torch import nn
 
 from aurora_lit.kernels import native
+from aurora_lit.kernels.packed_linear import pack_linears
 from aurora_lit.kernels.weight_format import WeightFormat
 
 UNQUANTIZED = [WeightFormat.FP32, WeightFormat.BF16]
@@ -52,6 +57,13 @@ def rounded_inputs(x: torch.Tensor, weight_format: WeightFormat) -> torch.Tensor
     factor = torch.full_like(largest, 127) / largest  # "127 / largest" would be 127 times the reciprocal
     q = (in_groups(x).float() * factor).round()  # in fp32 like the kernel, so that ties round alike
     return (q.double() * largest.double() / 127).flatten(-2)[..., : x.shape[-1]]
+
+
+def pack_in_turn(model: nn.Module, *, shift: int = 0, **_: Any) -> None:
+    """Pack a model's linear layers in the grouped formats in turn, of which the first layer has number `shift`."""
+    linears = [module for module in model.modules() if type(module) is nn.Linear]
+    formats = itertools.islice(itertools.cycle(GROUPED), shift, None)
+    pack_linears(model, weight_format=GROUPED[0], others=dict(zip(linears, formats, strict=False)))
 
 
 def in_groups(x: torch.Tensor, size: int = 32) -> torch.Tensor:

@@ -36,12 +36,6 @@ class PassClock {
   std::chrono::steady_clock::time_point last_;
 };
 
-struct Matrix {
-  const void* weight;  // packed
-  const float* bias;   // or null
-  int64_t outputs, inputs;
-};
-
 struct DecoderLayer {
   const float* norm_embeds;  // or null: the input is only the normed hidden state
   const float* norm_attention;
@@ -205,35 +199,42 @@ void decode(const DecoderCall& call) {
       return int(num_blocks(int(outputs)) * int64_t(which) / threads);
     };
     const auto share_begins = [&](const Matrix& m, int which) {
-      return static_cast<const char*>(m.weight) + share(m.outputs, which) * P::block_bytes(P::padded(int(m.inputs)));
+      const ptrdiff_t bytes = with_format<Format>(
+          m, [&](auto format) { return Product<decltype(format)>::block_bytes(P::padded(int(m.inputs))); });
+      return static_cast<const char*>(m.weight) + share(m.outputs, which) * bytes;
     };
+    // What this thread's tiles are configured for: prompts, or matrices with so many bits.
+    constexpr int64_t NOTHING = -2, PROMPTS = -1;
+    int64_t configured = NOTHING;
     // This thread's blocks of a product for the decoding rows; prefetching continues with its blocks of the next product.
     const auto decoding_product = [&](const Input* x, const Matrix& m, float* y, bool add, const Matrix& next) {
       const Stream stream{share_begins(m, thread + 1), share_begins(next, thread)};
-      P::blocks(x, P::padded(int(m.inputs)), kinds.decoding, m.weight, int(m.outputs), stream, y, m.bias, add,
-                share(m.outputs, thread), share(m.outputs, thread + 1));
+      with_format<Format>(m, [&](auto format) {
+        typedef Product<decltype(format)> Own;
+        if (configured != m.bits) Own::enter(kinds.decoding), configured = m.bits;
+        Own::blocks(x, P::padded(int(m.inputs)), kinds.decoding, m.weight, int(m.outputs), stream, y, m.bias, add,
+                    share(m.outputs, thread), share(m.outputs, thread + 1));
+      });
     };
     // The same blocks for the rows of prompts; y: of the first row of all.
     const auto prompt_block = [&](const uint16_t* x, const Matrix& m, int b, float* y, ptrdiff_t stride, bool add) {
       const int first = b * BLOCK, left = int(m.outputs) - first;
-      Q::block(x, Product<Bf16>::padded(int(m.inputs)), kinds.prompts, m.weight, b, y, stride,
-               left < BLOCK ? left : BLOCK, m.bias ? m.bias + first : nullptr, add);
+      if (configured != PROMPTS) Q::enter(), configured = PROMPTS;
+      with_format<Format>(m, [&](auto format) {
+        PromptProduct<decltype(format)>::block(x, Product<Bf16>::padded(int(m.inputs)), kinds.prompts, m.weight, b, y,
+                                               stride, left < BLOCK ? left : BLOCK, m.bias ? m.bias + first : nullptr,
+                                               add);
+      });
     };
     const auto prompt_product = [&](const uint16_t* x, const Matrix& m, float* y, bool add) {
       float* of_prompts = y + ptrdiff_t(kinds.decoding) * m.outputs;
       for (int b = share(m.outputs, thread); b < share(m.outputs, thread + 1); ++b)
         prompt_block(x, m, b, of_prompts + b * BLOCK, m.outputs, add);
     };
-    // Does the products of each kind of rows that there is; if there are both, tiles are configured in between.
+    // Does the products of each kind of rows that there is.
     const auto each_kind = [&](auto of_decoding, auto of_prompts) {
-      if (kinds.decoding) {
-        if (kinds.prompts) P::enter(kinds.decoding);
-        of_decoding();
-      }
-      if (kinds.prompts) {
-        if (kinds.decoding) Q::enter();
-        of_prompts();
-      }
+      if (kinds.decoding) of_decoding();
+      if (kinds.prompts) of_prompts();
     };
     struct Part {
       const Matrix& matrix;
@@ -249,10 +250,6 @@ void decode(const DecoderCall& call) {
       });
     };
     PassClock clock(thread == 0 ? call.nanoseconds : nullptr);
-    if (kinds.decoding)
-      P::enter(kinds.decoding);
-    else
-      Q::enter();
     for (int64_t l = 0; l < call.num_layers; ++l) {
       const DecoderLayer& layer = call.layers[l];
       const bool only_cache = call.only_cache && l + 1 == call.num_layers;

@@ -140,7 +140,10 @@ void coarse_top(const DraftCall& call, const float* normed, const typename Forma
   for (int i = 0; i < rows * CANDIDATES; ++i) blocks[i] = int(candidates[i].index) / BLOCK;
   std::sort(blocks, blocks + rows * CANDIDATES);
   const int count = int(std::unique(blocks, blocks + rows * CANDIDATES) - blocks);
-  top_of_blocks<Format>(x, k, rows, call.head.weight, outputs, blocks, count, children, tops, nullptr, perturbations);
+  with_format<Format>(call.head, [&](auto format) {
+    top_of_blocks<decltype(format)>(x, k, rows, call.head.weight, outputs, blocks, count, children, tops, nullptr,
+                                    perturbations);
+  });
 }
 
 // Add the level that follows the states in `normed`.
@@ -159,15 +162,19 @@ void choose_level(const DraftCall& call, DraftState& d, int64_t level) {
   if (call.coarse.weight && children <= CANDIDATES && rows <= MAX_COARSE_ROWS)
     coarse_top<Format>(call, d.normed.data(), x, k, rows, perturbations, tops, call.is_weighed() ? sums : nullptr);
   else
-    top_of_blocks<Format>(x, k, rows, call.head.weight, int(call.head.outputs), nullptr,
-                          num_blocks(int(call.head.outputs)), children, tops, call.is_weighed() ? sums : nullptr,
-                          perturbations);
-  if (!call.is_weighed()) {
-    const char* end = static_cast<const char*>(call.value.weight) + P::block_bytes(k);
-    P::enter(rows);
-    P::blocks(x, k, rows, call.value.weight, 1, Stream{end, end}, outcomes, call.value.bias, false, 0, 1);
-    P::leave();
-  }
+    with_format<Format>(call.head, [&](auto format) {
+      top_of_blocks<decltype(format)>(x, k, rows, call.head.weight, int(call.head.outputs), nullptr,
+                                      num_blocks(int(call.head.outputs)), children, tops,
+                                      call.is_weighed() ? sums : nullptr, perturbations);
+    });
+  if (!call.is_weighed())
+    with_format<Format>(call.value, [&](auto format) {
+      typedef Product<decltype(format)> Own;
+      const char* end = static_cast<const char*>(call.value.weight) + Own::block_bytes(k);
+      Own::enter(rows);
+      Own::blocks(x, k, rows, call.value.weight, 1, Stream{end, end}, outcomes, call.value.bias, false, 0, 1);
+      Own::leave();
+    });
   for (size_t b = 0; b < d.rows.size(); ++b) {
     Chain& row = d.rows[b];
     const Top* of_row = tops + b * size_t(children);
@@ -242,7 +249,10 @@ void first_level(const DraftCall& call, DraftState& d) {
   DecoderCall pass = call.decoder;
   pass.attention.queries = most, pass.attention.begins = d.begins.data(), pass.starts = call.done;
   pass.embeds = embeds, pass.hidden_states = stream.at_least(N * H), pass.normed = normed.at_least(N * H);
-  multiply<Format>(x, ptrdiff_t(F), int(N), call.fuse.weight, int(F), int(H), pass.hidden_states, call.fuse.bias);
+  with_format<Format>(call.fuse, [&](auto format) {
+    multiply<decltype(format)>(x, ptrdiff_t(F), int(N), call.fuse.weight, int(F), int(H), pass.hidden_states,
+                               call.fuse.bias);
+  });
   decode<Format, Cache>(pass);
   d.rows.resize(B), d.survival.assign(B, 1.0);
   float* hidden = d.hidden.at_least(B * H);

@@ -87,15 +87,12 @@ int aurora_has_byte_products() {
 #endif
 }
 
-// The functions of each weight format. The KV cache is fp32 with fp32 weights and bf16 with all others.
+// The functions of each weight format.
 //   linear       y [rows, outputs] = x [rows, inputs] times the packed weight, plus bias; the format rounds the inputs
 //   argmax       index of the largest output of each row of that product
 //   choose       a token for each row of that product, the largest output or one that is drawn (choose.hpp)
-//   decode       decoder layers over packed weights and the KV cache
 //   row, rows    one row, or some rows, of a packed weight (rows.hpp)
-//   draft        proposals of a draft (drafting.hpp)
-//   has_prompt_arithmetic    1 if decode() rounds rows of prompts differently
-#define AURORA_FORMAT(name, Format, Cache)                                                                             \
+#define AURORA_FORMAT(name, Format)                                                                                    \
   void aurora_linear_##name(const float* x, int64_t x_stride, int rows, const void* packed, int inputs, int outputs,   \
                             float* y, const float* bias) {                                                             \
     multiply<Format>(x, x_stride, rows, packed, inputs, outputs, y, bias);                                             \
@@ -114,19 +111,30 @@ int aurora_has_byte_products() {
   int aurora_rows_##name(const void* packed, int64_t rows, int64_t width, const int64_t* indices, int64_t count,       \
                          float* to) {                                                                                  \
     return read_rows<Format>(packed, rows, width, indices, count, to);                                                 \
-  }                                                                                                                    \
+  }
+AURORA_FORMAT(fp32, Fp32)
+AURORA_FORMAT(bf16, Bf16)
+AURORA_FORMAT(int8, Grouped<8>)
+AURORA_FORMAT(int6, Grouped<6>)
+AURORA_FORMAT(int5, Grouped<5>)
+AURORA_FORMAT(int4, Grouped<4>)
+
+// The functions of whole layers, whose matrices all have one format, or all a grouped one, each with its own number of
+// bits. The KV cache is fp32 with fp32 weights and bf16 with all others.
+//   decode       decoder layers over packed weights and the KV cache
+//   draft        proposals of a draft (drafting.hpp)
+//   has_prompt_arithmetic    1 if decode() rounds rows of prompts differently
+#define AURORA_LAYERS(name, Format, Cache)                                                                             \
   void aurora_decode_##name(const DecoderCall* call) { decode<Format, Cache>(*call); }                                 \
   int aurora_has_prompt_arithmetic_##name() { return PromptProduct<Format>::available(); }                             \
   void aurora_draft_##name(DraftCall* call, DraftState* d) { draft<Format, Cache>(*call, *d); }
-AURORA_FORMAT(fp32, Fp32, float)
-AURORA_FORMAT(bf16, Bf16, uint16_t)
-AURORA_FORMAT(int8, Grouped<8>, uint16_t)
-AURORA_FORMAT(int6, Grouped<6>, uint16_t)
-AURORA_FORMAT(int5, Grouped<5>, uint16_t)
-AURORA_FORMAT(int4, Grouped<4>, uint16_t)
+AURORA_LAYERS(fp32, Fp32, float)
+AURORA_LAYERS(bf16, Bf16, uint16_t)
+AURORA_LAYERS(grouped, AnyGrouped, uint16_t)
 
 #if defined(AURORA_INT8_TILES)
-AURORA_FORMAT(int8_per_output, Int8PerOutput, uint16_t)
+AURORA_FORMAT(int8_per_output, Int8PerOutput)
+AURORA_LAYERS(int8_per_output, Int8PerOutput, uint16_t)
 
 // argmax that reads a coarse copy of the weight first (screen.hpp); returns how many blocks of the weight were read.
 #define AURORA_SCREENED(name, Format)                                                                                  \

@@ -146,6 +146,8 @@ struct GroupedInputs {
 #endif
   }
   static void leave() { Product<Bf16>::leave(); }
+
+ protected:
 #if defined(AURORA_GROUPED_TILES)
   static_assert(sizeof(TileInputs) <= TILE_ROWS * sizeof(InputGroup), "the buffer holds either");
   static TileInputs* tile_of(const InputGroup* x, int groups, int r) {
@@ -231,6 +233,35 @@ struct PromptProduct<Grouped<BITS>> : PromptProduct<Bf16> {
   }
 };
 #endif
+
+// Grouped weights of any number of bits, which each matrix says. Its inputs are those of all of them.
+struct AnyGrouped {
+  typedef InputGroup Input;
+};
+template <>
+struct Product<AnyGrouped> : GroupedInputs {};
+template <>
+struct PromptProduct<AnyGrouped> : PromptProduct<Grouped<8>> {};
+
+struct Matrix {
+  const void* weight;  // packed
+  const float* bias;   // or null
+  int64_t outputs, inputs;
+  int64_t bits;  // of a grouped weight; 0: it has another format
+};
+
+// Calls `use` with the format of a matrix, which is Format unless that is AnyGrouped.
+template <class Format, class Use>
+inline __attribute__((always_inline)) auto with_format(const Matrix& m, Use use) {
+  if constexpr (std::is_same<Format, AnyGrouped>::value) {
+    if (m.bits == 4) return use(Grouped<4>{});
+    if (m.bits == 5) return use(Grouped<5>{});
+    if (m.bits == 6) return use(Grouped<6>{});
+    return use(Grouped<8>{});
+  } else {
+    return use(Format{});
+  }
+}
 
 // y [rows, outputs] = x [rows, inputs] times a packed weight, plus bias, on all threads.
 template <class Format>
