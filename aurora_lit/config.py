@@ -5,11 +5,14 @@ checkpoint (drafts/checkpoint.py).
 
     config = load_config(None, ["engine.max_batch_size=4"])     # None: the shipped configs/smollm2.yaml
     config.engine.max_batch_size                                # 4
+    load_config(Path("qwen2.5-coder-0.5b"), [])                 # a shipped deployment, by its name in configs/
 """
 
 import dataclasses
 import difflib
 import functools
+import logging
+import math
 import re
 import typing
 from collections.abc import Mapping, Sequence
@@ -26,8 +29,8 @@ from omegaconf.errors import (
 )
 
 from aurora_lit.errors import ConfigError
+from aurora_lit.settings import SAMPLING_RANGES, EngineSettings, MemorySettings
 from aurora_lit.settings import AuroraConfig as AuroraConfig
-from aurora_lit.settings import EngineSettings, MemorySettings
 
 _PACKAGE = Path(__file__).resolve().parent
 # In a checkout configs/ and checkpoints/ are beside the package; in a wheel, inside it.
@@ -36,15 +39,18 @@ DEFAULT_CONFIG = PROJECT_FOLDER / "configs" / "smollm2.yaml"
 _COPIED_TOKENS = 15
 """Most tokens that a round copies for a sequence. More are seldom accepted, and each makes every slot longer."""
 _NO_INTERPOLATION = r"write \${ where no interpolation is meant"
+_log = logging.getLogger(__name__)
 
 
 def load_config(path: Path | Sequence[Path] | None, overrides: Sequence[str]) -> AuroraConfig:
     """Read `path` (None: configs/smollm2.yaml), apply `key=value` overrides in order, and validate.
 
-    Of several files, a later one changes only the settings that it names. Raises ConfigError, which names the key, the
+    `path`: a file, or the name of a shipped deployment, which gets neither draft nor learner while its draft does not
+    exist. Of several, a later one changes only the settings that it names. Raises ConfigError, which names the key, the
     value and a remedy.
     """
-    paths = [DEFAULT_CONFIG] if path is None else [path] if isinstance(path, Path) else path
+    given = [DEFAULT_CONFIG] if path is None else [path] if isinstance(path, Path) else path
+    paths = [_config_file(each) for each in given]
     read = [*(_read_yaml(file) for file in paths), *(_read_override(text) for text in overrides)]
     layers = [_checked(layer, AuroraConfig, prefix="") for layer in read]
     merged: Any = OmegaConf.create({})
@@ -58,6 +64,10 @@ def load_config(path: Path | Sequence[Path] | None, overrides: Sequence[str]) ->
     assert isinstance(config, AuroraConfig)
     _check_digest(config, layers[: len(paths)], layers[len(paths) :])
     validate(config)
+    naming = [index for index, layer in enumerate(layers) if "checkpoint" in layer.get("draft", {})]
+    if naming and naming[-1] < len(paths) and paths[naming[-1]].parent == DEFAULT_CONFIG.parent:
+        learns = "enabled" in merged.get("learn", {})
+        return _without_missing_draft(config, name=paths[naming[-1]].stem, keeps_learner=learns)
     return config
 
 
@@ -131,12 +141,32 @@ def validate(config: AuroraConfig) -> None:
     ):
         if optional is not None and not optional.strip():
             raise ConfigError(f"{key}={optional!r} is empty; use null for none")
+    _check_sampling(config.server.default_sampling or {})
     api_key = config.server.api_key
     if api_key is not None and api_key != api_key.strip():  # it is not shown
         raise ConfigError(
             "server.api_key begins or ends with white space, which no header can carry; remove it, such as the line "
             "break at the end of a secret's file"
         )
+
+
+def _check_sampling(defaults: Mapping[str, Any]) -> None:
+    """Raise ConfigError if server.default_sampling has another parameter, or a value that no request may have."""
+    for name, value in defaults.items():
+        key = f"server.default_sampling.{name}"
+        if name not in SAMPLING_RANGES:
+            raise ConfigError(f"{key}={value}: there is no such parameter; use {', '.join(SAMPLING_RANGES)}")
+        if not is_sampling_value(name, value):
+            low, high = SAMPLING_RANGES[name]
+            kind = "whole number" if isinstance(low, int) else "number"
+            raise ConfigError(f"{key}={value} cannot be used; give a {kind} from {low:g} to {high:g}")
+
+
+def is_sampling_value(name: str, value: Any) -> bool:
+    """True if a request may have this value of a parameter in SAMPLING_RANGES."""
+    low, high = SAMPLING_RANGES[name]
+    is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return is_number and low <= value <= high and (isinstance(value, int) or not isinstance(low, int))
 
 
 def model_name(config: AuroraConfig) -> str:
@@ -191,16 +221,48 @@ def logs_folder(config: AuroraConfig) -> Path:
     return Path(config.checkpoint.dir).expanduser().parent / "logs"
 
 
+def _without_missing_draft(config: AuroraConfig, *, name: str, keeps_learner: bool) -> AuroraConfig:
+    """The same settings, without the draft and the learner of the shipped deployment `name` if that draft is missing.
+
+    Nothing else can be meant there, while a missing draft that somebody has named themselves is an error.
+    keeps_learner: learn.enabled was given, so it stays.
+    """
+    folder = draft_folder(config)
+    if folder is None or folder.is_dir() or config.learn.from_scratch:
+        return config
+    _log.warning(
+        "draft.checkpoint=%s does not exist: n-gram lookup and the traffic memory propose tokens, but no draft does, "
+        "and nothing is learned; `aurora-lit pretrain --config %s --prompts FILE --out %s` trains one, and with "
+        "draft.checkpoint=null learn.from_scratch=true one learns from traffic",
+        *(folder, name, config.draft.checkpoint),
+    )
+    learn = config.learn if keeps_learner else dataclasses.replace(config.learn, enabled=False)
+    return dataclasses.replace(config, draft=dataclasses.replace(config.draft, checkpoint=None), learn=learn)
+
+
 @functools.cache
 def _schema() -> Any:
     """Every setting's type and default; OmegaConf.merge copies it."""
     return OmegaConf.structured(AuroraConfig)
 
 
+def _config_file(given: Path) -> Path:
+    """The file that `--config` names: in the working directory, else a shipped one, by its path or its name alone.
+
+    Raises ConfigError for what can only be meant as a name, and is none.
+    """
+    folder = DEFAULT_CONFIG.parent
+    candidates = (given, PROJECT_FOLDER / given, folder / f"{given}.yaml")
+    found = next((path for path in candidates if path.is_file()), None)
+    if found is None and len(given.parts) == 1 and given.suffix not in (".yaml", ".yml") and not given.exists():
+        names = ", ".join(sorted(path.stem for path in folder.glob("*.yaml")))
+        raise ConfigError(f"--config {given}: is neither a file nor one of the deployments {names}; name one of these")
+    return found or given
+
+
 def _read_yaml(path: Path) -> Mapping[str, Any]:
-    shipped = PROJECT_FOLDER / path  # as draft.checkpoint: relative to the working directory, else there
     try:
-        content = OmegaConf.to_container(OmegaConf.load(path if path.exists() or not shipped.exists() else shipped))
+        content = OmegaConf.to_container(OmegaConf.load(path))
     except OSError as error:
         raise ConfigError(f"--config {path}: cannot be read ({error.strerror or error}); name a YAML file") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:

@@ -26,6 +26,7 @@ from pydantic import ValidationError
 
 from aurora_lit.config import load_config
 from aurora_lit.errors import AuroraError, RequestError
+from aurora_lit.models.sampling_defaults import default_sampling
 from aurora_lit.request import SamplingParams, StructuredOutputsParams, TokenLogprob
 from aurora_lit.serve.http.answer_stream import AnswerStream, TextDelta
 from aurora_lit.serve.http.detokenizer import decode
@@ -110,15 +111,16 @@ class LLM:
     ) -> None:
         """Load the models.
 
-        model: the target, by name or folder; None: the configured one. config: a YAML file of settings; None: the
-        default deployment, of which a `model` takes neither digest nor draft. overrides: settings as on the command
-        line, such as "engine.max_batch_size=4" or "draft.checkpoint=FOLDER". Raises ConfigError, SourceError or
-        CheckpointError.
+        model: the target, by name or folder; None: the configured one. config: a YAML file of settings, or the name of
+        a shipped deployment; None: the default one, of which a `model` takes neither digest nor draft. overrides:
+        settings as on the command line, such as "engine.max_batch_size=4" or "draft.checkpoint=FOLDER". Raises
+        ConfigError, SourceError or CheckpointError.
         """
         chosen = [] if model is None else [f"target.source={model}"]
         if model is not None and config is None:
             chosen += ["target.sha256=null", "draft.checkpoint=null"]
         settings = load_config(None if config is None else Path(config), [*chosen, *overrides])
+        self._default_params = SamplingParams(**default_sampling(settings))
         self._engine, self._tokenizer = build_engine(settings)
         self._limits = Limits(
             max_seq_len=self._engine.max_seq_len,
@@ -129,6 +131,10 @@ class LLM:
         self._lock = threading.RLock()
         """Held during a call. Reentrant, so that a signal handler may close what its own thread uses."""
 
+    def get_default_sampling_params(self) -> SamplingParams:
+        """The parameters of calls that give none: the model's own, as its generation config or the settings say."""
+        return self._default_params
+
     def generate(
         self,
         prompts: Prompt | Sequence[Prompt],
@@ -138,14 +144,15 @@ class LLM:
     ) -> list[RequestOutput]:
         """Continue each prompt as it is, without a chat template; all of them are decoded together.
 
-        sampling_params: for all prompts, or one for each; None: the defaults. use_tqdm: vLLM's, without effect, since
-        there is no progress bar. Raises RequestError, which names the field, before anything is generated. An answer
-        whose grammar turns out later to be too complex ends with finish_reason "error"; the others go on.
+        sampling_params: for all prompts, or one for each; None: `get_default_sampling_params()`. use_tqdm: vLLM's,
+        without effect, since there is no progress bar. Raises RequestError, which names the field, before anything is
+        generated. An answer whose grammar turns out later to be too complex ends with finish_reason "error"; the others
+        go on.
         """
         each = [prompts] if _is_one(prompts) else list(prompts)
         with self._lock:
             self._check_open()
-            return self._run([self._completion(*pair) for pair in _paired(each, sampling_params)])
+            return self._run([self._completion(*pair) for pair in self._paired(each, sampling_params)])
 
     def chat(
         self,
@@ -174,7 +181,7 @@ class LLM:
         }
         with self._lock:
             self._check_open()
-            return self._run([self._chat(*pair, how) for pair in _paired(each, sampling_params)])
+            return self._run([self._chat(*pair, how) for pair in self._paired(each, sampling_params)])
 
     def close(self) -> None:
         """Free the models' memory, when running calls have ended; the object is of no use any more."""
@@ -191,6 +198,19 @@ class LLM:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self.close()
+
+    def _paired(
+        self, each: Sequence[Any], params: SamplingParams | Sequence[SamplingParams] | None
+    ) -> list[tuple[Any, SamplingParams]]:
+        """Every prompt with its parameters. Raises RequestError if their numbers differ."""
+        if params is None or isinstance(params, SamplingParams):
+            params = [params or self._default_params] * len(each)
+        if len(params) != len(each):
+            raise RequestError(
+                f"sampling_params: {len(params)} for {len(each)} prompts; give one, or one for each prompt",
+                param="sampling_params",
+            )
+        return list(zip(each, params, strict=True))
 
     def _completion(self, prompt: Prompt, params: SamplingParams) -> tuple[str | None, Prepared]:
         asked = _keys_of(prompt) if isinstance(prompt, Mapping) else {"prompt": prompt}
@@ -305,20 +325,6 @@ def _keys_of(prompt: Mapping[str, Any]) -> dict[str, Any]:
 def _is_one(prompts: Any) -> bool:
     """True for a single prompt: text, a mapping, or token ids."""
     return isinstance(prompts, str | Mapping) or bool(prompts and isinstance(prompts[0], int))
-
-
-def _paired(
-    each: Sequence[Any], params: SamplingParams | Sequence[SamplingParams] | None
-) -> list[tuple[Any, SamplingParams]]:
-    """Every prompt with its parameters. Raises RequestError if their numbers differ."""
-    if params is None or isinstance(params, SamplingParams):
-        params = [params or SamplingParams()] * len(each)
-    if len(params) != len(each):
-        raise RequestError(
-            f"sampling_params: {len(params)} for {len(each)} prompts; give one, or one for each prompt",
-            param="sampling_params",
-        )
-    return list(zip(each, params, strict=True))
 
 
 def _body(kind: type[_Body], params: SamplingParams, **more: Any) -> _Body:

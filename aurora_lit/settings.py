@@ -13,6 +13,16 @@ MAX_PROPOSAL_LENGTH = 31
 MAX_DOMAINS = 31
 """Maximum number of domains in the files and pages by which processes tell each other of them."""
 
+SAMPLING_RANGES: dict[str, tuple[float, float]] = {
+    "temperature": (0.0, 2.0),
+    "top_p": (1e-6, 1.0),
+    "top_k": (-1, 2**31 - 1),
+    "min_p": (0.0, 1.0),
+    "repetition_penalty": (0.01, 10.0),
+}
+"""The sampling parameters that a model or a deployment may have defaults of, and their ranges; those that begin with a
+whole number have only such."""
+
 
 def _within(default: float, low: float, high: float) -> Any:
     """A number that must lie in [low, high]."""
@@ -118,6 +128,12 @@ class ServerSettings:
     server answers 429 with Retry-After, and 400 to a request that alone asks for more."""
     model_name: str | None = None
     """Name of the model in /v1/models and in answers. null: the last part of target.source."""
+    generation_config: Literal["auto", "off"] = "auto"
+    """What a request leaves out of temperature, top_p, top_k, min_p and repetition_penalty comes, as in vLLM, from the
+    model's generation_config.json. off, and what that file lacks: OpenAI's 1.0 and no limit."""
+    default_sampling: dict[str, Any] | None = None
+    """Values of these parameters that replace those of generation_config.json, such as `{temperature: 0.7, top_k: 20}`,
+    also if that is off. null: none."""
     drain_s: float = _within(10.0, 0.0, 3600.0)
     """Seconds that running requests have to finish after SIGTERM."""
     stream_interval_ms: float = _within(0.0, 0.0, 10_000.0)

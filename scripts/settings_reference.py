@@ -21,11 +21,11 @@ HEADER = """\
 
 <!-- Generated from aurora_lit/settings.py: python scripts/settings_reference.py > docs/settings.md -->
 
-A deployment is one YAML file (`--config FILE`) and `key=value` overrides on the command line, such as
-`engine.max_batch_size=4`. `--print-config` shows the result. Without `--config`, commands read `configs/smollm2.yaml`,
-but `learn` the settings of the server that it attaches to. `vllm` takes no such file, only `--set KEY=VALUE`.
-`--config` may be repeated: a later file changes only the settings that it names. A key that nothing names has the
-default given here.
+A deployment is one YAML file (`--config FILE`, or the name of a file in `configs/`, such as
+`--config qwen2.5-coder-0.5b`) and `key=value` overrides on the command line, such as `engine.max_batch_size=4`.
+`--print-config` shows the result. Without `--config`, commands read `configs/smollm2.yaml`, but `learn` the settings of
+the server that it attaches to. `vllm` takes no such file, only `--set KEY=VALUE`. `--config` may be repeated: a later
+file changes only the settings that it names. A key that nothing names has the default given here.
 
 To turn speculation off, set `engine.speculate=false`, and `learn.enabled=false` with it: a learner needs a draft that
 is used.
@@ -54,7 +54,7 @@ def type_text(kind: Any, metadata: typing.Mapping[str, Any]) -> str:
     if "low" in metadata:
         word = "whole number" if kind is int else "number"
         return f"{word}, {metadata['low']:.13g} to {metadata['high']:.13g}"
-    return {bool: "true or false", str: "text"}.get(kind, "text or null")
+    return {bool: "true or false", str: "text", str | None: "text or null"}.get(kind, "mapping or null")
 
 
 def reference() -> str:

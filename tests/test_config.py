@@ -98,6 +98,8 @@ DEFAULTS = {
         "page": "auto",
         "max_queue": 64,
         "model_name": None,
+        "generation_config": "auto",
+        "default_sampling": None,
         "drain_s": 10.0,
         "stream_interval_ms": 0.0,
         "stream_padding": 0,
@@ -184,6 +186,8 @@ def test_every_number_has_a_range() -> None:
         ("server.drain_s=3", "drain_s", 3.0),
         ("server.host=::", "host", "::"),
         ("memory.scope=off", "scope", "off"),
+        ("server.generation_config=off", "generation_config", "off"),
+        ("server.default_sampling.top_k=20", "default_sampling", {"top_k": 20}),
     ],
 )
 def test_an_override_arrives(override: str, key: str, value: object) -> None:
@@ -240,6 +244,11 @@ def test_an_override_arrives(override: str, key: str, value: object) -> None:
         ("engine.strategy=tensor_parallel", "engine.strategy=tensor_parallel needs several devices"),
         ("engine.devices=2", "engine.devices=2 needs a strategy that splits the target"),
         ("checkpoint.run=../x", "checkpoint.run='../x' is not a plain folder name"),
+        ("server.default_sampling.topk=20", "server.default_sampling.topk=20: there is no such parameter; use temp"),
+        ("server.default_sampling.top_k=2.5", "server.default_sampling.top_k=2.5 cannot be used; give a whole number"),
+        ("server.default_sampling.top_p=0", "server.default_sampling.top_p=0 cannot be used; give a number from 1e-06"),
+        ("server.default_sampling.min_p=yes", "server.default_sampling.min_p=True cannot be used; give a number"),
+        ("server.default_sampling=0.7", "server.default_sampling: "),
         ("target.sha256=BCC8", "target.sha256='BCC8' is not a SHA-256"),
         ("target.source=", "target.source='' is empty"),
         ("server.api_key=", "server.api_key='' is empty; use null for none"),
@@ -475,3 +484,50 @@ def test_a_shipped_file_is_found_from_any_folder(tmp_path: Path, monkeypatch: py
     (tmp_path / "configs").mkdir()
     shipped.write_text("engine: {max_batch_size: 3}")
     assert load_config(shipped, []).engine.max_batch_size == 3, "the working directory's comes first"
+
+
+PRESETS = ("qwen2.5-coder-0.5b", "qwen2.5-coder-1.5b")
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_shipped_deployment_has_a_name(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / name).mkdir()  # no file, so it is not meant
+    config = load_config(Path(name), ["server.default_sampling.top_k=40"])
+    assert config.target.sha256 is not None
+    assert config.engine.max_seq_len == 16384
+    assert config.server.default_sampling == {"temperature": 0.7, "top_p": 0.8, "top_k": 40}
+    assert config.checkpoint.run == name, "each target needs its own"
+    assert load_config(Path(name), ["server.default_sampling=null"]).server.default_sampling is None
+    (tmp_path / name).rmdir()
+    (tmp_path / name).write_text("server: {port: 9000}")
+    assert load_config(Path(name), []).server.port == 9000, "the working directory's comes first"
+
+
+def test_an_unknown_name_lists_the_known_ones() -> None:
+    with pytest.raises(ConfigError, match=r"--config qwen: .* gemma3-270m, qwen2\.5-coder-0\.5b, .*smollm2; name one"):
+        load_config(Path("qwen"), [])
+
+
+def test_a_shipped_deployment_serves_without_a_draft_that_is_not_there_and_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Nobody who takes it by its name has named that draft; one that somebody names must exist."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "configs").mkdir()
+    shipped = tmp_path / "configs" / "mine.yaml"
+    shipped.write_text("draft: {checkpoint: checkpoints/mine-base}")
+    monkeypatch.setattr("aurora_lit.config.DEFAULT_CONFIG", shipped)
+    config = load_config(Path("mine"), [])
+    assert (config.draft.checkpoint, config.learn.enabled) == (None, False)
+    (said,) = [record.getMessage() for record in caplog.records]
+    assert "aurora-lit pretrain --config mine --prompts FILE --out checkpoints/mine-base" in said
+    assert load_config(Path("mine"), ["learn.enabled=true"]).learn.enabled, "as it was asked, which a server refuses"
+    caplog.clear()
+    named = load_config(Path("mine"), ["draft.checkpoint=checkpoints/mine-base"])
+    assert (named.draft.checkpoint, named.learn.enabled) == ("checkpoints/mine-base", True), "an error when loaded"
+    untrained = load_config(Path("mine"), ["learn.from_scratch=true", "draft.checkpoint=null"])
+    assert untrained.learn.enabled
+    (tmp_path / "checkpoints" / "mine-base").mkdir(parents=True)
+    assert load_config(Path("mine"), []).draft.checkpoint == "checkpoints/mine-base"
+    assert not caplog.records

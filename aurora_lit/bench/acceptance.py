@@ -29,7 +29,9 @@ from aurora_lit.bench.prompts import (
 from aurora_lit.bench.reporting import report_console, write_report
 from aurora_lit.config import AuroraConfig
 from aurora_lit.errors import ConfigError
+from aurora_lit.models.sampling_defaults import default_sampling
 from aurora_lit.progress import Progress
+from aurora_lit.request import SamplingParams
 from aurora_lit.serve.engine.engine import Engine
 from aurora_lit.serve.worker.build import build_engine
 
@@ -64,21 +66,25 @@ def run(
     prompts: Sequence[Path],
     limit: int | None = None,
     max_tokens: int = 128,
-    temperature: float = 0.0,
+    temperature: float | None = None,
     out: Path = Path("bench-results"),
 ) -> list[Acceptance]:
-    """Measure at temperature 0 and at `temperature`; print a table and write acceptance.json to `out`."""
+    """Measure at temperature 0 and at `temperature`; print a table and write acceptance.json to `out`.
+
+    temperature: as in `params_for`.
+    """
     config = with_full_proposals(config)
     engine, tokenizer = build_engine(config, max_round_s=_LONGEST_ROUND_S)
     loaded = load_prompts(
         prompts, limit=limit, tokenizer=tokenizer, max_prompt_tokens=config.engine.max_seq_len - max_tokens
     )
     console = report_console()
-    temperatures = sorted({0.0, temperature})
+    params = params_for(temperature, max_tokens=max_tokens, defaults=default_sampling(config))
+    temperatures = sorted({0.0, params.temperature})
     results: list[Acceptance] = []
     for each in temperatures:
         with Progress(f"temperature {each:g}", len(loaded), "prompts") as progress:
-            results += measure(engine, loaded, temperature=each, max_tokens=max_tokens, on_answer=progress.advance)
+            results += measure(engine, loaded, replace(params, temperature=each), on_answer=progress.advance)
     console.print(table(results))
     path = out / "acceptance.json"
     write_report(
@@ -103,18 +109,17 @@ def with_full_proposals(config: AuroraConfig) -> AuroraConfig:
 def measure(
     engine: Engine,
     prompts: Sequence[BenchPrompt],
+    params: SamplingParams,
     *,
-    temperature: float,
-    max_tokens: int,
     on_answer: Callable[[], None] = lambda: None,
 ) -> list[Acceptance]:
     """One record for each domain, in order of appearance, and one for all together."""
-    answers = answer_prompts(
-        engine, prompts, params_for(temperature, max_tokens=max_tokens), on_answer=on_answer
-    ).answers
+    answers = answer_prompts(engine, prompts, params, on_answer=on_answer).answers
     domains = list(dict.fromkeys(answer.domain for answer in answers))
     groups = [(domain, [a for a in answers if a.domain == domain]) for domain in domains]
-    return [summarise(group, domain=name, temperature=temperature) for name, group in [*groups, ("all", answers)]]
+    return [
+        summarise(group, domain=name, temperature=params.temperature) for name, group in [*groups, ("all", answers)]
+    ]
 
 
 def summarise(answers: Sequence[Answer], *, domain: str, temperature: float) -> Acceptance:

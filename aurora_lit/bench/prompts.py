@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -113,9 +115,15 @@ def answer_prompts(
     )
 
 
-def params_for(temperature: float, *, max_tokens: int, speculate: bool = True) -> SamplingParams:
-    """Sampling parameters of a benchmark: a temperature and no other option."""
-    return SamplingParams(max_tokens=max_tokens, temperature=temperature, speculate=speculate)
+def params_for(
+    temperature: float | None, *, max_tokens: int, defaults: Mapping[str, Any] = MappingProxyType({})
+) -> SamplingParams:
+    """Sampling parameters of a command: a temperature, and what else the model has as defaults.
+
+    temperature: None: the model's own; greedy if it has none. defaults: see models/sampling_defaults.py.
+    """
+    chosen = {"temperature": 0.0, **defaults} | ({} if temperature is None else {"temperature": temperature})
+    return SamplingParams(max_tokens=max_tokens, **chosen)
 
 
 def repeated_share(answers: Sequence[Sequence[int]], *, gram_tokens: int = REPEATED_GRAM_TOKENS) -> float:

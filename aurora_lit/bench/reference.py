@@ -13,10 +13,11 @@ from aurora_lit.bench.prompts import Answer, BenchPrompt, PromptRun
 from aurora_lit.config import AuroraConfig
 from aurora_lit.models.loading import model_dtype
 from aurora_lit.models.source import find_target, loading_error
+from aurora_lit.request import SamplingParams
 
 
 def load_reference(
-    config: AuroraConfig, eos_token_ids: frozenset[int], *, max_tokens: int, temperature: float
+    config: AuroraConfig, eos_token_ids: frozenset[int], params: SamplingParams
 ) -> Callable[[Sequence[BenchPrompt]], PromptRun]:
     """Load the target with transformers; returns a function that answers prompts with it. Raises SourceError."""
     folder = find_target(config)
@@ -26,13 +27,11 @@ def load_reference(
     except Exception as error:  # as in `Target.load`
         raise loading_error(folder, error) from error
     model.eval()
-    return lambda prompts: generate(
-        model, prompts, eos_token_ids=eos_token_ids, max_tokens=max_tokens, temperature=temperature
-    )
+    return lambda prompts: generate(model, prompts, params, eos_token_ids=eos_token_ids)
 
 
 def generate(
-    model: Any, prompts: Sequence[BenchPrompt], *, eos_token_ids: frozenset[int], max_tokens: int, temperature: float
+    model: Any, prompts: Sequence[BenchPrompt], params: SamplingParams, *, eos_token_ids: frozenset[int]
 ) -> PromptRun:
     """Answer prompts as one left-padded batch. An answer includes its first end-of-text token and ends there."""
     longest = max(len(prompt.token_ids) for prompt in prompts)
@@ -46,14 +45,16 @@ def generate(
     out_BL = model.generate(
         ids_BT,
         attention_mask=mask_BT,
-        max_new_tokens=max_tokens,
+        max_new_tokens=params.max_tokens,
         eos_token_id=sorted(eos_token_ids),
         pad_token_id=min(eos_token_ids),
         stopping_criteria=[first_token],
-        do_sample=bool(temperature),
-        temperature=temperature or None,
-        top_k=0 if temperature else None,
-        top_p=1.0 if temperature else None,
+        repetition_penalty=params.repetition_penalty,
+        do_sample=bool(params.temperature),
+        temperature=params.temperature or None,
+        top_k=max(0, params.top_k) if params.temperature else None,
+        top_p=params.top_p if params.temperature else None,
+        min_p=(params.min_p or None) if params.temperature else None,
     )
     ended = time.perf_counter()
     answers = []

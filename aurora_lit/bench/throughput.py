@@ -32,7 +32,9 @@ from aurora_lit.bench.reference import load_reference
 from aurora_lit.bench.reporting import Spread, report_console, write_report
 from aurora_lit.config import AuroraConfig
 from aurora_lit.errors import ConfigError
+from aurora_lit.models.sampling_defaults import default_sampling
 from aurora_lit.progress import Progress
+from aurora_lit.request import SamplingParams
 from aurora_lit.serve.engine.engine import Engine
 from aurora_lit.serve.worker.build import build_engine
 
@@ -91,13 +93,14 @@ def run(
     limit: int | None = None,
     repeats: int = 3,
     max_tokens: int = 128,
-    temperature: float = 0.0,
+    temperature: float | None = None,
     out: Path = Path("bench-results"),
     against_transformers: bool = False,
 ) -> list[BatchResult]:
     """Measure each batch size; print a table, and write throughput.json and throughput.png to `out`.
 
-    Raises ConfigError without a draft, and for a batch size that engine or prompts do not fill.
+    temperature: as in `params_for`. Raises ConfigError without a draft, and for a batch size that engine or prompts do
+    not fill.
     """
     if config.draft.checkpoint is None:
         raise ConfigError("draft.checkpoint=null: there is no draft to compare with; name a checkpoint folder")
@@ -121,13 +124,10 @@ def run(
         raise ConfigError(
             f"--batch {max(batch_sizes)} is more than the {len(loaded)} prompts; name more, raise --limit, or lower it"
         )
-    arms = {
-        PLAIN: engine_arm(plain, max_tokens=max_tokens, temperature=temperature),
-        DRAFT: engine_arm(drafting, max_tokens=max_tokens, temperature=temperature),
-    }
+    params = params_for(temperature, max_tokens=max_tokens, defaults=default_sampling(config))
+    arms = {PLAIN: engine_arm(plain, params), DRAFT: engine_arm(drafting, params)}
     if against_transformers:
-        eos = drafting.eos_token_ids
-        arms = {TRANSFORMERS: load_reference(config, eos, max_tokens=max_tokens, temperature=temperature), **arms}
+        arms = {TRANSFORMERS: load_reference(config, drafting.eos_token_ids, params), **arms}
     console = report_console()
     results = []
     for batch_size in batch_sizes:
@@ -144,7 +144,7 @@ def run(
             "prompts": len(loaded),
             "repeats": repeats,
             "max_tokens": max_tokens,
-            "temperature": temperature,
+            "temperature": params.temperature,
             "throughput": [asdict(result) for result in results],
         },
     )
@@ -159,9 +159,8 @@ def run(
     return results
 
 
-def engine_arm(engine: Engine, *, max_tokens: int, temperature: float) -> Arm:
+def engine_arm(engine: Engine, params: SamplingParams) -> Arm:
     """An arm that answers with `engine`."""
-    params = params_for(temperature, max_tokens=max_tokens)
     return lambda prompts: answer_prompts(engine, prompts, params)
 
 

@@ -16,7 +16,7 @@ _MAX_TOKENS = click.option(
     "--max-tokens", type=click.IntRange(min=1), default=128, show_default=True, help="Maximum number of new tokens."
 )
 _TEMPERATURE = click.option(
-    "--temperature", type=click.FloatRange(0, 2), default=0.0, show_default=True, help="0: greedy."
+    "--temperature", type=click.FloatRange(0, 2), help="0: greedy. Default: the model's own, else greedy."
 )
 _RESULTS = click.option(
     "--out", type=FOLDER, default=Path("bench-results"), show_default=True, help="Folder for the results."

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from aurora_lit.config import AuroraConfig, draft_folder, versions_folder
+from aurora_lit.config import AuroraConfig, copied_tokens, draft_folder, versions_folder
 from aurora_lit.drafts.versions import PublishedVersions
 from aurora_lit.errors import AuroraError, CheckpointError
 from aurora_lit.ipc.run_folder import default_parent
@@ -74,6 +74,7 @@ def run_checks(config: AuroraConfig) -> Iterator[Check]:
         check_address,
         check_target,
         check_memory,
+        check_sampling,
         check_draft,
     )
     for check in checks:
@@ -288,6 +289,17 @@ def check_memory(config: AuroraConfig) -> Check:
     return _ok("memory", found)
 
 
+def check_sampling(config: AuroraConfig) -> Check:
+    """What requests that name no sampling parameters are answered with."""
+    from aurora_lit.models.sampling_defaults import default_sampling
+
+    defaults = default_sampling(config)
+    shown = ", ".join(f"{name} {value:g}" for name, value in defaults.items()) or "OpenAI's: temperature 1"
+    is_known = config.server.generation_config == "off" or _cached_target(config) is not None
+    more = "" if is_known else "; the target's own are known after the download"
+    return _ok("sampling", f"by default {shown}{more}")
+
+
 def check_draft(config: AuroraConfig) -> Check:
     """The draft checkpoint exists, its config.json is valid and of the target, and a learner has a draft that is used.
 
@@ -305,10 +317,12 @@ def check_draft(config: AuroraConfig) -> Check:
             PublishedVersions(versions_folder(config)).check_target(shape)
         except CheckpointError as error:
             return _warn("draft", str(error), "until then the server's learner does not start")
+    if folder is None and config.learn.from_scratch:
+        return _ok("draft", "untrained, and learns from traffic")
     if folder is None:
-        return _ok(
-            "draft", "untrained, and learns from traffic" if config.learn.from_scratch else "none: plain decoding"
-        )
+        copies = copied_tokens(config.engine, config.memory) > 0
+        sources = "only n-gram lookup and the traffic memory propose tokens" if copies else "plain decoding"
+        return _warn("draft", f"none: {sources}", "works; `aurora-lit pretrain` trains a draft (docs/own-model.md)")
     remedy = "train one with `aurora-lit pretrain`, or set engine.speculate=false and learn.enabled=false"
     missing = [name for name in ("config.json", "model.safetensors") if not (folder / name).is_file()]
     if missing:

@@ -16,10 +16,12 @@ from rich.console import Console
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
+from aurora_lit.bench.prompts import params_for
 from aurora_lit.config import AuroraConfig
 from aurora_lit.errors import AuroraError
 from aurora_lit.learn.pretrain.prompts import Prompt, encode_prompt
-from aurora_lit.request import Output, Request, SamplingParams
+from aurora_lit.models.sampling_defaults import default_sampling
+from aurora_lit.request import Output, Request
 from aurora_lit.serve.engine.engine import Engine
 from aurora_lit.serve.http.detokenizer import TextStream
 from aurora_lit.serve.worker.build import build_engine
@@ -47,14 +49,16 @@ class Timing:
         return self.num_tokens / self.seconds
 
 
-def generate(config: AuroraConfig, *, prompt: str, max_tokens: int, temperature: float, compare_plain: bool) -> None:
-    """Answer `prompt`, stream the answer to the terminal, and print its speed."""
+def generate(
+    config: AuroraConfig, *, prompt: str, max_tokens: int, temperature: float | None, compare_plain: bool
+) -> None:
+    """Answer `prompt`, stream the answer to the terminal, and print its speed. temperature: as in `params_for`."""
     engine, tokenizer = build_engine(config)
     request = Request(
         request_id="answer",
         prompt_ids=tuple(encode_prompt(tokenizer, Prompt(domain="", messages=(prompt,)))),
         store=False,  # or the second answer would be copied from the first
-        params=SamplingParams(max_tokens=max_tokens, temperature=temperature),
+        params=params_for(temperature, max_tokens=max_tokens, defaults=default_sampling(config)),
     )
     warm_up(engine, request)
     console = Console(highlight=False)

@@ -63,7 +63,7 @@ def status(config: AuroraConfig, url: str | None, run_folder: Path | None, as_js
 @click.option(
     "--max-tokens", type=click.IntRange(min=1), default=128, show_default=True, help="Maximum number of new tokens."
 )
-@click.option("--temperature", type=click.FloatRange(0, 2), default=0.0, show_default=True, help="0: greedy.")
+@click.option("--temperature", type=click.FloatRange(0, 2), help="0: greedy. Default: the model's own, else greedy.")
 @click.option(
     "--compare-plain/--no-compare-plain",
     default=True,
@@ -71,11 +71,11 @@ def status(config: AuroraConfig, url: str | None, run_folder: Path | None, as_js
     help="Also answer with plain decoding, and print both speeds.",
 )
 @configured
-def generate(config: AuroraConfig, prompt: str, max_tokens: int, temperature: float, compare_plain: bool) -> None:
+def generate(config: AuroraConfig, **options: Any) -> None:
     """Answer one prompt in the terminal. Accepted tokens and the target's own are coloured."""
     from aurora_lit.cli.generate import generate as run
 
-    run(config, prompt=prompt, max_tokens=max_tokens, temperature=temperature, compare_plain=compare_plain)
+    run(config, **options)
 
 
 @main.command(context_settings={"ignore_unknown_options": True, "help_option_names": ["--help"]})  # -dph is vLLM's

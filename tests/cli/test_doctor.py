@@ -78,6 +78,7 @@ def test_a_machine_that_can_serve_passes(overrides: list[str], capsys: pytest.Ca
         "address",
         "target",
         "memory",
+        "sampling",
         "draft",
     ]
     assert all(check["remedy"] for check in report["checks"] if check["state"] != "ok")

@@ -60,6 +60,8 @@ def test_the_ready_line_names_the_url_and_the_page(server):
 def test_models(client):
     assert [model.id for model in client.models.list()] == [MODEL]
     assert client.models.retrieve(MODEL).object == "model"
+    openais = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
+    assert client.models.retrieve(MODEL).default_sampling_params == openais
 
 
 def test_chat_whole(client):

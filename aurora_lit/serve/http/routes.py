@@ -11,7 +11,9 @@ import secrets
 import time
 import uuid
 from collections import Counter
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Mapping
+from types import MappingProxyType
+from typing import Any
 
 from fastapi import Request
 from fastapi.responses import Response
@@ -79,11 +81,12 @@ class GenerationRoutes:
         metrics: ServerMetrics,
         status: EngineStatusPage,
         stream_shape: StreamShape,
+        default_sampling: Mapping[str, Any] = MappingProxyType({}),
     ) -> None:
-        """model: the only name that requests may ask for."""
+        """model: the only name that requests may ask for. default_sampling: values of what requests leave out."""
         self._model, self._worker_client, self._metrics, self._status = model, worker_client, metrics, status
         self._tokenizer, self._token_decoder = tokenizer, TokenDecoder(tokenizer)
-        self._stream_shape = stream_shape
+        self._stream_shape, self._default_sampling = stream_shape, default_sampling
         self._longest_token = longest_token(tokenizer)
         self._pseudonyms = ClientPseudonyms()
 
@@ -105,6 +108,7 @@ class GenerationRoutes:
         id_prefix: str,
     ) -> Response:
         check_model(body.model, served=self._model)
+        body = body.with_defaults(self._default_sampling)
         latencies = _LatencyRecorder(self._metrics)
         with self._worker_client.places(num_prompts=num_prompts, num_choices=body.num_choices):
             prepared = await asyncio.to_thread(

@@ -9,7 +9,7 @@ wording of error bodies (serve/http/errors.py).
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import Field, WithJsonSchema, model_validator
 
@@ -58,7 +58,8 @@ _PARAMS = (
     *("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "min_tokens"),
     *("include_stop_str_in_output", "skip_special_tokens", "ignore_eos", "speculate"),
 )
-"""Fields that the engine reads as they are. Its defaults are those of OpenAI's API."""
+"""Fields that the engine reads as they are. Its defaults are those of OpenAI's API; a model's own are filled in before
+(`with_defaults`)."""
 Text = Annotated[str, Field(max_length=MAX_STOP_CHARACTERS, min_length=1)]
 TokenId = Annotated[int, Field(ge=0, lt=_INT64)]
 Bias = Annotated[float, Field(ge=-100, le=100)]
@@ -148,6 +149,10 @@ class Sampling(Structured):
                     param=name,
                 )
         return self
+
+    def with_defaults(self, defaults: Mapping[str, Any]) -> Self:
+        """The same body, in which these parameters have these values if the client gave none, or null."""
+        return self.model_copy(update={name: value for name, value in defaults.items() if getattr(self, name) is None})
 
     @property
     def may_be_stored(self) -> bool:

@@ -27,7 +27,9 @@ from aurora_lit.config import AuroraConfig, model_name, shows_page
 from aurora_lit.errors import RequestError
 from aurora_lit.ipc.engine_status import STATUS_NAME, EngineStatusPage
 from aurora_lit.ipc.learner_status import LEARNER_STATUS_NAME, LearnerStatusPage
+from aurora_lit.models.sampling_defaults import default_sampling
 from aurora_lit.models.tokenizer import Tokenizer
+from aurora_lit.request import SamplingParams
 from aurora_lit.serve.http.errors import install_error_handlers
 from aurora_lit.serve.http.live_page import FILES, LivePage
 from aurora_lit.serve.http.metrics import CONTENT_TYPE, ServerMetrics
@@ -36,6 +38,7 @@ from aurora_lit.serve.http.status import engine_json, learner_json, ranks_json, 
 from aurora_lit.serve.http.stream_events import StreamShape
 from aurora_lit.serve.http.token_routes import TokenRoutes
 from aurora_lit.serve.http.worker_client import WorkerClient
+from aurora_lit.settings import SAMPLING_RANGES
 
 OPEN_PATHS = frozenset({"/health", "/ready", "/docs", "/docs/oauth2-redirect", "/redoc", "/openapi.json", *FILES})
 """Every other path needs the API key, one without a route too."""
@@ -63,6 +66,9 @@ class AuroraSpec(LitSpec):  # type: ignore[misc]
         )
         self._worker_client.connect(self)
         self._live_page = LivePage(self._report, self._metrics.latencies) if shows_page(config) else None
+        defaults = default_sampling(config)
+        params = SamplingParams(**defaults)
+        self._default_sampling = {name: getattr(params, name) for name in SAMPLING_RANGES}
         generation = GenerationRoutes(
             model=self._model,
             tokenizer=tokenizer,
@@ -72,6 +78,7 @@ class AuroraSpec(LitSpec):  # type: ignore[misc]
             stream_shape=StreamShape(
                 interval_s=config.server.stream_interval_ms / 1000, padding_bytes=config.server.stream_padding
             ),
+            default_sampling=defaults,
         )
         self.add_endpoint("/v1/chat/completions", generation.chat, ["POST"])
         self.add_endpoint("/v1/completions", generation.complete, ["POST"])
@@ -177,4 +184,5 @@ class AuroraSpec(LitSpec):  # type: ignore[misc]
             "created": self._created,
             "owned_by": "aurora-lit",
             "max_model_len": self._status_page.read().max_seq_len,
+            "default_sampling_params": self._default_sampling,
         }
