@@ -1,4 +1,7 @@
-"""Programs of docs/clients.md run with the newest version of their package, each in an environment of its own."""
+"""Programs of docs/clients.md run with the newest version of their package, each in an environment of its own.
+
+The environments are made while the server starts: their packages are downloaded meanwhile.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +18,14 @@ from support import ROOT
 from aurora_lit.config import load_config
 from benchmarks.load import free_port, running_server
 
+Installation = tuple[Path, subprocess.Popen[bytes]]
+PRINTED = {
+    "langchain-openai": r"(?s).{20}",
+    "instructor": r"(name='.*' age=\d+\n){2}",
+    "pydantic-ai-slim[openai]": r"city='.*' degrees=-?\d+\n.+",
+}
+"""What the program of each package prints."""
+
 
 def example(section: str) -> str:
     """The Python block of a section of docs/clients.md."""
@@ -23,38 +34,39 @@ def example(section: str) -> str:
     return str(block)
 
 
-def run(program: str, package: str, folder: Path) -> str:
-    """What a program prints in an environment with the package; it must end well."""
-    environ = {k: v for k, v in os.environ.items() if k != "PYTHONPATH" and not k.lower().endswith("_proxy")}
-    python = folder / "venv" / "bin" / "python"
-    subprocess.run([sys.executable, "-m", "venv", folder / "venv"], check=True)
-    subprocess.run([python, "-m", "pip", "install", "--quiet", package], check=True, env=dict(os.environ))
-    done = subprocess.run([python, "-c", program], capture_output=True, text=True, env=environ)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Installation]]:
+    """By package: the Python of its environment, into which this environment's pip still installs it."""
+    installations = {}
+    for package in PRINTED:
+        venv = tmp_path_factory.mktemp("client") / "venv"
+        subprocess.run([sys.executable, "-m", "venv", "--without-pip", venv], check=True)
+        pip = [sys.executable, "-m", "pip", "--python", str(venv), "install", "--quiet", "--no-compile", package]
+        installations[package] = (venv / "bin" / "python", subprocess.Popen(pip))
+    yield installations
+    for _, process in installations.values():
+        process.kill()
+        process.wait()
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def server(installed: object, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The address of a server with the real model."""
     folder = tmp_path_factory.mktemp("server")
-    settings = [f"server.port={free_port()}", "learn.enabled=false", f"checkpoint.dir={folder}"]
-    with running_server(load_config(None, settings), folder / "log") as url:
+    settings = [f"server.port={free_port()}", "learn.enabled=false", "engine.max_batch_size=2"]
+    with running_server(load_config(None, [*settings, f"checkpoint.dir={folder}"]), folder / "log") as url:
         yield url
 
 
 @pytest.mark.process
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize(
-    ("package", "printed"),
-    [
-        ("langchain-openai", r"(?s).{20}"),
-        ("instructor", r"(name='.*' age=\d+\n){2}"),
-        ("pydantic-ai-slim[openai]", r"city='.*' degrees=-?\d+\n.+"),
-    ],
-)
-def test_a_client_runs_unmodified(package: str, printed: str, server: str, tmp_path: Path) -> None:
-    section = package.partition("-slim")[0]
-    shown = run(example(section).replace("http://127.0.0.1:8000", server), package, tmp_path)
-    assert re.match(printed, shown), shown
+@pytest.mark.parametrize("package", PRINTED)
+def test_a_client_runs_unmodified(package: str, server: str, installed: dict[str, Installation]) -> None:
+    python, installation = installed[package]
+    assert installation.wait() == 0
+    program = example(package.partition("-slim")[0]).replace("http://127.0.0.1:8000", server)
+    environ = {k: v for k, v in os.environ.items() if k != "PYTHONPATH" and not k.lower().endswith("_proxy")}
+    done = subprocess.run([python, "-c", program], capture_output=True, text=True, env=environ)
+    assert done.returncode == 0, done.stderr
+    assert re.match(PRINTED[package], done.stdout), done.stdout

@@ -100,7 +100,8 @@ def test_the_readmes_request_has_the_printed_answer() -> None:
     (answer,) = re.findall(r'"content":"(.*?)"', "".join(blocks(README, "text")))
     body = json.loads(request[request.index("{") : request.rindex("}") + 1])
     for precision in ("fp32", "bf16", "int8", "int4") if native.library() else ("fp32", "bf16"):
-        with aurora_lit.LLM(overrides=[f"target.precision={precision}"]) as llm:
+        settings = [f"target.precision={precision}", "engine.max_batch_size=1"]  # no costs of batches are measured
+        with aurora_lit.LLM(overrides=settings) as llm:
             (given,) = llm.chat(body["messages"], aurora_lit.SamplingParams(temperature=body["temperature"]))
         assert given.outputs[0].text == answer, precision
 

@@ -72,6 +72,7 @@ def test_all_examples_with_the_real_model(tmp_path: Path) -> None:
         f"trace.record={traces}",
         f"checkpoint.dir={tmp_path / 'drafts'}",
         "learn.enabled=false",
+        "engine.max_batch_size=2",
     ]
     with running_server(load_config(None, settings), tmp_path / "log") as url:
         assert float(run("stream.py", url).split()[-3]) >= 1

@@ -189,8 +189,7 @@ def test_a_model_without_a_tensor_parallel_plan_is_refused_on_every_rank(reports
 
 @pytest.mark.process
 @pytest.mark.slow
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_other_families(precision, tmp_path):
+def test_other_families(tmp_path):
     """Scaled embeddings, soft caps, biases, norms of heads, windows, experts; GPT-2 only under fsdp."""
     families = {
         "qwen2": {},
@@ -206,17 +205,23 @@ def test_other_families(precision, tmp_path):
         models[family] = save_model(family, tmp_path / family, seed=3, **shape)
         strategies = ["fsdp"] if changes is None else ["fsdp", "tensor_parallel"]
         cases += [
-            Case(name=f"{family}-{each}", model=str(models[family]), strategy=each, precision=precision)
+            Case(name=f"{family}-{each}-{precision}", model=str(models[family]), strategy=each, precision=precision)
             for each in strategies
+            for precision in ("fp32", "bf16")
         ]
     reports = run_cases(tmp_path, cases)
-    expected = {family: unsharded_answers(folder, precision) for family, folder in models.items()}
+    expected = {
+        (family, precision): unsharded_answers(folder, precision)
+        for family, folder in models.items()
+        for precision in ("fp32", "bf16")
+    }
     for case in cases:
         family, answers = case.name.split("-")[0], reports[case.name][0]["tokens"]
-        if precision == "fp32":
-            assert answers == expected[family], case.name
+        whole_answers = expected[family, case.precision]
+        if case.precision == "fp32":
+            assert answers == whole_answers, case.name
         elif case.strategy == "tensor_parallel" and native.library() is not None:
-            for prompt, whole, sharded in zip(PROMPTS, expected[family], answers, strict=True):
+            for prompt, whole, sharded in zip(PROMPTS, whole_answers, answers, strict=True):
                 assert differ_only_by_rounding(models[family], prompt, whole, sharded), case.name
         assert all(len(tokens) == MAX_TOKENS for tokens in answers)
 
