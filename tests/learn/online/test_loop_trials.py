@@ -60,6 +60,7 @@ def test_a_draft_gets_better_on_traffic_and_is_published_through_the_gate(
     assert not remembered & held_out
 
 
+@pytest.mark.slow
 def test_the_gate_holds_back_a_draft_that_got_worse(
     make: MakeHarness, learned: tuple[LearnerHarness, Eagle3Draft]
 ) -> None:
@@ -119,6 +120,7 @@ def test_a_version_rolled_back_before_the_loop_has_looked_is_not_learned_on_from
     assert harness.learner.num_weight_changes == weights, "once"
 
 
+@pytest.mark.slow
 def test_the_gate_is_told_how_hot_traffic_is(
     make: MakeHarness, traffic: list[Trace], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -139,6 +141,7 @@ def test_the_gate_is_told_how_hot_traffic_is(
     assert told[-1] < told[0], "it cools as it is learned"
 
 
+@pytest.mark.slow
 def test_after_repeated_refusals_the_learner_restarts_from_the_served_draft_at_half_the_rate(make: MakeHarness) -> None:
     harness = make(publish_every_steps=2)
     harness.held_out.champion_score = 100.0
