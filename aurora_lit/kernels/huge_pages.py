@@ -53,8 +53,13 @@ def touch(tensor: torch.Tensor) -> Iterator[None]:
         yield
 
 
-def growing(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-    """A tensor of zeros on small pages; the system gives each page its memory when it is first written."""
+def growing(shape: Sequence[int], dtype: torch.dtype, *, device: torch.device | str = "cpu") -> torch.Tensor:
+    """A tensor of zeros on small pages; the system gives each page its memory when it is first written.
+
+    On another device it is an ordinary one.
+    """
+    if torch.device(device).type != "cpu":
+        return torch.zeros(tuple(shape), dtype=dtype, device=device)
     raw = _map(math.prod(shape) * dtype.itemsize, advice="MADV_NOHUGEPAGE")
     return raw.view(dtype).view(tuple(shape))
 

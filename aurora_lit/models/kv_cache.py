@@ -7,6 +7,10 @@ devices all positions form one block.
 Where the kernels use matrix tiles, which multiply pairs of bf16 values, E = 2 neighbouring dimensions of a key and E
 neighbouring positions of a value are stored together; elsewhere E = 1.
 
+Slots of at most `TAKEN_POSITIONS` are on huge pages and take their memory at the start. Longer ones are seldom filled,
+and with huge pages a slot's first token would take one for every head of every layer, which may be all of it; so they
+are on small pages, and take memory as they fill.
+
 A round writes its new keys and values after the committed length of each sequence. A rejection only lowers that
 length: every position beyond it is overwritten before any query attends to it.
 
@@ -19,11 +23,15 @@ B sequences.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
 
 from aurora_lit.kernels import huge_pages, native
+
+TAKEN_POSITIONS = 4096
+"""Small pages made passes of eight sequences 4 to 15 % longer (docs/log.md)."""
 
 
 def padded_positions(capacity: int) -> int:
@@ -68,16 +76,19 @@ class KVCache:
         key_shape = (num_slots, num_kv_heads, padded // block, head_dim // pair, block, pair)
         value_shape = (num_slots, num_kv_heads, padded // pair, head_dim, pair)
         self.capacity = capacity
-        self.keys_SGCQPE = [_zeros(key_shape, dtype, device) for _ in range(num_layers)]
-        self.values_SGMDE = [_zeros(value_shape, dtype, device) for _ in range(num_layers)]
+        zeros = (
+            huge_pages.zeros if on_cpu and capacity <= TAKEN_POSITIONS else partial(huge_pages.growing, device=device)
+        )
+        self.keys_SGCQPE = [zeros(key_shape, dtype) for _ in range(num_layers)]
+        self.values_SGMDE = [zeros(value_shape, dtype) for _ in range(num_layers)]
 
     def touch(self) -> Iterator[None]:
-        """Have the system allocate the memory of all slots, a page a step, before rounds wait for it.
+        """Have the system allocate the memory of slots on huge pages, a page a step, before rounds wait for it.
 
         The layers' slots share pages, so a slot's first positions, or a prefix that is copied to it, take a page of
         every layer's keys and values: a round of half a second.
         """
-        if self.keys_SGCQPE[0].device.type == "cpu":
+        if self.keys_SGCQPE[0].device.type == "cpu" and self.capacity <= TAKEN_POSITIONS:
             for each in (*self.keys_SGCQPE, *self.values_SGMDE):
                 yield from huge_pages.touch(each)
 
@@ -109,9 +120,3 @@ def keys_by_position(keys_BGCQPE: torch.Tensor) -> torch.Tensor:
 def values_by_position(values_BGMDE: torch.Tensor) -> torch.Tensor:
     """Values [B, G, L, D]."""
     return values_BGMDE.transpose(-1, -2).flatten(2, 3)
-
-
-def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str) -> torch.Tensor:
-    if torch.device(device).type == "cpu":
-        return huge_pages.zeros(shape, dtype)
-    return torch.zeros(shape, dtype=dtype, device=device)

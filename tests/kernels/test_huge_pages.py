@@ -55,3 +55,16 @@ def test_touching_a_cache_takes_its_page_faults_before_anybody_writes() -> None:
     assert faults[0] >= 32
     assert faults[1] < 16, "the memory is there by now"
     assert not any(tensor.any() for tensor in (*cache.keys_SGCQPE, *cache.values_SGMDE))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_cache_of_long_slots_takes_memory_as_they_fill() -> None:
+    """On huge pages the first position of each head would take all of it."""
+    before = resident_bytes()
+    cache = KVCache(num_layers=2, num_slots=8, num_kv_heads=2, head_dim=64, capacity=16384, dtype=torch.bfloat16)
+    assert not list(cache.touch())
+    assert resident_bytes() - before < 4 << 20, "of 128 MiB"
+    for keys_SGCQPE, values_SGMDE in zip(cache.keys_SGCQPE, cache.values_SGMDE, strict=True):
+        keys_SGCQPE[:, :, : 256 // keys_SGCQPE.shape[-2]] = 1.0
+        values_SGMDE[:, :, : 256 // values_SGMDE.shape[-1]] = 1.0
+    assert 2 << 20 <= resident_bytes() - before < 6 << 20, "256 positions of every slot"

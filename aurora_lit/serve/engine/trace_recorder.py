@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from aurora_lit.kernels import huge_pages
 from aurora_lit.modules.sampling.distribution import is_greedy
 from aurora_lit.request import Output, SamplingParams, Source
 from aurora_lit.serve.engine.round_plan import DecodingRow
@@ -152,8 +153,7 @@ class TraceRecorder:
 
     def _allocate(self, num_slots: int, capacity: int, width: int, device: torch.device) -> torch.Tensor:
         """States by slot and position, `width` times the hidden size each."""
-        states = torch.empty(num_slots, capacity, width * self._hidden_size, dtype=torch.bfloat16, device=device)
-        return states.zero_()  # torch.zeros would leave it to the rounds to map the memory's pages
+        return huge_pages.growing((num_slots, capacity, width * self._hidden_size), torch.bfloat16, device=device)
 
 
 def verify_mode(params: SamplingParams) -> str:

@@ -98,7 +98,7 @@ def calibration_steps(
     """Fill the tables for batches of 1, 2, 4, … `max_batch_size`, at the query lengths that the limits allow.
 
     Sizes of which the tables have nothing yet come first, each time from the smallest to the largest.
-    Each step makes one timed call, at most about a tenth of a second. In between, the memory of all slots is allocated.
+    Each step makes one timed call, at most about a tenth of a second. In between, short slots get their memory.
     """
     if drafter is not None:
         position_s = yield from _prefill_position_s(target, drafter, capacity=kv_cache.capacity)

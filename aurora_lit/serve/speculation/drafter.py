@@ -64,10 +64,7 @@ class Drafter:
         self._capacity = capacity
         self._tokens_SL = tokens_SL
         shape_SLF = (len(tokens_SL), capacity, 3 * target.hidden_size)
-        if tokens_SL.device.type == "cpu":
-            self.features_SLF = huge_pages.growing(shape_SLF, target.kv_dtype)
-        else:
-            self.features_SLF = torch.zeros(shape_SLF, dtype=target.kv_dtype, device=tokens_SL.device)
+        self.features_SLF = huge_pages.growing(shape_SLF, target.kv_dtype, device=tokens_SL.device)
         """The target's features, valid for every position that the target has computed and committed."""
         self._num_cached = [0] * len(tokens_SL)
         """Positions of each slot whose keys and values were computed from the target's features."""
