@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import threading
 import time
 from collections import deque
@@ -45,6 +46,7 @@ _LONGEST_AGAIN_S = 0.1
 """Of the compilation of a grammar that a round may wait for."""
 _IN_NO_TEXT = "\U0010fffd"
 """A character for private use, the last there is."""
+_IN_BRACKETS = re.compile(r"<[!-~]*>")
 Mask = NDArray[np.uint8]
 """[W]: which tokens are allowed."""
 
@@ -289,7 +291,9 @@ class GrammarCompiler:
 def _without_special_texts(state: str) -> str:
     """The state of a tokenizer in which no text is a special token: these keep their ids, under names that no text has.
 
-    What a client asks for may contain the text of a special token, which is then a text as any other.
+    What a client asks for may contain the text of a special token, which is then a text as any other. An added token
+    that is text, such as Qwen's `<tool_call>`, goes into the vocabulary: llguidance takes one in angle brackets for a
+    special token, refuses it where its text must follow, and yet says that it must.
     """
     plain = json.loads(state)
     special = [token for token in plain["added_tokens"] if token["special"]]
@@ -299,6 +303,9 @@ def _without_special_texts(state: str) -> str:
     model = plain["model"]
     if isinstance(model["vocab"], dict):
         model["vocab"] = {name_of.get(text, text): token_id for text, token_id in model["vocab"].items()}
+        # All of them: an added token that is not in the vocabulary has the next id after it.
+        model["vocab"] |= {token["content"]: token["id"] for token in plain["added_tokens"]}
+        plain["added_tokens"] = [each for each in plain["added_tokens"] if not _IN_BRACKETS.fullmatch(each["content"])]
     else:  # Unigram: texts and scores
         model["vocab"] = [[name_of.get(text, text), score] for text, score in model["vocab"]]
     if model.get("unk_token") in name_of:

@@ -23,6 +23,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, cast
 
+from tokenizers import AddedToken
 from tokenizers import Tokenizer as BackendTokenizer
 
 from aurora_lit.durable import sync
@@ -140,9 +141,18 @@ class KeptTokenizer:
 
 def special_ids(tokenizer: Tokenizer) -> frozenset[int]:
     """The tokens that give no text where special ones are skipped: named ones, and added ones that are marked so."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    added = {} if backend is None else backend.get_added_tokens_decoder()
+    added = _added_tokens(tokenizer)
     return frozenset(tokenizer.all_special_ids) | {token_id for token_id, token in added.items() if token.special}
+
+
+def added_ids(tokenizer: Tokenizer) -> frozenset[int]:
+    """The tokens that stand for a text of their own, special or not, such as Qwen's `<tool_call>`."""
+    return frozenset(_added_tokens(tokenizer))
+
+
+def _added_tokens(tokenizer: Tokenizer) -> Mapping[int, AddedToken]:
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    return {} if backend is None else backend.get_added_tokens_decoder()
 
 
 def load_tokenizer(folder: Path, *, cache_dir: Path) -> Tokenizer:

@@ -54,6 +54,9 @@ class ToolFormat:
     """A turn has at most one call: the template refuses more."""
     short_ids: bool = False
     """Ids of calls have nine letters and digits, the only ones that the template takes."""
+    bare_calls: bool = False
+    """Calls are read without the marker too, if the answer has no grammar: Qwen2.5-Coder leaves it out or writes a code
+    block instead."""
 
     def call_parts(self, name: str) -> tuple[str, str]:
         """What a call has before its arguments, and after them."""
@@ -86,6 +89,7 @@ HERMES = ToolFormat(
     after="\n</tool_call>",
     marker="<tool_call>",
     fillers=("</tool_call>", "<tool_call>", "[", "]", ","),
+    bare_calls=True,
 )
 MISTRAL = ToolFormat(
     name="mistral",

@@ -1,6 +1,6 @@
 """The grammar of an answer that must call tools, or whose calls must be valid, in llguidance's Lark dialect.
 
-    grammar = grammar_of_calls(HERMES, tools, must_call=True, only_one=False, content_schema=None, special={})
+    grammar = grammar_of_calls(HERMES, tools, must_call=True, only_one=False, content_schema=None, tokens={})
     StructuredOutputsParams(grammar=grammar)
 
 Leaves out when a request needs one (serve/http/tool_fields.py).
@@ -20,6 +20,7 @@ from aurora_lit.tool_calls.formats import ToolFormat
 Schema = Mapping[str, Any]
 ANY_OBJECT: Schema = {"type": "object"}
 _JSON_PIECES = re.compile(r'"[^"]*"|[{}]|[:,] ')
+_TEXT = r"(.|\n)*"
 
 
 def grammar_of_calls(
@@ -29,20 +30,21 @@ def grammar_of_calls(
     must_call: bool,
     only_one: bool,
     content_schema: Schema | None = None,
-    special: Mapping[str, int] = MappingProxyType({}),
+    tokens: Mapping[str, int] = MappingProxyType({}),
+    marker_is_special: bool = False,
 ) -> str:
     """The grammar of an answer.
 
     schemas: of the arguments, by the tool's name. must_call: an answer without a call is none. only_one: at most one
-    call. content_schema: of an answer without calls; None: any text. special: ids of the special tokens among the
-    format's signs, by their texts, such as that of the marker; the other signs are text.
+    call. content_schema: of an answer without calls; None: any text. tokens: ids of the format's signs that are a token
+    each, special or not, by their texts; the other signs are text. marker_is_special: no text makes the marker.
     """
-    signs = re.compile("|".join(f"({re.escape(sign)})" for sign in special) or "(?!)")
+    signs = re.compile("|".join(f"({re.escape(sign)})" for sign in tokens) or "(?!)")
 
     def literal(text: str) -> str:
-        """Text in which special tokens stand for their signs."""
+        """Text in which tokens stand for their signs: a text that must follow would be spelt in other ones."""
         pieces = [piece for piece in signs.split(text) if piece]
-        return "".join(f"<[{special[piece]}]> " if piece in special else f"{json.dumps(piece)} " for piece in pieces)
+        return "".join(f"<[{tokens[piece]}]> " if piece in tokens else f"{json.dumps(piece)} " for piece in pieces)
 
     rules, names = [], []
     for number, (name, schema) in enumerate(schemas.items()):
@@ -62,16 +64,37 @@ def grammar_of_calls(
     elif not format_.marker:
         rules.append(r"CONTENT: /\s*[^\s{\[](.|\n)*/")
         start = "calls | CONTENT?"
-    elif format_.marker in special:
-        rules.append(r"CONTENT: /(.|\n)+/")
-        start = "CONTENT? calls?"
     else:
-        text, found = r"(.|\n)*", re.escape(format_.marker).replace("/", r"\/")
-        # The lazy rule ends at the first marker, and content then too.
-        rules += [f"CONTENT: /{text}/", f"head[lazy]: /{text}{found}/"]
-        rules.append(f"rest: {literal(format_.before.removeprefix(format_.marker))} {calls}")
-        start = "CONTENT | head rest"
+        if marker_is_special:
+            rules.append(r"CONTENT: /(.|\n)+/")
+            start = "CONTENT? calls?"
+        else:
+            found = re.escape(format_.marker).replace("/", r"\/")
+            # The lazy rule ends at the first marker, and content then too.
+            rules += [f"CONTENT: /{_TEXT}/", f"head[lazy]: /{_TEXT}{found}/"]
+            rules.append(f"rest: {literal(format_.before.removeprefix(format_.marker))} {calls}")
+            start = "CONTENT | head rest"
+        if format_.bare_calls:
+            rules += _rules_of_bare_calls(schemas)
+            rules.append(f"answer: {start} | bare answer")
+            start = "answer"
     return "\n".join([f"start: {start}", *rules])
+
+
+def _rules_of_bare_calls(schemas: Mapping[str, Schema]) -> list[str]:
+    """`bare`: text up to a call without the marker, wherever it begins, and that call."""
+    rules = [
+        f"bare: {' | '.join(f'bare_{number}' for number in range(len(schemas)))}",
+        r"BLANK: /\s+/",
+        r"CLOSE: /\s*\}/",
+    ]
+    for number, (name, schema) in enumerate(schemas.items()):
+        head = rf'\{{\s*"name"\s*:\s*"{name}"\s*,\s*"arguments"\s*:'
+        rules += [
+            f"head_{number}[lazy]: /{_TEXT}{head}/",
+            f"bare_{number}: head_{number} BLANK? %json {_as_json(schema)} CLOSE",
+        ]
+    return rules
 
 
 def _as_json(schema: Schema) -> str:

@@ -8,6 +8,9 @@
 
 Nothing is lost: what looks like a call and is none (no JSON, an unknown name) is content. A call whose name comes first
 is passed on while its arguments are written; any other when it is complete.
+
+A bare call, without the format's marker, is an object of a known name and then `arguments`, another object. It begins a
+line, alone or in a list, or a code block: so llama.cpp reads them.
 """
 
 from __future__ import annotations
@@ -21,12 +24,17 @@ from typing import Any
 from aurora_lit.tool_calls.formats import ToolFormat
 
 _ARGUMENTS_KEYS = ("arguments", "parameters")
-_HEAD = re.compile(r'\{\s*"name"\s*:\s*"([^"\\]*)"\s*,\s*"(?:arguments|parameters)"\s*:\s*\{')
+_NAME_FIRST = re.compile(r'\{\s*"name"\s*:\s*"([^"\\]*)"')
+_HEAD = re.compile(_NAME_FIRST.pattern + r'\s*,\s*"(arguments|parameters)"\s*:\s*\{')
+_NO_KEY = re.compile(r'\{\s*[^"}\s]')
 _FIRST_KEY = re.compile(r'\{\s*"((?:[^"\\]|\\.)*)"')
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _KEYS = frozenset({"name", "type", "id", *_ARGUMENTS_KEYS})
 _LONGEST_NAME = 128
 """Text of this length in which no name has ended is no call."""
+_FENCE = "```"
+_BARE_OPENING = re.compile(rf"^(?:[ \t]*{_FENCE}\w*\s*)?(?=[\[{{])", re.MULTILINE)
+_PART_OF_OPENING = re.compile(rf"^[ \t]*(?:`{{1,2}}|{_FENCE}\w*\s*)\Z", re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -59,12 +67,19 @@ class ToolCallReader:
     """Reads one answer; see the file's example."""
 
     def __init__(
-        self, format_: ToolFormat, *, names: AbstractSet[str], only_one: bool = False, only_calls: bool = False
+        self,
+        format_: ToolFormat,
+        *,
+        names: AbstractSet[str],
+        only_one: bool = False,
+        only_calls: bool = False,
+        reads_bare: bool = False,
     ) -> None:
         """names: of the tools. only_one: further calls are dropped. only_calls: the answer was to be calls and nothing
-        else, so what might have become one when it was cut off is dropped too.
+        else, so what might have become one when it was cut off is dropped too. reads_bare: bare calls too.
         """
         self._format, self._names, self._only_one, self._only_calls = format_, names, only_one, only_calls
+        self._reads_bare = reads_bare
         self._read = self._in_content if format_.marker else self._at_start
         self._pending = ""
         """Text that has not been read."""
@@ -73,6 +88,10 @@ class ToolCallReader:
         self._after_call = False
         self._in_list = False
         """A bracket has been opened around calls."""
+        self._is_bare = self._in_fence = False
+        """The calls began without the marker; a code block has been opened around them."""
+        self._begins_line = True
+        """The pending text does."""
         self._braces, self._num_scanned = _Braces(), 0
         self._pieces: list[Piece] = []
         self.num_calls = 0
@@ -81,6 +100,10 @@ class ToolCallReader:
     def is_in_call(self) -> bool:
         """True if a call has begun whose arguments have not ended."""
         return self._read == self._in_arguments
+
+    @property
+    def _fillers(self) -> tuple[str, ...]:
+        return (*self._format.fillers, _FENCE) if self._in_fence else self._format.fillers
 
     def push(self, text: str) -> list[Piece]:
         """Read more of the answer."""
@@ -92,7 +115,7 @@ class ToolCallReader:
     def finish(self) -> list[Piece]:
         """The answer has ended: return what was held back."""
         held = self._doubtful + self._pending
-        is_rest_of_call = self._after_call and any(filler.startswith(held.strip()) for filler in self._format.fillers)
+        is_rest_of_call = self._after_call and any(filler.startswith(held.strip()) for filler in self._fillers)
         if self._read == self._after_arguments:
             is_rest_of_call |= held.lstrip().startswith((",", "}"))
         if not self._only_calls and not is_rest_of_call:
@@ -102,17 +125,31 @@ class ToolCallReader:
     # Each of these reads some of the pending text, and returns True if there may be more to read now.
 
     def _in_content(self) -> bool:
-        """Up to the format's marker."""
-        marker = self._format.marker
-        before, found, after = self._pending.partition(marker)
-        keep = 0 if found else next((n for n in range(len(marker) - 1, 0, -1) if before.endswith(marker[:n])), 0)
-        text = before[: len(before) - keep].rstrip()  # white space before a call is no content
+        """Up to the format's marker, or to what may begin a bare call."""
+        begin, end = self._opening()
+        before, opening = self._pending[:begin], self._pending[begin:end]
+        text = before.rstrip()  # white space before a call is no content
         self._add_content(text)
         self._pending = self._pending[len(text) :]
-        if found:
-            self._doubtful, self._pending, self._after_call = before[len(text) :] + marker, after, False
-            self._read = self._in_name if self._format.name_end else self._between_calls
-        return bool(found)
+        if end is None:
+            return False
+        self._doubtful, self._pending = before[len(text) :] + opening, self._pending[end - len(text) :]
+        self._is_bare, self._in_fence = opening != self._format.marker, _FENCE in opening
+        self._after_call = False
+        self._read = self._in_name if self._format.name_end else self._between_calls
+        return True
+
+    def _opening(self) -> tuple[int, int | None]:
+        """Where the first opening of calls begins and ends; without one, where a part of it may begin, and None."""
+        text, marker = self._pending, self._format.marker
+        at = text.find(marker)
+        found = [] if at < 0 else [(at, at + len(marker))]
+        part = next((n for n in range(len(marker) - 1, 0, -1) if text.endswith(marker[:n])), 0)
+        parts = [len(text) - part]
+        if self._reads_bare:
+            found += [match.span() for match in _BARE_OPENING.finditer(text) if match.start() or self._begins_line][:1]
+            parts += [match.start() for match in _PART_OF_OPENING.finditer(text)]
+        return min(found) if found else (min(parts), None)
 
     def _at_start(self) -> bool:
         """Without a marker, a call is what the answer begins with."""
@@ -137,11 +174,14 @@ class ToolCallReader:
         text = self._pending.lstrip()
         self._doubtful += self._pending[: len(self._pending) - len(text)]
         self._pending = text
-        if any(filler.startswith(text) and filler != text for filler in self._format.fillers):
+        fillers = self._fillers
+        if any(filler.startswith(text) and filler != text for filler in fillers):
             return False  # it may become the longer one
-        for filler in self._format.fillers:
+        for filler in fillers:
             if text.startswith(filler):
-                self._after_call &= filler != self._format.marker
+                if filler == self._format.marker:
+                    self._after_call = self._is_bare = False
+                self._in_fence &= filler != _FENCE
                 is_end = self._after_call and (len(filler) > 1 or (filler == "]" and self._in_list))
                 # Signs that may separate calls are content if no call follows.
                 self._doubtful = "" if is_end else self._doubtful + filler
@@ -173,20 +213,22 @@ class ToolCallReader:
 
     def _in_object(self) -> bool:
         """An object that may be a call, whole or up to its arguments."""
-        head = _HEAD.match(self._pending)
-        if head is not None and head[1] in self._names:
+        head, name = _HEAD.match(self._pending), _NAME_FIRST.match(self._pending)
+        if head is not None and head[1] in self._names and not (self._is_bare and head[2] != "arguments"):
             self._pending = self._pending[head.end() - 1 :]
             self._begin_call(head[1])
             return True
         first_key = _FIRST_KEY.match(self._pending)
-        if first_key is not None and first_key[1] not in _KEYS:
-            return self._refuse(1)
+        is_other = first_key is not None and first_key[1] not in (("name",) if self._is_bare else _KEYS)
+        is_other |= name is not None and name[1] not in self._names
+        if is_other or _NO_KEY.match(self._pending):
+            return self._refuse(1)  # at once: an answer may be code
         end = self._braces.end(self._pending[self._num_scanned :])
         if end is None:
             self._num_scanned = len(self._pending)
             return False
         end += self._num_scanned
-        call = _call_in(self._pending[:end])
+        call = None if self._is_bare else _call_in(self._pending[:end])
         if call is None or call[0] not in self._names:
             return self._refuse(end)
         self._pending = self._pending[end:]
@@ -214,7 +256,7 @@ class ToolCallReader:
     def _after_arguments(self) -> bool:
         """What a call has after its arguments: its closing brace, which some models forget, as a rule."""
         if not self._num_scanned:
-            text, marks = self._pending.lstrip(), [filler for filler in self._format.fillers if len(filler) > 1]
+            text, marks = self._pending.lstrip(), [filler for filler in self._fillers if len(filler) > 1]
             if any(mark.startswith(text) and mark != text for mark in marks):
                 return False
             if text.startswith(tuple(marks)):
@@ -229,6 +271,8 @@ class ToolCallReader:
 
     def _refuse(self, num_characters: int) -> bool:
         """The doubtful text and so many characters are content, and no call."""
+        if not num_characters and self._doubtful.isspace():  # before content, or before a further opening
+            self._pending, self._doubtful = self._doubtful + self._pending, ""
         self._add_content(self._doubtful + self._pending[:num_characters])
         self._pending, self._after_call, self._in_list = self._pending[num_characters:], False, False
         self._read = self._in_content if self._format.marker else self._in_rest
@@ -237,7 +281,7 @@ class ToolCallReader:
     def _begin_call(self, name: str) -> None:
         self._add(CallBegin(self.num_calls, name))
         self.num_calls += 1
-        self._doubtful = ""
+        self._doubtful, self._begins_line = "", False
         self._begin_scan(self._in_arguments)
 
     def _begin_scan(self, read: Any, *, depth: int = 0) -> None:
@@ -246,6 +290,7 @@ class ToolCallReader:
     def _add_content(self, text: str) -> None:
         self._doubtful = ""
         if text:
+            self._begins_line = text.endswith("\n")
             self._add(Content(text))
 
     def _add(self, piece: Piece) -> None:

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from llguidance import LLMatcher, LLParserLimits
 from support.grammars import END, TOKENS, VOCAB_SIZE, allowed_after, backend, compiler
+from tokenizers import AddedToken
 
 from aurora_lit.errors import RequestError
 from aurora_lit.grammars import matcher as matcher_module
@@ -116,6 +117,24 @@ def test_a_text_that_is_written_like_a_special_token_is_a_text(asked: dict[str, 
         place.advance([token])
     named = StructuredOutputsParams(grammar='start: "c" <0> "b"')
     assert compiler.compile(named, end_tokens=frozenset([END])).result().forced == [2, 11, 1, END]
+
+
+@pytest.mark.parametrize(
+    "asked", [{"regex": "(a|<0>)b"}, {"choice": ("ab", "<0>b")}, {"grammar": 'start: ("a" | "<0>") "b"'}]
+)
+def test_an_added_token_that_is_text_makes_its_text_whatever_brackets_it_has(asked: dict[str, Any]) -> None:
+    """As Qwen's `<tool_call>`, which is not marked special."""
+    tokenizer = backend()
+    tokenizer.add_tokens(["<", AddedToken("<0>", special=False), ">"])
+    compiler = GrammarCompiler(tokenizer.to_str, vocab_size=VOCAB_SIZE, eos_token_ids=frozenset([END]))
+    for tokens in ([10, 1, END], [9, 3, 11, 1, END]):
+        place = compiler.compile(StructuredOutputsParams(**asked), end_tokens=frozenset([END])).result()
+        assert tokens_of(place.allowed) == {0, 7, 9, 10}
+        for token in tokens:
+            assert token in tokens_of(place.allowed)
+            place.advance([token])
+    named = {"grammar": "start: <[10]>"}
+    assert compiler.compile(StructuredOutputsParams(**named), end_tokens=frozenset([END])).result().forced == [10, END]
 
 
 @pytest.mark.parametrize("asked", [{"regex": "[ab]c"}, {"grammar": 'start: "c" <end>'}])

@@ -52,6 +52,31 @@ def test_an_answer_that_need_not_call_is_any_text_but_its_calls_are_valid(format
         assert not takes(free, "Let me see.\n" + format_.written(WRONG))
 
 
+@pytest.mark.parametrize("signs", [(), ("<tool_call>",)])
+def test_an_answer_that_need_not_call_may_leave_out_the_marker_and_its_calls_are_valid(signs: tuple[str, ...]) -> None:
+    made = byte_tokenizer(*signs)
+    tokens = {sign: made.token_to_id(sign) for sign in signs}
+    free = grammar(HERMES, must_call=False, tokens=tokens, marker_is_special=bool(signs))
+    call, wrong = '{\n  "name": "f",\n  "arguments": {"a": 12}\n}', '{"name": "f", "arguments": {"a": "12"}}'
+    other = '{"name": "h", "arguments": {"a": "12"}}'
+    for text in (
+        call,
+        f"So:\n```json\n{call}\n```\nDone.",
+        f"[{call}, {call}]",
+        f"{call}\n{HERMES.written(TWO)}",
+        other,
+    ):
+        assert takes(free, text, *signs), text
+    for text in (
+        wrong,
+        f"```\n{wrong}\n```",
+        f"{call}\n{wrong}",
+        f"{call}\n{HERMES.written(WRONG)}",
+        f"{other}{wrong}",
+    ):
+        assert not takes(free, text, *signs), text
+
+
 @pytest.mark.parametrize("format_", FORMATS, ids=lambda each: each.name)
 def test_with_a_schema_for_content_an_answer_is_of_it_or_calls(format_: ToolFormat) -> None:
     both = grammar(format_, must_call=False, content_schema=SCHEMA)
@@ -76,7 +101,7 @@ def test_signs_of_a_format_that_are_special_tokens_are_those(format_: ToolFormat
     made = byte_tokenizer(*signs)
     ids = {sign: made.token_to_id(sign) for sign in signs}
     for how in ({}, {"must_call": False}):
-        special = grammar(format_, special=ids, **how)
+        special = grammar(format_, tokens=ids, marker_is_special=True, **how)
         assert takes(special, format_.written(ONE), *signs)
         assert takes(special, format_.written(TWO), *signs)
         assert not takes(special, format_.written(WRONG), *signs)

@@ -15,8 +15,8 @@ NAMES = frozenset({"f", "get_weather"})
 Read = tuple[str, list[tuple[str, str]]]
 
 
-def read(format_: ToolFormat, parts: list[str], *, only_one: bool = False) -> Read:
-    reader = ToolCallReader(format_, names=NAMES, only_one=only_one)
+def read(format_: ToolFormat, parts: list[str], *, only_one: bool = False, reads_bare: bool = False) -> Read:
+    reader = ToolCallReader(format_, names=NAMES, only_one=only_one, reads_bare=reads_bare)
     pieces = [piece for part in parts for piece in reader.push(part)] + reader.finish()
     content, calls = "", list[tuple[str, str]]()
     for piece in pieces:
@@ -41,8 +41,8 @@ def cuts(text: str) -> list[list[str]]:
     return ways
 
 
-def read_any_way(format_: ToolFormat, text: str) -> Read:
-    results = [read(format_, parts) for parts in cuts(text)]
+def read_any_way(format_: ToolFormat, text: str, *, reads_bare: bool = False) -> Read:
+    results = [read(format_, parts, reads_bare=reads_bare) for parts in cuts(text)]
     assert all(result == results[0] for result in results), "how the text is cut must not matter"
     return results[0]
 
@@ -143,6 +143,56 @@ def test_answers_as_models_give_them(
     format_: ToolFormat, text: str, content: str, calls: list[tuple[str, str]]
 ) -> None:
     assert read_any_way(format_, text) == (content, calls)
+
+
+BARE = '{"name": "f", "arguments": {"a": 1}}'
+LONG = '{\n  "name": "get_weather",\n  "arguments": {\n    "city": "`Rome`"\n  }\n}'
+ROME = '{\n    "city": "`Rome`"\n  }'
+
+
+@pytest.mark.parametrize(
+    ("text", "content", "calls"),
+    [
+        (BARE, "", [("f", '{"a": 1}')]),
+        (f"```json\n{LONG}\n```", "", [("get_weather", ROME)]),
+        (f"Let me see:\n\n  ```\n  {BARE}\n```\nDone.", "Let me see:\nDone.", [("f", '{"a": 1}')]),
+        (f"```json\n{LONG}\n```\n\n```json\n{BARE}\n```", "", [("get_weather", ROME), ("f", '{"a": 1}')]),
+        (f"{BARE}\n{BARE}\n", "", [("f", '{"a": 1}')] * 2),
+        (f"```json\n[{BARE},\n {LONG}]\n```", "", [("f", '{"a": 1}'), ("get_weather", ROME)]),
+        (f'{BARE}\n\n<tool_call>\n{{"name": "f"}}\n</tool_call>', "", [("f", '{"a": 1}'), ("f", "{}")]),
+        (f"<tool_call>{BARE}</tool_call>\n```json\n{BARE}\n```", "", [("f", '{"a": 1}')] * 2),
+        (f"{BARE[:-1]}", "", [("f", '{"a": 1}')]),
+        (f"```json\n{BARE[:-1]}\n```", "", [("f", '{"a": 1}')]),
+        (f"{BARE}\n```python\nf(1)\n```", "\n```python\nf(1)\n```", [("f", '{"a": 1}')]),
+    ],
+)
+def test_calls_without_the_marker_are_read_where_the_answer_is_free(
+    text: str, content: str, calls: list[tuple[str, str]]
+) -> None:
+    assert read_any_way(HERMES, text, reads_bare=True) == (content, calls)
+    assert len(read_any_way(HERMES, text)[1]) == text.count("<tool_call>")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("```json\n{}\n```", "```python\nx = {1: 2}\n```", "[1, {}] {", "{\n  int x;\n}\n", "``", "```", "``` \n ```"),
+        *(f"Such as {BARE}", f"`{BARE}`", f'{{"call": {BARE}}}', f" {BARE}", "[\n\n{", "```json\n[]\n```\n\n"),
+        *('{"name": "f"}', '{"name": "f", "arguments": "{}"}', '{"name": "f", "arguments": null}'),
+        *('{"name": "f", "parameters": {"type": "object"}}', '{"arguments": {}, "name": "f"}'),
+        *('{"name": "g", "arguments": {}}', '```json\n{"name": "g", "arguments": {}}\n```', "{'name': 'f'}"),
+        *('{"name": "f", "version": 1, "x": {"arguments": {}}}', '{"name": "f", "arguments": 3}', '{"name": "f", "ar'),
+    ],
+)
+def test_without_the_marker_only_an_object_like_a_call_that_begins_a_line_is_one(text: str) -> None:
+    assert read_any_way(HERMES, text, reads_bare=True) == (text, [])
+
+
+def test_json_and_code_that_are_no_calls_are_not_held_back() -> None:
+    """A coding model writes much of both."""
+    for text in ('```json\n{"a":', '```json\n{\n  "name": "aurora",', "```c\n{\n  int", "[1, 2", "```python\nx"):
+        reader = ToolCallReader(HERMES, names=NAMES, reads_bare=True)
+        assert "".join(piece.text for piece in reader.push(text) if isinstance(piece, Content)) == text
 
 
 def test_arguments_are_passed_on_while_they_are_written() -> None:

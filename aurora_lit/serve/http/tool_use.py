@@ -16,7 +16,7 @@ from typing import Any
 
 from aurora_lit.errors import RequestError
 from aurora_lit.grammars.definition import Fault, fault_of
-from aurora_lit.models.tokenizer import Tokenizer, special_ids
+from aurora_lit.models.tokenizer import Tokenizer, added_ids, special_ids
 from aurora_lit.request import StructuredOutputsParams
 from aurora_lit.serve.http.message_fields import Message
 from aurora_lit.serve.http.schema import ChatRequest
@@ -42,6 +42,8 @@ class ToolUse:
     only_one: bool
     only_calls: bool
     """The answer is calls and nothing else."""
+    reads_bare: bool
+    """Calls without the format's marker are read too."""
     grammar: StructuredOutputsParams | None
     """What the answer must be; None: the model decides."""
     shows_special_tokens: bool
@@ -49,7 +51,13 @@ class ToolUse:
 
     def reader(self) -> ToolCallReader:
         """For one answer."""
-        return ToolCallReader(self.format, names=self.names, only_one=self.only_one, only_calls=self.only_calls)
+        return ToolCallReader(
+            self.format,
+            names=self.names,
+            only_one=self.only_one,
+            only_calls=self.only_calls,
+            reads_bare=self.reads_bare,
+        )
 
 
 def turns_of(messages: Sequence[Message], tools: Sequence[Tool], tokenizer: Tokenizer) -> list[Turn]:
@@ -83,8 +91,9 @@ def tool_use(body: ChatRequest, tokenizer: Tokenizer, *, reads_calls: bool = Tru
             param="tools",
         )
     only_one = body.may_call_once or format_.one_call
-    of_tokenizer = {tokenizer.convert_ids_to_tokens(i): i for i in special_ids(tokenizer)}
-    special = {sign: of_tokenizer[sign] for sign in format_.signs if sign in of_tokenizer}
+    special, added = special_ids(tokenizer), added_ids(tokenizer)
+    of_tokenizer = {tokenizer.convert_ids_to_tokens(i): i for i in special | added}
+    tokens = {sign: of_tokenizer[sign] for sign in format_.signs if sign in of_tokenizer}
     grammar = None
     if body.needs_grammar or content is not None:
         content_schema: Mapping[str, Any] | None = None
@@ -97,7 +106,8 @@ def tool_use(body: ChatRequest, tokenizer: Tokenizer, *, reads_calls: bool = Tru
                 must_call=body.must_call,
                 only_one=only_one,
                 content_schema=content_schema,
-                special=special,
+                tokens=tokens,
+                marker_is_special=tokens.get(format_.marker) in special,
             )
         )
     return ToolUse(
@@ -105,8 +115,9 @@ def tool_use(body: ChatRequest, tokenizer: Tokenizer, *, reads_calls: bool = Tru
         names=frozenset(tool.function.name for tool in body.callable_tools),
         only_one=only_one,
         only_calls=body.must_call,
+        reads_bare=format_.bare_calls and content is None and not body.must_call,
         grammar=grammar,
-        shows_special_tokens=bool(special),
+        shows_special_tokens=not special.isdisjoint(tokens.values()),
     )
 
 

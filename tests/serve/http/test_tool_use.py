@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import json
 import re
 from typing import Any
 
+import numpy as np
 import pytest
+from support import TESTS
 from support.fake_engine import tiny_tokenizer
 from support.grammars import takes
 from tokenizers import AddedToken
 
 from aurora_lit.errors import RequestError
+from aurora_lit.grammars.matcher import GrammarCompiler
+from aurora_lit.models.tokenizer import tokenizer_json
 from aurora_lit.serve.http import tool_use as tool_use_module
 from aurora_lit.serve.http.schema import ChatRequest
+from aurora_lit.serve.http.tokenize import render
 from aurora_lit.serve.http.tool_use import MAX_SCHEMA_CHARACTERS, template_tools, tool_use, turns_of
 from aurora_lit.tool_calls.formats import HERMES, ToolCall
-from aurora_lit.tool_calls.parser import CallBegin
+from aurora_lit.tool_calls.parser import Arguments, CallBegin
 
+QWEN = (TESTS / "support" / "qwen2.5.jinja").read_text(encoding="utf-8")
 SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}}
 STRICT = {"type": "function", "function": {"name": "f", "parameters": SCHEMA, "strict": True}}
 LOOSE = {"type": "function", "function": {"name": "g", "parameters": SCHEMA}}
@@ -151,6 +158,86 @@ def test_a_special_token_that_begins_calls_is_shown_and_is_one_in_the_grammar(sp
     use = use_of("{{ tools }}[TOOL_CALLS][ARGS]", special, tools=[LOOSE], tool_choice="required")
     assert use.shows_special_tokens == bool(special)
     assert len(set(re.findall(r"<\[\d+\]>", str(use.grammar.grammar)))) == len(special)
+
+
+@pytest.mark.parametrize("special", [True, False])
+@pytest.mark.parametrize("fields", [{"tool_choice": "required"}, {"tools": [STRICT]}])
+def test_a_required_call_has_the_tokens_of_its_format_whether_they_are_special_or_text(
+    special: bool, fields: dict[str, Any]
+) -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = QWEN
+    backend = tokenizer.backend_tokenizer
+    backend.add_tokens([AddedToken(sign, special=special) for sign in ("<tool_call>", "</tool_call>")])
+    use = tool_use(body(**{"tools": [LOOSE], **fields}), tokenizer)
+    assert use is not None
+    assert use.grammar is not None
+    end = tokenizer.eos_token_id
+    compiler = GrammarCompiler(
+        lambda: tokenizer_json(backend), vocab_size=backend.get_vocab_size(), eos_token_ids=frozenset([end])
+    )
+    calls = HERMES.written(
+        [ToolCall("g" if "tool_choice" in fields else "f", each) for each in ('{"a": 1}', '{"a": 23}')]
+    )
+    ids = [*tokenizer.encode(calls, add_special_tokens=False), end]
+    assert sum(token >= backend.get_vocab_size() - 2 for token in ids) == 4
+    place = compiler.compile(use.grammar, end_tokens=frozenset([end])).result()
+    for token in ids:
+        assert np.unpackbits(place.allowed, bitorder="little")[token]
+        place.advance([token])
+    reader = use.reader()
+    shown = tokenizer.decode(ids, skip_special_tokens=not use.shows_special_tokens)
+    pieces = [*reader.push(shown), *reader.finish()]
+    assert [piece.text for piece in pieces if isinstance(piece, Arguments)] == ['{"a": 1}', '{"a": 23}']
+
+
+def test_calls_without_the_marker_are_read_unless_the_answer_is_calls_or_json_alone() -> None:
+    bare = '{"name": "g", "arguments": {"a": 1}}'
+    fields: list[dict[str, Any]] = [
+        {},
+        {"tools": [LOOSE, STRICT]},
+        {"tool_choice": "required"},
+        {"response_format": FORMAT},
+    ]
+    found = []
+    for each in fields:
+        reader = use_of(**{"tools": [LOOSE], **each}).reader()
+        found.append(any(isinstance(piece, CallBegin) for piece in [*reader.push(bare), *reader.finish()]))
+    assert found == [True, True, False, False]
+
+
+def test_qwens_template_shows_the_turns_of_its_training() -> None:
+    """Arguments come back as text and are an object there; results of parallel calls share a turn; parts are joined."""
+    calls = [
+        {"id": name, "type": "function", "function": {"name": "f", "arguments": arguments}}
+        for name, arguments in (("x", '{"a": 1}'), ("y", '{"a": "é<"}'))
+    ]
+    turns = [
+        {"role": "user", "content": [{"type": "text", "text": "One"}, {"type": "text", "text": "two."}]},
+        {"role": "assistant", "content": None, "tool_calls": calls},
+        {"role": "tool", "tool_call_id": "x", "content": "1"},
+        {"role": "tool", "tool_call_id": "y", "content": [{"type": "text", "text": "2"}]},
+        {"role": "assistant", "content": "Wait.", "tool_calls": calls[:1]},
+        {"role": "tool", "tool_call_id": "x", "content": "3"},
+    ]
+    asked = body(messages=turns, tools=[LOOSE])
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = QWEN
+    text = render(asked.messages, asked, tools=asked.callable_tools, tokenizer=tokenizer)
+    system, *rest = text.split("<|im_start|>")[1:]
+    assert system.startswith(
+        "system\nYou are Qwen, created by Alibaba Cloud. You are a helpful assistant.\n\n# Tools\n"
+    )
+    assert f"<tools>\n{json.dumps(LOOSE)}\n</tools>" in system
+    first = '<tool_call>\n{"name": "f", "arguments": {"a": 1}}\n</tool_call>'
+    assert rest == [
+        "user\nOne\ntwo.<|im_end|>\n",
+        f'assistant\n{first}\n<tool_call>\n{{"name": "f", "arguments": {{"a": "é<"}}}}\n</tool_call><|im_end|>\n',
+        "user\n<tool_response>\n1\n</tool_response>\n<tool_response>\n2\n</tool_response><|im_end|>\n",
+        f"assistant\nWait.\n{first}<|im_end|>\n",
+        "user\n<tool_response>\n3\n</tool_response><|im_end|>\n",
+        "assistant\n",
+    ]
 
 
 @pytest.mark.parametrize(
