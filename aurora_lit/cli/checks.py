@@ -30,8 +30,8 @@ if TYPE_CHECKING:
     from aurora_lit.cli.footprint import TargetShape
 
 _GIB = 1 << 30
-_DOWNLOAD_BYTES = 2 * _GIB
-"""Disk space for downloading and converting a small model; a guess, since the file's size is not known yet."""
+_DOWNLOAD_BYTES, _PARTS_BYTES = 2 * _GIB, 4 * _GIB
+"""Disk space for downloading and packing a model, and one that comes in parts; guesses, since no size is known yet."""
 _FAST_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
 """Of x86-64."""
 
@@ -228,11 +228,12 @@ def check_target(config: AuroraConfig) -> Check:
         root, setting = Path(HF_HUB_CACHE).absolute(), "the variable HF_HOME"
     existing = next(path for path in (root, *root.parents) if path.exists())
     free = shutil.disk_usage(existing).free
-    if not os.access(existing, os.W_OK) or free < _DOWNLOAD_BYTES:
+    wanted = _PARTS_BYTES if "-part{" in target.source else _DOWNLOAD_BYTES
+    if not os.access(existing, os.W_OK) or free < wanted:
         return _fail(
             "target",
             f"not in the cache; {free / _GIB:.1f} GiB free in {existing}",
-            f"set {setting} to a writable folder with {_DOWNLOAD_BYTES / _GIB:.0f} GiB free",
+            f"set {setting} to a writable folder with {wanted / _GIB:.0f} GiB free",
         )
     return _warn("target", f"{target.source} is not in {root} yet", "nothing: the first start downloads it")
 
@@ -255,7 +256,7 @@ def check_memory(config: AuroraConfig) -> Check:
     """Enough free memory for the deployment: on the GPUs, or in main memory if it computes on the CPU."""
     import torch
 
-    from aurora_lit.cli.footprint import host_total, model_shape, needs, total
+    from aurora_lit.cli.footprint import gguf_bytes, host_total, model_shape, needs, total
 
     free = available_bytes()
     engine = config.engine
@@ -265,7 +266,7 @@ def check_memory(config: AuroraConfig) -> Check:
             f"{free / _GIB:.1f} GiB free",
             "what the deployment needs is not known yet: run doctor again after the download",
         )
-    lines = needs(config, model_shape(config, folder))
+    lines = needs(config, model_shape(config, folder), gguf_bytes=gguf_bytes(folder))
     gpus = [torch.cuda.get_device_properties(index).total_memory for index in range(torch.cuda.device_count())]
     fullest = total(lines, "every device", "first device")
     if config.learn.enabled and config.learn.devices <= len(gpus):  # with fewer it computes on the CPU

@@ -42,14 +42,14 @@ def doctor(config: AuroraConfig, *, as_json: bool = False) -> bool:
 
 def _memory(config: AuroraConfig) -> dict[str, Any] | None:
     """The memory table's lines and sums; None if the model's sizes are not known."""
-    from aurora_lit.cli.footprint import Place, model_shape, needs, total
+    from aurora_lit.cli.footprint import Place, gguf_bytes, model_shape, needs, total
 
     target = config.target
     try:
         folder = cached(target.source, cache_dir=cache_root(), sha256=target.sha256)
         if folder is None:
             return None
-        lines = needs(config, model_shape(config, folder))
+        lines = needs(config, model_shape(config, folder), gguf_bytes=gguf_bytes(folder))
         return {
             "needs": [asdict(need) for need in lines],
             "totals": {place: total(lines, place) for place in get_args(Place)},

@@ -1,7 +1,7 @@
 """How much memory a deployment needs, computed from its model's configuration; no weights are loaded.
 
     shape = model_shape(config, folder)
-    for need in needs(config, shape): ...     # one line of the table each
+    for need in needs(config, shape, gguf_bytes=gguf_bytes(folder)): ...     # one line of the table each
 
 Leaves out how much memory the machine has, and whether that is enough (cli/checks.py).
 """
@@ -24,7 +24,7 @@ from aurora_lit.drafts.checkpoint import read_config
 from aurora_lit.drafts.initial import DRAFT_VOCABULARY_SIZE
 from aurora_lit.errors import SourceError
 from aurora_lit.learn.online.build import BATCH_POSITIONS, unroll_steps
-from aurora_lit.models.kv_cache import cache_bytes, head_dim_of, kv_heads_of, padded_positions
+from aurora_lit.models.kv_cache import TAKEN_POSITIONS, cache_bytes, head_dim_of, kv_heads_of, padded_positions
 from aurora_lit.models.loading import model_dtype
 from aurora_lit.models.source import OWN_CODE, needs_own_code
 from aurora_lit.models.torch_target import aux_layer_ids, decoder_layers
@@ -37,6 +37,8 @@ _PROCESS_BYTES = 1 << 30
 """About what a process takes on its device before anything is loaded, such as the GPU context."""
 _BYTES_PER_WEIGHT = {"int8": 34 / 32, "int4": 20 / 32}
 """Of target.precision, scales and minima included; int4: without the head's eight bits."""
+_BYTES_PER_GGUF_BYTE = 1.15
+"""About what a byte of a GGUF takes with target.precision=auto: codes as they are, scales and minima in fp16."""
 _MIB = 1 << 20
 
 Place = Literal["every device", "first device", "learner's device", "host"]
@@ -58,12 +60,12 @@ class Need:
     """True if only a learner on this machine needs it."""
 
 
-def needs(config: AuroraConfig, shape: PretrainedConfig) -> list[Need]:
+def needs(config: AuroraConfig, shape: PretrainedConfig, *, gguf_bytes: int | None = None) -> list[Need]:
     """All lines of the table, with the target split over engine.devices by engine.strategy.
 
-    Raises CheckpointError if draft.checkpoint is not a valid draft.
+    gguf_bytes: see the function of that name. Raises CheckpointError if draft.checkpoint is not a valid draft.
     """
-    lines = _target_needs(config, shape)
+    lines = _target_needs(config, shape, gguf_bytes)
     if config.engine.speculate and resolved_memory_scope(config) != "off":
         memory_bytes = config.memory.capacity_mb * _MIB
         lines.append(
@@ -132,6 +134,12 @@ def model_shape(config: AuroraConfig, folder: Path) -> PretrainedConfig:
     return shape
 
 
+def gguf_bytes(folder: Path) -> int | None:
+    """Size of the GGUF file that has the weights of the model in `folder`; None if they are in safetensors."""
+    files = [] if any(folder.glob("*.safetensors")) else sorted(folder.glob("*.gguf"))
+    return files[0].stat().st_size if files else None
+
+
 def _parameters(shape: PretrainedConfig) -> tuple[int, int]:
     """Numbers of parameters of the whole model and of its largest layer, counted on the meta device."""
     return _counted(shape.to_json_string())
@@ -180,7 +188,7 @@ def _draft_parameters(config: Eagle3Config) -> tuple[int, int]:
 # -- the lines ---------------------------------------------------------------------------------------------------------
 
 
-def _target_needs(config: AuroraConfig, shape: PretrainedConfig) -> list[Need]:
+def _target_needs(config: AuroraConfig, shape: PretrainedConfig, gguf_bytes: int | None) -> list[Need]:
     """Weights, keys and values, and a pass of the target."""
     text, engine, devices = shape.get_text_config(), config.engine, config.engine.devices
     element_bytes = model_dtype(config.target.precision).itemsize  # of everything but quantised weights
@@ -191,19 +199,20 @@ def _target_needs(config: AuroraConfig, shape: PretrainedConfig) -> list[Need]:
     slots, capacity = engine.max_batch_size, _slot_capacity(config)
     sizes = {"num_layers": text.num_hidden_layers, "num_kv_heads": kv_heads, "head_dim": head_dim_of(text)}
     kv_bytes = cache_bytes(num_slots=slots, capacity=capacity, element_bytes=element_bytes, **sizes)
+    num_bytes = int(math.ceil(parameters / devices) * weight_bytes)
+    how = f"{parameters:,} parameters / {devices} x {weight_bytes:g} bytes"
+    if gguf_bytes is not None and config.target.precision == "auto" and devices == 1:
+        num_bytes = int(_BYTES_PER_GGUF_BYTE * gguf_bytes)
+        how = f"{gguf_bytes:,} bytes of GGUF x {_BYTES_PER_GGUF_BYTE}"
+    fills = ", as it fills" if capacity > TAKEN_POSITIONS else ""
     lines = [
-        Need(
-            what="weights",
-            where="every device",
-            num_bytes=int(math.ceil(parameters / devices) * weight_bytes),
-            how=f"{parameters:,} parameters / {devices} x {weight_bytes:g} bytes",
-        ),
+        Need(what="weights", where="every device", num_bytes=num_bytes, how=how),
         Need(
             what="keys and values",
             where="every device",
             num_bytes=kv_bytes,
             how=f"2 x {text.num_hidden_layers} layers x {kv_heads} heads x {head_dim_of(text)} x "
-            f"{slots * padded_positions(capacity):,} positions x {element_bytes} bytes",
+            f"{slots * padded_positions(capacity):,} positions x {element_bytes} bytes{fills}",
         ),
         Need(
             what="one forward pass (about)",
@@ -213,7 +222,7 @@ def _target_needs(config: AuroraConfig, shape: PretrainedConfig) -> list[Need]:
         ),
         Need(what="process", where="every device", num_bytes=_PROCESS_BYTES, how="about"),
     ]
-    if engine.strategy == "single":
+    if engine.strategy == "single" and gguf_bytes is None:  # of a GGUF, one tensor at a time
         loading = Need(
             what="weights, while loading", where="host", num_bytes=4 * parameters, how="read as fp32, the first time"
         )

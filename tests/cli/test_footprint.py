@@ -10,7 +10,7 @@ import torch
 from support.tiny_models import FAMILIES, reference_model, save_model, tiny_config
 from transformers import LlamaConfig, MixtralConfig, PretrainedConfig
 
-from aurora_lit.cli.footprint import draft_shape, model_shape, needs
+from aurora_lit.cli.footprint import draft_shape, gguf_bytes, model_shape, needs
 from aurora_lit.config import AuroraConfig, load_config
 from aurora_lit.drafts.initial import initial_draft
 from aurora_lit.errors import SourceError
@@ -137,3 +137,13 @@ def test_an_invalid_configuration_is_named(content: str, tmp_path: Path) -> None
     (tmp_path / "config.json").write_text(content)
     with pytest.raises(SourceError, match="config.json is not that of a causal language model .*save_pretrained"):
         model_shape(load_config(None, []), tmp_path)
+
+
+def test_weights_of_a_gguf_are_counted_by_its_bytes_and_never_held_in_fp32(tmp_path: Path) -> None:
+    (tmp_path / "model.gguf").write_bytes(bytes(1000))
+    config, shape = load_config(None, ["draft.checkpoint=null", "learn.enabled=false"]), tiny_config("llama")
+    found = {need.what: need.num_bytes for need in needs(config, shape, gguf_bytes=gguf_bytes(tmp_path))}
+    assert found["weights"] == 1150
+    assert "weights, while loading" not in found
+    (tmp_path / "model.safetensors").touch()
+    assert gguf_bytes(tmp_path) is None, "then these are read"
