@@ -120,8 +120,8 @@ class LLM:
         if model is not None and config is None:
             chosen += ["target.sha256=null", "draft.checkpoint=null"]
         settings = load_config(None if config is None else Path(config), [*chosen, *overrides])
-        self._default_params = SamplingParams(**default_sampling(settings))
         self._engine, self._tokenizer = build_engine(settings)
+        self._default_params = SamplingParams(**default_sampling(settings))  # of a target that is there by now
         self._limits = Limits(
             max_seq_len=self._engine.max_seq_len,
             vocab_size=self._engine.vocab_size,

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -104,6 +105,27 @@ def plain_tokens(target: Target, prompt: str, params: SamplingParams) -> list[in
         for output in engine.round():
             found += output.token_ids
     return found
+
+
+def test_calls_without_parameters_have_the_models_own(
+    target: Target, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "model.safetensors").touch()
+
+    def build(config: Any) -> tuple[Engine, PreTrainedTokenizerFast]:
+        """As a first start, which downloads the model."""
+        (tmp_path / "generation_config.json").write_text('{"top_k": 1, "temperature": 1.5}')
+        return make_engine(target, random_draft(target), max_batch_size=2), a_tokenizer()
+
+    monkeypatch.setattr(llm_module, "build_engine", build)
+    with LLM(str(tmp_path)) as llm:
+        assert llm.get_default_sampling_params() == SamplingParams(top_k=1, temperature=1.5)
+        greedy = plain_tokens(target, PROMPTS[0], replace(GREEDY, max_tokens=16))
+        assert llm.generate(PROMPTS[0])[0].outputs[0].token_ids == greedy, "the likeliest token alone is kept"
+        free = SamplingParams(max_tokens=16, seed=3)
+        assert llm.generate(PROMPTS[0], free)[0].outputs[0].token_ids == plain_tokens(target, PROMPTS[0], free)
+        assert plain_tokens(target, PROMPTS[0], free) != greedy, "given parameters are taken whole"
 
 
 def test_more_prompts_than_slots_get_the_targets_answers_in_their_order(llm: LLM, target: Target) -> None:

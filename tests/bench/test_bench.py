@@ -28,7 +28,7 @@ from aurora_lit.bench.reference import generate as reference_generate
 from aurora_lit.bench.reporting import Spread
 from aurora_lit.config import AuroraConfig
 from aurora_lit.errors import AuroraError, ConfigError
-from aurora_lit.request import Output
+from aurora_lit.request import Output, SamplingParams
 from aurora_lit.settings import DraftSettings, EngineSettings
 
 CONFIG = AuroraConfig(draft=DraftSettings(checkpoint="somewhere"))
@@ -240,3 +240,10 @@ def test_repeated_share_counts_repeats_within_an_answer() -> None:
     assert repeated_share([[1, 2, 3, 4, 5], [1, 2, 3, 4, 5]]) == 0
     assert repeated_share([[1] * 13]) == 0.9
     assert repeated_share([[1, 2]]) == 0
+
+
+def test_a_command_samples_as_requests_do_unless_it_is_told_a_temperature() -> None:
+    own = {"temperature": 0.7, "top_k": 20}
+    assert params_for(None, max_tokens=4) == SamplingParams(max_tokens=4, temperature=0.0), "greedy, without any"
+    assert params_for(None, max_tokens=4, defaults=own) == SamplingParams(max_tokens=4, **own)
+    assert params_for(0.2, max_tokens=4, defaults=own) == SamplingParams(max_tokens=4, temperature=0.2, top_k=20)

@@ -23,7 +23,7 @@ TEXT = "hello 今日は 🌍, ça va? "
 @pytest.fixture(scope="module")
 def server():
     before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup servers would ignore it
-    starting = FakeServer(spawn=True)
+    starting = FakeServer(server={"default_sampling": {"top_k": 20}}, spawn=True)
     signal.signal(signal.SIGHUP, before)
     with starting as running:
         yield running
@@ -60,8 +60,8 @@ def test_the_ready_line_names_the_url_and_the_page(server):
 def test_models(client):
     assert [model.id for model in client.models.list()] == [MODEL]
     assert client.models.retrieve(MODEL).object == "model"
-    openais = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
-    assert client.models.retrieve(MODEL).default_sampling_params == openais
+    defaults = {"temperature": 1.0, "top_p": 1.0, "top_k": 20, "min_p": 0.0, "repetition_penalty": 1.0}
+    assert client.models.retrieve(MODEL).default_sampling_params == defaults
 
 
 def test_chat_whole(client):

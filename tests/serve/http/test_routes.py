@@ -14,6 +14,7 @@ import pytest
 from support import in_loop
 from support.fake_engine import tiny_tokenizer
 
+from aurora_lit.errors import RequestError
 from aurora_lit.ipc.engine_status import EngineStatusPage, WorkerState
 from aurora_lit.ipc.messages import Call, Delta
 from aurora_lit.request import Request, SamplingParams, TokenLogprob
@@ -23,7 +24,7 @@ from aurora_lit.serve.http.channel import RESPONSES_UID
 from aurora_lit.serve.http.metrics import ServerMetrics
 from aurora_lit.serve.http.responses import TextResponse
 from aurora_lit.serve.http.routes import ClientPseudonyms, GenerationRoutes
-from aurora_lit.serve.http.schema import CompletionRequest
+from aurora_lit.serve.http.schema import ChatRequest, CompletionRequest
 from aurora_lit.serve.http.spec import AuroraSpec
 from aurora_lit.serve.http.stream_events import StreamShape
 from aurora_lit.serve.http.worker_client import WorkerClient
@@ -89,6 +90,31 @@ def test_log_probabilities_are_written_in_another_thread(
     assert choice["logprobs"]["token_logprobs"] == [None, -0.5]
     assert threads
     assert threading.get_ident() not in threads
+
+
+def test_both_routes_fill_in_what_a_request_leaves_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    status = EngineStatusPage.create(tmp_path / "status")
+    status.write(state=WorkerState.READY, max_seq_len=64, vocab_size=len(TOKENIZER))
+    status.beat()
+    shared: Any = {"model": "m", "tokenizer": TOKENIZER, "status": status, "stream_shape": StreamShape()}
+    client = WorkerClient(status=status, max_queue=4, tokenizer=TOKENIZER)
+    own = {"temperature": 0.7, "top_k": 20}
+    generation = GenerationRoutes(**shared, worker_client=client, metrics=None, default_sampling=own)
+    seen = list[tuple[float, int]]()
+
+    def prepare(body: Any, **_: Any) -> None:
+        seen.append((body.temperature, body.top_k))
+        raise RequestError("that is all")
+
+    request: Any = SimpleNamespace(client=None, receive=receive)
+    for route, name, content in (
+        (generation.chat, "prepare_chat", ChatRequest(messages=[{"role": "user", "content": "x"}], top_k=3)),
+        (generation.complete, "prepare_completion", CompletionRequest(prompt="x", temperature=0)),
+    ):
+        monkeypatch.setattr(routes, name, prepare)
+        with pytest.raises(RequestError, match="that is all"):
+            asyncio.run(route(content, request))  # type: ignore[operator]
+    assert seen == [(0.7, 3), (0.0, 20)]
 
 
 Found = dict[str, list[float]]
