@@ -146,7 +146,7 @@ def test_generate_passes_its_options(monkeypatch: pytest.MonkeyPatch) -> None:
     recorder = Recorder(monkeypatch, "aurora_lit.cli.generate", "generate")
     assert run("generate", "-p", "a = b", "--max-tokens", "7", "--no-compare-plain").exit_code == 0
     ((_, options),) = recorder.calls
-    assert options == {"prompt": "a = b", "max_tokens": 7, "temperature": 0.0, "compare_plain": False}
+    assert options == {"prompt": "a = b", "max_tokens": 7, "temperature": None, "compare_plain": False}
 
 
 def test_pretrain_takes_several_files_after_one_option(
