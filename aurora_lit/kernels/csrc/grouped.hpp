@@ -255,11 +255,14 @@ struct Grouped {
   static constexpr int PREFETCHED_TO = 2;
 #endif
   static ptrdiff_t block_size(int groups) { return groups; }
-  // Vectors of a block that are multiplied at a time, and partial sums of an output, which do not wait for each other.
+  // Vectors of a block that are multiplied at a time, partial sums of an output, which do not wait for each other, and
+  // pairs of lines that are unrolled; of narrower vectors, which are more, that would be too much code.
 #if defined(__AVX512F__)
+  static constexpr int UNROLLED_PAIRS = LINES / 2;
   static constexpr int part_of(int) { return BLOCK_VECTORS; }
   static constexpr int chains_of(int rows) { return rows < 3 ? 2 : 1; }
 #else
+  static constexpr int UNROLLED_PAIRS = 1;
   static constexpr int part_of(int rows) { return rows < 3 ? BLOCK_VECTORS : 2; }
   static constexpr int chains_of(int rows) { return LANES == 8 && rows == 1 ? 2 : 1; }
 #endif
@@ -293,22 +296,23 @@ struct Grouped {
       for (int r = 0; r < ROWS && Weight::OFFSET; ++r)
         for (int v = 0; v < PART; ++v)
           dots[0][r][v] = inv{} - Weight::OFFSET * x[r * x_stride].template sum<SCALES>(scale);
-#pragma GCC unroll 8
-      for (int i = 0; i < LINES / SCALES; ++i) {
-        const int line = scale * (LINES / SCALES) + i;
-        WeightLine<BITS> weights[PART];
-        for (int v = 0; v < PART; ++v) {
-          const unv bytes = READS == Reads::UNPACKED ? block.unpacked->bytes[line][FIRST + v]
-                                                     : packed.template bytes<unv>(LANES * (FIRST + v), line);
-          if (READS == Reads::PACKED_AND_UNPACKS) block.unpacked->bytes[line][FIRST + v] = bytes;
-          weights[v] = WeightLine<BITS>(bytes);
+#pragma GCC unroll UNROLLED_PAIRS
+      for (int first = 0; first < LINES / SCALES; first += 2)
+        for (int n = 0; n < 2; ++n) {
+          const int line = scale * (LINES / SCALES) + first + n;
+          WeightLine<BITS> weights[PART];
+          for (int v = 0; v < PART; ++v) {
+            const unv bytes = READS == Reads::UNPACKED ? block.unpacked->bytes[line][FIRST + v]
+                                                       : packed.template bytes<unv>(LANES * (FIRST + v), line);
+            if (READS == Reads::PACKED_AND_UNPACKS) block.unpacked->bytes[line][FIRST + v] = bytes;
+            weights[v] = WeightLine<BITS>(bytes);
+          }
+          for (int r = 0; r < ROWS; ++r) {
+            int32_t inputs;
+            std::memcpy(&inputs, x[r * x_stride].values + 4 * line, 4);
+            for (int v = 0; v < PART; ++v) dots[n % CHAINS][r][v] = weights[v].add(dots[n % CHAINS][r][v], inputs);
+          }
         }
-        for (int r = 0; r < ROWS; ++r) {
-          int32_t inputs;
-          std::memcpy(&inputs, x[r * x_stride].values + 4 * line, 4);
-          for (int v = 0; v < PART; ++v) dots[i % CHAINS][r][v] = weights[v].add(dots[i % CHAINS][r][v], inputs);
-        }
-      }
       for (int v = 0, at = FIRST; v < PART; ++v, ++at) {
         fnv scales, mins = {};
         if (READS == Reads::UNPACKED) {
