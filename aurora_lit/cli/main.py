@@ -207,7 +207,7 @@ def replay(config: AuroraConfig, traces: Path | None, **options: Any) -> None:
     type=click.FloatRange(0, 1),
     default=1 / 3,
     show_default="1/3",
-    help="Share of the answers sampled at temperature 1.0; the others are greedy.",
+    help="Share of the answers sampled at the model's defaults; the others are greedy.",
 )
 @click.option(
     "--positions",

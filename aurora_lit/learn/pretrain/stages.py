@@ -36,6 +36,7 @@ from aurora_lit.learn.training_precision import training_dtype
 from aurora_lit.machine import use_threads
 from aurora_lit.models.interface import Target
 from aurora_lit.models.loading import safetensors_digest
+from aurora_lit.models.sampling_defaults import default_sampling
 from aurora_lit.models.source import find_target
 from aurora_lit.models.torch_target import TorchTarget
 from aurora_lit.modules.losses.draft_module import DraftModule
@@ -70,7 +71,7 @@ class PretrainOptions:
     """Prompts to answer, taken from the files in turn; None: all."""
     max_answer_tokens: int = 160
     sampled_share: float = 1 / 3
-    """Share of the answers that are sampled at temperature 1.0, the default of the API, instead of greedy."""
+    """Share of the answers that are sampled as the model's default says, instead of greedy."""
     positions: int = 3_000_000
     """Positions to train on in all, repetitions included."""
     text_share: float = 0.15
@@ -114,7 +115,7 @@ def pretrain(config: AuroraConfig, options: PretrainOptions) -> dict[str, Any]:
     if (seen := positions_trained(traces)) >= options.positions:
         console.print(f"already trained on {seen:,} positions, so nothing is recorded or answered; raise --positions")
     else:
-        prompts, left_out = _prompts_to_answer(tokenizer, options, max_positions=target.max_positions)
+        prompts, left_out = _prompts_to_answer(config, tokenizer, options, max_positions=target.max_positions)
         if left_out:
             console.print(left_out)
         _record_text(in_torch, tokenizer, options, traces)
@@ -254,7 +255,7 @@ def _answer_prompts(
 
 
 def _prompts_to_answer(
-    tokenizer: PreTrainedTokenizerBase, options: PretrainOptions, *, max_positions: int
+    config: AuroraConfig, tokenizer: PreTrainedTokenizerBase, options: PretrainOptions, *, max_positions: int
 ) -> tuple[list[PromptToAnswer], str]:
     """The prompts to answer, from all files in turn, each shuffled by the seed; and a line on those left out, or ""."""
     rng = random.Random(options.seed)
@@ -264,7 +265,7 @@ def _prompts_to_answer(
     in_turn = [prompt for group in itertools.zip_longest(*files) for prompt in group if prompt is not None]
     longest = max(0, min(_MAX_SEQUENCE_TOKENS, max_positions) - options.max_answer_tokens)
     chosen, num_too_long = [], 0
-    greedy, sampled = SamplingParams(temperature=0.0), SamplingParams(temperature=0.7, top_p=0.8, top_k=20)
+    greedy, sampled = SamplingParams(temperature=0.0), SamplingParams(**default_sampling(config))
     special = tuple(sorted(tokenizer.added_tokens_decoder))  # a filled hole ends where any of them follows
     for prompt in in_turn:
         ids = encode_prompt(tokenizer, prompt)
@@ -285,8 +286,10 @@ def _vocabulary(
     traces: Path,
     shards: list[ShardInfo],
 ) -> torch.Tensor:
-    """Target ids of the draft vocabulary: the most frequent tokens of all traces, those of answers counted ten times.
+    """Target ids of the draft vocabulary: the most frequent tokens of all traces, prompts and texts.
 
+    Those of answers count ten times. Prompts that were not answered and the rest of the texts are many more tokens, at
+    no cost: with a thousand answers they raise the share of new answers' tokens that 16,384 ids hold from 91 to 93 %.
     Chosen once and stored beside the traces, so that a resumed run has the same.
     """
     path = traces / VOCABULARY_NAME
@@ -298,6 +301,9 @@ def _vocabulary(
             ids_T = trace.token_ids_T.long()
             counts += torch.bincount(ids_T, minlength=target.vocab_size)
             counts += 9 * torch.bincount(ids_T[trace.answer_start :], minlength=target.vocab_size)
+    prompts = (encode_prompt(tokenizer, prompt) for file in options.prompts for prompt in read_prompts(file))
+    for token_ids in itertools.chain(prompts, _text_in_turn(tokenizer, options.text)):
+        counts += torch.bincount(torch.tensor(token_ids), minlength=target.vocab_size)[: target.vocab_size]
     size = min(options.draft_vocab_size, target.vocab_size)
     ids = choose_vocabulary(counts, size, always=eos_token_ids(target, tokenizer))
     replace_file(path, json.dumps(ids.tolist()).encode())  # one that a full disk cuts short could not be read again
