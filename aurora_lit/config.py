@@ -174,6 +174,8 @@ def model_name(config: AuroraConfig) -> str:
     if config.server.model_name is not None:
         return config.server.model_name
     last = re.split(r"[/#]", config.target.source.rstrip("/"))[-1].removeprefix("hf:")
+    if parts := re.fullmatch(r"pypi:(.+?)-?(?:part)?-?\{.*", last):
+        return parts[1]
     return re.sub(r"(\.(I?Q\d\w*|BF16|F16|F32))?\.gguf$", "", last, flags=re.IGNORECASE)
 
 

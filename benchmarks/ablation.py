@@ -78,7 +78,7 @@ from aurora_lit.learn.online.build import load_head_and_draft
 from aurora_lit.learn.pretrain.prompts import encode_prompt, read_prompts
 from aurora_lit.learn.training_precision import one_process_fabric
 from aurora_lit.machine import use_threads
-from aurora_lit.models.loading import safetensors_digest
+from aurora_lit.models.loading import weights_digest
 from aurora_lit.modules.losses.objective import BaseLoss
 from aurora_lit.progress import Progress
 from aurora_lit.request import Request, SamplingParams
@@ -541,7 +541,7 @@ def begun_with(config: AuroraConfig, options: argparse.Namespace, draft: Path) -
     sections["engine"].pop("threads")
     of_run = {name: str(value) for name, value in vars(options).items() if name not in ("arms", "seeds", "out")}
     prompts = {str(path): crc32(path.read_bytes()) for path in (*options.phases, *options.measure)}
-    return {"settings": sections, "options": of_run, "weights": safetensors_digest(draft), "prompts": prompts}
+    return {"settings": sections, "options": of_run, "weights": weights_digest(draft), "prompts": prompts}
 
 
 def run(config: AuroraConfig, options: argparse.Namespace) -> dict[str, Any]:

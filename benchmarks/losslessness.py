@@ -20,12 +20,11 @@ from pathlib import Path
 import torch
 from rich.console import Console
 from rich.progress import track
-from transformers import AutoModelForCausalLM
 
 from aurora_lit.config import AuroraConfig, draft_folder, load_config
 from aurora_lit.drafts.checkpoint import load_draft, read_config
 from aurora_lit.learn.pretrain.prompts import encode_prompt, read_prompts
-from aurora_lit.models.loading import safetensors_digest
+from aurora_lit.models.loading import transformers_model, weights_digest
 from aurora_lit.models.source import find_target
 from aurora_lit.modules.draft.eagle3 import Eagle3Draft
 from aurora_lit.request import Request, SamplingParams
@@ -107,8 +106,8 @@ def _transformers_reference(
 ) -> Outputs:
     known = json.loads(path.read_text()) if path.exists() else {}
     folder = find_target(config)
-    digest = safetensors_digest(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    digest = weights_digest(folder)
+    model = transformers_model(folder, dtype=torch.float32)
     path.parent.mkdir(parents=True, exist_ok=True)
     outputs: Outputs = []
     for ids in track(prompts, description="transformers generate, fp32"):

@@ -7,12 +7,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
 
 from aurora_lit.bench.prompts import Answer, BenchPrompt, PromptRun
 from aurora_lit.config import AuroraConfig
-from aurora_lit.models.loading import model_dtype
-from aurora_lit.models.source import find_target, loading_error
+from aurora_lit.models.loading import model_dtype, transformers_model
+from aurora_lit.models.source import find_target
 from aurora_lit.request import SamplingParams
 
 
@@ -22,10 +21,7 @@ def load_reference(
     """Load the target with transformers; returns a function that answers prompts with it. Raises SourceError."""
     folder = find_target(config)
     dtype = model_dtype(config.target.precision)  # no int8 or int4 here
-    try:
-        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=False)
-    except Exception as error:  # as in `Target.load`
-        raise loading_error(folder, error) from error
+    model = transformers_model(folder, dtype=dtype)
     model.eval()
     return lambda prompts: generate(model, prompts, params, eos_token_ids=eos_token_ids)
 

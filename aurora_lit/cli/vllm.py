@@ -136,6 +136,13 @@ def start(
         return 0 if process is None else _exit_code(process.wait(), ending)
 
 
+def _in_safetensors(folder: Path) -> Path:
+    """The target in a form that vLLM reads."""
+    from aurora_lit.models.gguf_model import in_safetensors  # it imports torch
+
+    return in_safetensors(folder)
+
+
 def vllm_command(config: AuroraConfig, deployment: Deployment, vllm_arguments: Sequence[str]) -> list[str]:
     """The command that starts vLLM's server; an argument that is given, in vLLM's --config file too, is not added.
 
@@ -148,7 +155,7 @@ def vllm_command(config: AuroraConfig, deployment: Deployment, vllm_arguments: S
         "num_speculative_tokens": PROPOSED_TOKENS,
     }
     ours = {
-        "--model": str(find_target(config)),
+        "--model": str(_in_safetensors(find_target(config))),
         "--served-model-name": config.target.source,
         "--worker-extension-cls": WORKER_EXTENSION,
     }

@@ -184,12 +184,13 @@ def pack_model(model: nn.Module, *, precision: str, head: nn.Module) -> None:
         weight_format = [*lossless, WeightFormat.BF16][0]
     else:
         weight_format = WeightFormat(precision)
-    pack_linears(model, weight_format=weight_format, others={head: _head_format(weight_format)}, screened=head)
+    pack_linears(model, weight_format=weight_format, others={head: head_format(weight_format)}, screened=head)
     for parameter in model.parameters():  # else they would keep the whole mapping of their file in memory
         parameter.data = parameter.data.clone()
 
 
-def _head_format(weight_format: WeightFormat) -> WeightFormat:
+def head_format(weight_format: WeightFormat) -> WeightFormat:
+    """The format of the head of a model whose layers have this one."""
     return WeightFormat.INT8_GROUPED if weight_format is WeightFormat.INT4_GROUPED else weight_format
 
 
@@ -199,7 +200,7 @@ def _is_lossless_for(model: nn.Module, weight_format: WeightFormat, head: nn.Mod
     return all(
         matmul.is_lossless(
             linear.weight[:: max(1, linear.out_features // _SAMPLED_ROWS)],
-            _head_format(weight_format) if linear is head else weight_format,
+            head_format(weight_format) if linear is head else weight_format,
         )
         for linear in linears
     )

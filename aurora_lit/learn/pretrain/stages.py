@@ -35,7 +35,7 @@ from aurora_lit.learn.pretrain.trainer import DraftTrainer, TrainerOptions, posi
 from aurora_lit.learn.training_precision import training_dtype
 from aurora_lit.machine import use_threads
 from aurora_lit.models.interface import Target
-from aurora_lit.models.loading import safetensors_digest
+from aurora_lit.models.loading import weights_digest
 from aurora_lit.models.sampling_defaults import default_sampling
 from aurora_lit.models.source import find_target
 from aurora_lit.models.torch_target import TorchTarget
@@ -173,9 +173,9 @@ def _check_begun(config: AuroraConfig, options: PretrainOptions, traces: Path) -
     """Raise ConfigError if the traces there are of another target, or of a training that began from another draft."""
     traces.mkdir(mode=0o700, parents=True, exist_ok=True)
     how = {
-        "weights": safetensors_digest(find_target(config)),
+        "weights": weights_digest(find_target(config)),
         "precision": config.target.precision,
-        "start_from": safetensors_digest(options.start_from) if options.start_from else None,
+        "start_from": weights_digest(options.start_from) if options.start_from else None,
     }
     if not is_as_begun(traces / BEGUN_NAME, how):
         raise ConfigError(
