@@ -46,6 +46,7 @@ from scipy.stats import t as student_t
 from aurora_lit.config import AuroraConfig
 from aurora_lit.errors import AuroraError
 from aurora_lit.ipc.process_lifetime import die_with_parent, module_command
+from aurora_lit.learn.pretrain.prompts import Prompt
 
 TIMEOUT_S = 600.0
 _START_S, _END_S = 600.0, 60.0
@@ -112,6 +113,14 @@ def chat(prompt: str | Chat, **fields: Any) -> Json:
     return {"messages": turns, **given, **more}
 
 
+def body_of(prompt: Prompt, **fields: Any) -> Json:
+    """The body of a prompt file's line: a chat, maybe with tools, or a raw text for POST /v1/completions."""
+    body = chat(prompt.chat if prompt.raw is None else "", **fields)
+    if prompt.raw is None:
+        return {**body, **({"tools": list(prompt.tools)} if prompt.tools else {})}
+    return {"prompt": prompt.raw, **{name: value for name, value in body.items() if name != "messages"}}
+
+
 def exchange(
     url: str, path: str, body: Json, *, most_lines: int | None = None
 ) -> tuple[int, list[tuple[float, bytes]], float]:
@@ -130,9 +139,9 @@ def exchange(
 
 
 def ask(url: str, body: Json) -> Answer:
-    """Send one chat request, streamed or not. Raises AuroraError if the server refuses or fails it."""
+    """Send one request, streamed or not. Raises AuroraError if the server refuses or fails it."""
     sent_s = time.monotonic()
-    status, lines, ended_s = exchange(url, "/v1/chat/completions", body)
+    status, lines, ended_s = exchange(url, f"/v1/{'chat/' if 'messages' in body else ''}completions", body)
     if status != 200:
         raise AuroraError(f"{url} answered {status}: {b''.join(line for _, line in lines)[:500]!r}")
     return read_answer(lines, sent_s=sent_s, ended_s=ended_s, streamed=bool(body.get("stream")))
@@ -148,7 +157,9 @@ def read_answer(lines: Sequence[tuple[float, bytes]], *, sent_s: float, ended_s:
             raise AuroraError(f"the server ended an answer with an error: {event['error']}")
         chunks.append(stamp)
         for choice in event.get("choices", ()):
-            if text := choice["delta" if streamed else "message"].get("content"):
+            said = choice.get("delta" if streamed else "message", choice)  # a text completion has its text here
+            called = json.dumps([call["function"] for call in said.get("tool_calls") or ()] or "")[1:-1]
+            if text := (said.get("content") or said.get("text") or "") + called:
                 pieces.append(stamp)
                 texts.append(text)
             reason = choice.get("finish_reason") or reason

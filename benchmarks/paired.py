@@ -2,6 +2,7 @@
 
     python benchmarks/paired.py --prompts chat.jsonl code.jsonl sql.jsonl summarize.jsonl --pairs 60
     python benchmarks/paired.py --prompts ... --temperatures 0 1 --clients 1 8 --out paired -- target.precision=bf16
+    python benchmarks/paired.py --config qwen2.5-coder-0.5b --prompts ... --by-file -- memory.scope=off
 
 A pair is the same requests sent twice, once with the request's field `speculate` true and once with false, in changing
 order; with several clients each sends one of them at the same time. Requests are seeded, so both answers of a pair are
@@ -47,15 +48,14 @@ import psutil
 from rich.table import Table
 
 from aurora_lit.bench.reporting import report_console
-from aurora_lit.config import load_config
+from aurora_lit.config import load_config, resolved_memory_scope
 from aurora_lit.errors import AuroraError
 from aurora_lit.ipc.learner_status import LEARNER_STATUS_NAME, LearnerStatusPage
-from aurora_lit.learn.pretrain.prompts import read_prompts
+from aurora_lit.learn.pretrain.prompts import Prompt, read_prompts
 from benchmarks.load import (
-    Chat,
     Json,
     ask,
-    chat,
+    body_of,
     free_port,
     interval,
     percentile_ms,
@@ -98,10 +98,10 @@ class Outcome(NamedTuple):
     pauses_s: list[float]
 
 
-def body_of(turns: Chat, arm: Arm, *, max_tokens: int, seed: int, salt: str, **more: Any) -> Json:
+def request_of(prompt: Prompt, arm: Arm, *, max_tokens: int, seed: int, salt: str, **more: Any) -> Json:
     """A request of an arm. `more`: further fields of it."""
-    return chat(
-        turns,
+    return body_of(
+        prompt,
         max_tokens=max_tokens,
         temperature=arm.temperature,
         seed=seed,
@@ -142,13 +142,13 @@ def stopped_learner(url: str) -> Iterator[None]:
         os.kill(pid, signal.SIGCONT)
 
 
-def run(url: str, chats: Sequence[Chat], arm: Arm, *, max_tokens: int, seed: int, setting: str) -> Outcome:
-    """Send every chat at the same time. `setting`: names what shares a memory."""
-    more: list[Json] = [{} for _ in chats]
+def run(url: str, prompts: Sequence[Prompt], arm: Arm, *, max_tokens: int, seed: int, setting: str) -> Outcome:
+    """Send every prompt at the same time. `setting`: names what shares a memory."""
+    more: list[Json] = [{} for _ in prompts]
     if arm.neighbour:
         more[-1] = {"ignore_eos": True, **(_NEIGHBOUR if arm.neighbour != "plain" else {})}
     how: Json = {"max_tokens": max_tokens, "seed": seed, "salt": f"{setting}-{arm}"}
-    bodies = [body_of(turns, arm, **how, **fields) for turns, fields in zip(chats, more, strict=True)]
+    bodies = [request_of(prompt, arm, **how, **fields) for prompt, fields in zip(prompts, more, strict=True)]
     before = rounds_by_plan(url)
     started = time.monotonic()
     answers = send_all(functools.partial(ask, url), bodies, clients=len(bodies))
@@ -164,7 +164,7 @@ def run(url: str, chats: Sequence[Chat], arm: Arm, *, max_tokens: int, seed: int
 
 
 def measure(
-    urls: Sequence[str], turns: Iterator[Chat], arms: tuple[Arm, Arm], clients: int, options: Any
+    urls: Sequence[str], asked: Iterator[Prompt], arms: tuple[Arm, Arm], clients: int, options: Any
 ) -> dict[str, Any]:
     """All pairs of one setting, after some that are not counted; the ratio is that of the first arm over the second."""
     ratios: list[float] = []
@@ -172,7 +172,7 @@ def measure(
     sides: tuple[list[Outcome], list[Outcome]] = [], []
     setting = secrets.token_hex(8)
     for pair in range(-options.warm_up, options.pairs):
-        chats = list(itertools.islice(turns, clients))
+        prompts = list(itertools.islice(asked, clients))
         order = arms if pair % 2 == 0 else arms[::-1]
         seed = pair + options.warm_up
         halves = {}
@@ -181,7 +181,7 @@ def measure(
             with ExitStack() as meanwhile:
                 if not arm.learns:
                     meanwhile.enter_context(stopped_learner(url))
-                halves[arm] = run(url, chats, arm, max_tokens=options.max_tokens, seed=seed, setting=setting)
+                halves[arm] = run(url, prompts, arm, max_tokens=options.max_tokens, seed=seed, setting=setting)
         if pair < 0:
             continue
         one, other = halves[arms[0]], halves[arms[1]]
@@ -203,6 +203,10 @@ def measure(
     }
 
 
+def _characters(prompt: Prompt) -> int:
+    return len(prompt.raw or "".join(str(turn.get("content") or "") for turn in prompt.chat))
+
+
 def arms_of(options: argparse.Namespace, temperature: float | None) -> tuple[Arm, Arm]:
     """How the two halves of each pair are sent."""
     arm = Arm(True, temperature, True, streams=options.stream)
@@ -220,7 +224,9 @@ def arms_of(options: argparse.Namespace, temperature: float | None) -> tuple[Arm
 def main() -> int:
     """Measure and print; exit code 1 if the two answers of a pair differ."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", type=Path, help="file or name of the deployment")
     parser.add_argument("--prompts", nargs="+", type=Path, required=True, help="JSONL files, taken in turn")
+    parser.add_argument("--by-file", action="store_true", help="measure each file by itself")
     parser.add_argument(
         "--temperatures",
         nargs="+",
@@ -248,27 +254,31 @@ def main() -> int:
     has_learner = options.against == "no-learner"
     scratch = tempfile.TemporaryDirectory()  # for logs and what a learner writes
     overrides = [f"checkpoint.dir={scratch.name}/drafts", f"learn.enabled={has_learner}"]
-    configs = [load_config(None, [*overrides, *options.overrides])]
+    configs = [load_config(options.config, [*overrides, *options.overrides])]
     has_second = bool(options.other or options.other_code)
     if has_second:
         # Drafts in a folder of its own, or a server without a learner would serve what the other's has learned.
         own = [*overrides, f"checkpoint.dir={scratch.name}/second"]
-        configs.append(load_config(None, [*own, *options.overrides, *options.other]))
+        configs.append(load_config(options.config, [*own, *options.overrides, *options.other]))
     configs = [replace(config, server=replace(config.server, port=free_port())) for config in configs]
-    chats = [
-        [prompt.chat for prompt in read_prompts(path) if len(prompt.messages[0]) <= options.max_prompt_characters]
-        for path in options.prompts
-    ]
-    turns = [chat for group in zip(*chats, strict=False) for chat in group]
-    if len(turns) < (most := max(options.clients) * (options.pairs + options.warm_up)):
-        parser.error(
-            f"{len(turns)} prompts are too few for {most} in a setting: one that came again would find its own answer "
-            "in the memory; name longer files, or fewer --pairs"
-        )
-    asked = itertools.cycle(turns)
+    most_characters = options.max_prompt_characters
+    read = [[p for p in read_prompts(path) if _characters(p) <= most_characters] for path in options.prompts]
+    together = {"all": [prompt for group in zip(*read, strict=False) for prompt in group]}
+    groups = (
+        {path.stem: each for path, each in zip(options.prompts, read, strict=True)} if options.by_file else together
+    )
+    most = max(options.clients) * (options.pairs + options.warm_up)
+    remembers = any(resolved_memory_scope(config) != "off" for config in configs)
+    for name, prompts in groups.items():
+        if not prompts or (remembers and len(prompts) < most):
+            parser.error(
+                f"{name}: {len(prompts)} prompts are too few for {most} in a setting: one that came again would find "
+                "its own answer in the memory; name longer files, or fewer --pairs, or add memory.scope=off"
+            )
+    asked = {name: itertools.cycle(prompts) for name, prompts in groups.items()}
     columns = ["ratio", "95 % interval", "tokens/s", "tokens a round", "speculating", "unequal", "pairs"]
     columns += ["pause p99, ms"] * options.stream
-    table = Table("temperature", "clients", *columns)
+    table = Table("prompts", "temperature", "clients", *columns)
     rows, urls = [], []
     with ExitStack() as servers:
         servers.enter_context(scratch)
@@ -277,13 +287,13 @@ def main() -> int:
             code = options.other_code if number else None
             urls.append(servers.enter_context(running_server(config, log, code=code)))
         time.sleep(_SETTLE_S)
-        for temperature, clients in itertools.product(options.temperatures, options.clients):
+        for name, temperature, clients in itertools.product(groups, options.temperatures, options.clients):
             arms = arms_of(options, temperature)
-            found = measure(urls, asked, arms, clients, options)
-            rows.append({"temperature": temperature, "clients": clients, **found})
+            found = measure(urls, asked[name], arms, clients, options)
+            rows.append({"prompts": name, "temperature": temperature, "clients": clients, **found})
             one, other = found["tokens_per_s"]
             named = "default" if temperature is None else temperature
-            cells = [named, clients, f"{found['ratio']:.3f}", f"{found['low']:.3f}–{found['high']:.3f}"]
+            cells = [name, named, clients, f"{found['ratio']:.3f}", f"{found['low']:.3f}–{found['high']:.3f}"]
             cells += [f"{one:.0f} / {other:.0f}", "{:.2f} / {:.2f}".format(*found["tokens_a_round"])]
             cells += [f"{found['speculating']:.0%}", found["unequal_pairs"], found["pairs"]]
             if options.stream:
