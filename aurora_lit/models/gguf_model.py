@@ -39,8 +39,8 @@ from aurora_lit.models.source import cache_root, check_names, read_model_config
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-_PART_VALUES = 4 << 20
-"""Values of a matrix that are read at a time."""
+_PART_VALUES = 1 << 20
+"""Values of a matrix that are read at a time; so few that torch does not divide work on their groups over threads."""
 _ROWS_UNIT = 32
 """Rows are packed in multiples of a block of the kernels."""
 _GROUP_INPUTS = 32

@@ -27,6 +27,7 @@ from aurora_lit.errors import ConfigError
 from aurora_lit.ipc.engine_status import STATUS_NAME, EngineStatus, EngineStatusPage
 from aurora_lit.ipc.ring import RingReader
 from aurora_lit.ipc.run_folder import RING_NAME, live_folders
+from aurora_lit.models.gguf_model import in_safetensors
 from aurora_lit.models.source import find_target
 from aurora_lit.traces.record import LAYOUT_DIGEST, Trace, from_bytes
 from aurora_lit.vllm.deployment import VARIABLE, Deployment
@@ -73,7 +74,8 @@ class VllmServer:
             ours += [word for each in self._settings for word in ("--set", each)]
             command = [*ours, *(["--attach"] if self._by_hand else []), *common]
         else:
-            command = ["-m", "vllm.entrypoints.openai.api_server", "--model", str(find_target(load_config(None, [])))]
+            model = in_safetensors(find_target(load_config(None, [])))
+            command = ["-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]
             command += [*common, "--speculative-config", self._speculation()]
         if self._by_hand:
             printed = self.folder / "attach.log"

@@ -70,12 +70,12 @@ def test_texts_are_those_of_vllm_alone(server: VllmServer, plain_texts: list[str
 
 
 def test_traces_hold_the_tokens_and_the_states_that_transformers_computes(server: VllmServer) -> None:
-    from transformers import AutoModelForCausalLM
+    from aurora_lit.models.loading import transformers_model
 
     server.traces()
     answers = [server.complete(prompt)["choices"][0] for prompt in [*PROMPTS, LONG_PROMPT]]
     found = by_answer(server.traces())
-    model = AutoModelForCausalLM.from_pretrained(find_target(load_config(None, [])), dtype=torch.bfloat16).eval()
+    model = transformers_model(find_target(load_config(None, [])), dtype=torch.bfloat16).eval()
     layers = read_config(DRAFT).aux_layer_ids
     agreeing = total = 0
     aux, neighbours, last = [], [], []
