@@ -1,6 +1,6 @@
 """The grammar of an answer that must call tools, or whose calls must be valid, in llguidance's Lark dialect.
 
-    grammar = grammar_of_calls(HERMES, tools, must_call=True, only_one=False, content_schema=None, tokens={})
+    grammar = grammar_of_calls(HERMES, tools, must_call=True, only_one=False, content_schema=None, special={})
     StructuredOutputsParams(grammar=grammar)
 
 Leaves out when a request needs one (serve/http/tool_fields.py).
@@ -30,21 +30,27 @@ def grammar_of_calls(
     must_call: bool,
     only_one: bool,
     content_schema: Schema | None = None,
+    special: Mapping[str, int] = MappingProxyType({}),
     tokens: Mapping[str, int] = MappingProxyType({}),
-    marker_is_special: bool = False,
 ) -> str:
     """The grammar of an answer.
 
     schemas: of the arguments, by the tool's name. must_call: an answer without a call is none. only_one: at most one
-    call. content_schema: of an answer without calls; None: any text. tokens: ids of the format's signs that are a token
-    each, special or not, by their texts; the other signs are text. marker_is_special: no text makes the marker.
+    call. content_schema: of an answer without calls; None: any text. special: ids of the special tokens among the
+    format's signs, by their texts; the other signs are text. tokens: of signs that are a token each, but text too: the
+    model chooses, since Qwen2.5-Coder repeats calls for ever after a `</tool_call>` that was not trained.
     """
-    signs = re.compile("|".join(f"({re.escape(sign)})" for sign in tokens) or "(?!)")
+    signs = re.compile("|".join(f"({re.escape(sign)})" for sign in (*special, *tokens)) or "(?!)")
 
     def literal(text: str) -> str:
-        """Text in which tokens stand for their signs: a text that must follow would be spelt in other ones."""
-        pieces = [piece for piece in signs.split(text) if piece]
-        return "".join(f"<[{tokens[piece]}]> " if piece in tokens else f"{json.dumps(piece)} " for piece in pieces)
+        """Text in which tokens stand for their signs."""
+        made = ""
+        for piece in filter(None, signs.split(text)):
+            if piece in special:
+                made += f"<[{special[piece]}]> "
+            else:
+                made += f"(<[{tokens[piece]}]> | {json.dumps(piece)}) " if piece in tokens else f"{json.dumps(piece)} "
+        return made
 
     rules, names = [], []
     for number, (name, schema) in enumerate(schemas.items()):
@@ -65,7 +71,7 @@ def grammar_of_calls(
         rules.append(r"CONTENT: /\s*[^\s{\[](.|\n)*/")
         start = "calls | CONTENT?"
     else:
-        if marker_is_special:
+        if format_.marker in special:
             rules.append(r"CONTENT: /(.|\n)+/")
             start = "CONTENT? calls?"
         else:

@@ -56,7 +56,7 @@ def test_an_answer_that_need_not_call_is_any_text_but_its_calls_are_valid(format
 def test_an_answer_that_need_not_call_may_leave_out_the_marker_and_its_calls_are_valid(signs: tuple[str, ...]) -> None:
     made = byte_tokenizer(*signs)
     tokens = {sign: made.token_to_id(sign) for sign in signs}
-    free = grammar(HERMES, must_call=False, tokens=tokens, marker_is_special=bool(signs))
+    free = grammar(HERMES, must_call=False, special=tokens)
     call, wrong = '{\n  "name": "f",\n  "arguments": {"a": 12}\n}', '{"name": "f", "arguments": {"a": "12"}}'
     other = '{"name": "h", "arguments": {"a": "12"}}'
     for text in (
@@ -101,7 +101,7 @@ def test_signs_of_a_format_that_are_special_tokens_are_those(format_: ToolFormat
     made = byte_tokenizer(*signs)
     ids = {sign: made.token_to_id(sign) for sign in signs}
     for how in ({}, {"must_call": False}):
-        special = grammar(format_, tokens=ids, marker_is_special=True, **how)
+        special = grammar(format_, special=ids, **how)
         assert takes(special, format_.written(ONE), *signs)
         assert takes(special, format_.written(TWO), *signs)
         assert not takes(special, format_.written(WRONG), *signs)

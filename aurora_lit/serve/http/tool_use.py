@@ -91,9 +91,10 @@ def tool_use(body: ChatRequest, tokenizer: Tokenizer, *, reads_calls: bool = Tru
             param="tools",
         )
     only_one = body.may_call_once or format_.one_call
-    special, added = special_ids(tokenizer), added_ids(tokenizer)
-    of_tokenizer = {tokenizer.convert_ids_to_tokens(i): i for i in special | added}
-    tokens = {sign: of_tokenizer[sign] for sign in format_.signs if sign in of_tokenizer}
+    special_of, added_of = special_ids(tokenizer), added_ids(tokenizer)
+    of_tokenizer = {tokenizer.convert_ids_to_tokens(i): i for i in special_of | added_of}
+    signs = {sign: of_tokenizer[sign] for sign in format_.signs if sign in of_tokenizer}
+    special = {sign: token for sign, token in signs.items() if token in special_of}
     grammar = None
     if body.needs_grammar or content is not None:
         content_schema: Mapping[str, Any] | None = None
@@ -106,8 +107,8 @@ def tool_use(body: ChatRequest, tokenizer: Tokenizer, *, reads_calls: bool = Tru
                 must_call=body.must_call,
                 only_one=only_one,
                 content_schema=content_schema,
-                tokens=tokens,
-                marker_is_special=tokens.get(format_.marker) in special,
+                special=special,
+                tokens={sign: token for sign, token in signs.items() if sign not in special},
             )
         )
     return ToolUse(
@@ -117,7 +118,7 @@ def tool_use(body: ChatRequest, tokenizer: Tokenizer, *, reads_calls: bool = Tru
         only_calls=body.must_call,
         reads_bare=format_.bare_calls and content is None and not body.must_call,
         grammar=grammar,
-        shows_special_tokens=not special.isdisjoint(tokens.values()),
+        shows_special_tokens=bool(special),
     )
 
 
