@@ -32,6 +32,7 @@ from aurora_lit.models.source import cache_root, resolve
 from aurora_lit.models.tokenizer import transformers_tokenizer
 from aurora_lit.models.torch_target import aux_layer_ids
 from aurora_lit.modules.sampling.choice import choose
+from aurora_lit.request import SamplingParams
 from aurora_lit.serve.worker import load_models
 
 TOLERANCE = {"atol": 1e-4, "rtol": 0.0}
@@ -384,7 +385,7 @@ def test_a_models_own_python_code_is_never_run(
         "tokenizer": lambda: transformers_tokenizer(own_code),
         "table": lambda: model_shape(config, own_code),
         "partition": lambda: load_models.prepare(sharded),
-        "reference": lambda: load_reference(config, frozenset([1]), max_tokens=1, temperature=0.0),
+        "reference": lambda: load_reference(config, frozenset([1]), SamplingParams(max_tokens=1, temperature=0.0)),
     }
     with pytest.raises(SourceError, match="target.source.*code of their own are not supported; choose another model$"):
         calls[caller]()
