@@ -37,7 +37,9 @@ from transformers import (
 )
 
 from aurora_lit.grammars.matcher import GrammarCompiler
+from aurora_lit.models.gguf import gguf_in
 from aurora_lit.models.interface import Target
+from aurora_lit.models.loading import transformers_model
 from aurora_lit.modules.draft.eagle3 import Eagle3Config, Eagle3Draft
 from aurora_lit.modules.losses.batch import TraceBatch
 from aurora_lit.modules.losses.chain_losses import accepted_proposals
@@ -145,9 +147,11 @@ def save_model(family: str, folder: Path, *, seed: int = 0, **changes: Any) -> P
 
 def reference_model(folder: Path) -> PreTrainedModel:
     """The same model in transformers, fp32."""
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, attn_implementation="eager"
-    )
+    if gguf_in(folder) is not None:
+        model: PreTrainedModel = transformers_model(folder, dtype=torch.float32)
+        model.set_attn_implementation("eager")
+        return model.eval()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
     return model.eval()
 
 
