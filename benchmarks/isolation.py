@@ -37,13 +37,13 @@ while [ "$1" != -- ]; do
   shift
 done
 shift
-mkdir "$root/old" "$root/proc" && mkdir -m 777 "$root/work"
+mkdir "$root/old" "$root/proc" && mkdir -m 777 "$root/scratch"
 mount -t proc proc "$root/proc"
 cat > "$root/program.py"
 cd "$root"
 pivot_root . old
 umount -l /old
-cd /work
+cd /scratch
 "$@" || exit $?
 """
 """Run by the namespaces' first process, which stays: when it is killed, so are all others. $1: where the root will be;
@@ -65,10 +65,10 @@ def fork():
 attempt("reach the network", lambda: socket.create_connection(("127.0.0.1", {port}), 1))
 attempt("read files of this machine", lambda: os.stat({secret!r}))
 attempt("write outside its folder", lambda: open("/usr/isolation-probe", "w"))
-attempt("write large files", lambda: os.truncate(open("/work/large", "w").fileno(), 1 << 30))
+attempt("write large files", lambda: os.truncate(open("/scratch/large", "w").fileno(), 1 << 30))
 attempt("take 4 GB of memory", lambda: mmap.mmap(-1, 4 << 30))
 attempt("start processes", fork)
-attempt("use root's capabilities", lambda: os.chroot("/work"))
+attempt("use root's capabilities", lambda: os.chroot("/scratch"))
 print("done")
 """
 
@@ -92,7 +92,7 @@ def run_isolated(program: str, *, seconds: int) -> Ended:
     rights = ["--no-new-privs", "--bounding-set=-all", "--inh-caps=-all"]
     limited = ["setpriv", *user, *rights, "prlimit", f"--cpu={seconds}", *_LIMITS]
     python = [sys._base_executable, "-I", "/program.py"]  # type: ignore[attr-defined]
-    environment = {"PATH": "/usr/bin:/usr/sbin:/bin:/sbin", "HOME": "/work", "LANG": "C.UTF-8"}
+    environment = {"PATH": "/usr/bin:/usr/sbin:/bin:/sbin", "HOME": "/scratch", "LANG": "C.UTF-8"}
     with (
         tempfile.TemporaryDirectory() as folder,
         tempfile.TemporaryFile() as output,

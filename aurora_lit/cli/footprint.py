@@ -24,6 +24,7 @@ from aurora_lit.drafts.checkpoint import read_config
 from aurora_lit.drafts.initial import DRAFT_VOCABULARY_SIZE
 from aurora_lit.errors import SourceError
 from aurora_lit.learn.online.build import BATCH_POSITIONS, unroll_steps
+from aurora_lit.models.gguf import gguf_in
 from aurora_lit.models.kv_cache import TAKEN_POSITIONS, cache_bytes, head_dim_of, kv_heads_of, padded_positions
 from aurora_lit.models.loading import model_dtype
 from aurora_lit.models.source import OWN_CODE, needs_own_code
@@ -136,8 +137,8 @@ def model_shape(config: AuroraConfig, folder: Path) -> PretrainedConfig:
 
 def gguf_bytes(folder: Path) -> int | None:
     """Size of the GGUF file that has the weights of the model in `folder`; None if they are in safetensors."""
-    files = [] if any(folder.glob("*.safetensors")) else sorted(folder.glob("*.gguf"))
-    return files[0].stat().st_size if files else None
+    path = gguf_in(folder)
+    return None if path is None else path.stat().st_size
 
 
 def _parameters(shape: PretrainedConfig) -> tuple[int, int]:

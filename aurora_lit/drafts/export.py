@@ -85,11 +85,12 @@ def loadable(draft: Path, folder: Path) -> Path:
     itself, or `folder` with links to its files. Raises CheckpointError.
     """
     shape = read_config(draft)
-    stored = read_tensors(draft) if shape.draft_vocab_size == shape.vocab_size else {}
-    kept = without_identity(stored)
-    fields = json.loads((draft / CONFIG_NAME).read_text(encoding="utf-8"))
     in_8_bits = is_in_8_bits(draft)
-    if not (draft / VALUE_NAME).exists() and kept is stored and not in_8_bits and fields.get(LAYER_IDS):
+    stored = read_tensors(draft) if in_8_bits or shape.draft_vocab_size == shape.vocab_size else {}
+    kept = without_identity(stored)
+    has_other_weights = in_8_bits or kept is not stored
+    fields = json.loads((draft / CONFIG_NAME).read_text(encoding="utf-8"))
+    if not (draft / VALUE_NAME).exists() and not has_other_weights and fields.get(LAYER_IDS):
         return draft
     folder.mkdir(parents=True, exist_ok=True)
     for path in draft.glob("*"):
@@ -97,9 +98,7 @@ def loadable(draft: Path, folder: Path) -> Path:
         link.unlink(missing_ok=True)
         if path.name != VALUE_NAME:
             link.symlink_to(path)
-    if in_8_bits:
-        kept = without_identity(read_tensors(draft))
-    if in_8_bits or kept is not stored:
+    if has_other_weights:
         (folder / WEIGHTS_NAME).unlink()
         save_file(kept, folder / WEIGHTS_NAME, metadata={"format": "pt"})
         shutil.copymode(draft / CONFIG_NAME, folder / WEIGHTS_NAME)

@@ -14,7 +14,6 @@ import torch
 from torch import nn
 
 from aurora_lit.kernels import matmul, native
-from aurora_lit.kernels.quantization import Codes
 from aurora_lit.kernels.weight_format import WeightFormat
 
 _SAMPLED_ROWS = 8
@@ -37,24 +36,6 @@ class PackedLinear(nn.Module):
         """What `argmax` reads first; None: the weight alone."""
         if screened:
             self.add_screen()
-
-    @classmethod
-    def from_codes(
-        cls,
-        q_OI: torch.Tensor,
-        scale_OG: torch.Tensor,
-        min_OG: torch.Tensor | None,
-        weight_format: WeightFormat,
-        bias: torch.Tensor | None = None,
-    ) -> Self:
-        """The layer with exactly these numbers of a grouped format; see `Codes`.
-
-        A large weight can be given in parts to `matmul.pack_codes`, and its result to `from_tensors`.
-        """
-        tensors = {"weight": matmul.pack_codes([Codes(q_OI, scale_OG, min_OG)], weight_format, q_OI.shape)}
-        if bias is not None:
-            tensors["bias"] = bias.float().contiguous()
-        return cls.from_tensors(tensors, weight_format, q_OI.shape)
 
     @classmethod
     def from_tensors(

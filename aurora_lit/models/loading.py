@@ -4,11 +4,11 @@
     target = load_target(folder, precision="int4", cache_dir=cache)     # in a second or less from the second time on
 
 A model is read as fp32 and packed, or packed tensor by tensor from a GGUF file (gguf_model.py). It is compared with its
-own forward pass, and its layers are replaced by native ones. With a
-`cache_dir`, everything that a native target's forward pass reads is then kept in a file of its packed weights, and read
-from there the next time: no fp32, no transformers. The file is not used if anything has changed that determines its
-content: the source, the precision, our code, the kernels, the processor, the libraries. What was proved when it was
-written therefore still holds, and outputs are equal bit for bit.
+own forward pass, and its layers are replaced by native ones. With a `cache_dir`, everything that a native target's
+forward pass reads is then kept in a file of its packed weights, and read from there the next time: no fp32, no
+transformers. The file is not used if anything has changed that determines its content: the source, the precision, our
+code, the kernels, the processor, the libraries. What was proved when it was written therefore still holds, and outputs
+are equal bit for bit.
 
 Leaves out the file's format (packed_file.py). A target that is not native, or that is small, has no such file.
 """

@@ -22,13 +22,14 @@ _log = logging.getLogger(__name__)
 def default_sampling(config: AuroraConfig) -> dict[str, Any]:
     """The defaults of those parameters in SAMPLING_RANGES that have one, by name.
 
-    A target that is not on this machine yet has none of its own.
+    A target that is not on this machine yet has none of its own. top_k is 0 where it is said to be -1: all tokens.
     """
     target, own = config.target, dict[str, Any]()
     if config.server.generation_config == "auto":
         folder = cached(target.source, cache_dir=cache_root(), sha256=target.sha256)
         own = {} if folder is None else _recommended(folder / "generation_config.json")
-    return own | (config.server.default_sampling or {})
+    found = own | (config.server.default_sampling or {})
+    return found | ({"top_k": max(0, found["top_k"])} if "top_k" in found else {})
 
 
 def _recommended(path: Path) -> dict[str, Any]:

@@ -40,7 +40,7 @@ def isolated() -> None:
 def test_a_program_sees_an_empty_folder_and_nothing_of_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SECRET", "key")
     code = "import os\nprint(os.listdir(), os.environ.get('SECRET'), os.environ['HOME'], os.listdir('/old'))"
-    assert run_isolated(code, seconds=10).output == "[] None /work []\n"
+    assert run_isolated(code, seconds=10).output == "[] None /scratch []\n"
 
 
 @pytest.mark.usefixtures("isolated")

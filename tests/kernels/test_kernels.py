@@ -273,7 +273,8 @@ def test_a_layer_of_given_codes_has_exactly_their_values(
     scale_OI, min_OI = numbers_2OG.double().repeat_interleave(span, dim=-1)[..., :inputs]
     scale_OG, min_OG = numbers_2OG[0], numbers_2OG[1] if weight_format.has_minima else None
     bias_O = torch.randn(outputs, generator=gen)
-    layer = PackedLinear.from_codes(q_OI, scale_OG, min_OG, weight_format, bias_O)
+    packed = matmul.pack_codes([Codes(q_OI, scale_OG, min_OG)], weight_format, q_OI.shape)
+    layer = PackedLinear.from_tensors({"weight": packed, "bias": bias_O}, weight_format, q_OI.shape)
     weight_OI = scale_OI * q_OI.double() + min_OI if min_OG is not None else scale_OI * (q_OI.double() - codes // 2)
     assert torch.equal(layer.rows(torch.arange(outputs)), weight_OI.float())
     x = torch.randint(-127, 128, (20, inputs), generator=gen).float()

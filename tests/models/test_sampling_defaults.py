@@ -36,6 +36,7 @@ def configured(model: Path, *overrides: str) -> AuroraConfig:
 
 def test_a_deployments_values_replace_the_models(model: Path) -> None:
     assert default_sampling(configured(model)) == OWN, "do_sample is ignored, as in vLLM"
+    assert default_sampling(configured(model, "server.default_sampling.top_k=-1"))["top_k"] == 0, "as the engine has it"
     pinned = ("server.default_sampling.temperature=0.2", "server.default_sampling.min_p=0.1")
     assert default_sampling(configured(model, *pinned)) == {**OWN, "temperature": 0.2, "min_p": 0.1}
     assert default_sampling(configured(model, *pinned, "server.generation_config=off")) == {

@@ -289,8 +289,7 @@ def _vocabulary(
     """Target ids of the draft vocabulary: the most frequent tokens of all traces, prompts and texts.
 
     Those of answers count ten times. Prompts that were not answered and the rest of the texts are many more tokens, at
-    no cost: with a thousand answers they raise the share of new answers' tokens that 16,384 ids hold from 91 to 93 %.
-    Chosen once and stored beside the traces, so that a resumed run has the same.
+    no cost. Chosen once and stored beside the traces, so that a resumed run has the same.
     """
     path = traces / VOCABULARY_NAME
     if path.exists():
