@@ -3,7 +3,7 @@
 This costs a tenth of generating as many positions. Leaves out generating answers (learn/pretrain/generate_answers.py)
 and training (learn/pretrain/trainer.py).
 
-Shapes: B sequences, T positions, H hidden.
+Shapes: T positions, H hidden.
 """
 
 from __future__ import annotations
@@ -11,13 +11,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import torch
 from transformers import PreTrainedTokenizerBase
 
-from aurora_lit.models.torch_target import TorchTarget
+from aurora_lit.learn.pretrain.generate_answers import PromptToAnswer, generate_answers
+from aurora_lit.models.interface import Target
+from aurora_lit.request import SamplingParams
 from aurora_lit.traces.record import Trace
 
 _MIN_PIECE_TOKENS = 16
+_GREEDY = SamplingParams(temperature=0.0)
 
 
 def text_pieces(
@@ -31,23 +33,30 @@ def text_pieces(
             yield from (list(piece) for piece in pieces if len(piece) >= _MIN_PIECE_TOKENS)
 
 
-@torch.no_grad()
-def record_pieces(target: TorchTarget, pieces: Sequence[list[int]], *, domain: str) -> list[Trace]:
-    """Run the target over token sequences, right-padded together; returns one trace each."""
-    lengths = [len(piece) for piece in pieces]
-    ids_BT = torch.zeros(len(pieces), max(lengths), dtype=torch.long)
-    for row, piece in enumerate(pieces):
-        ids_BT[row, : len(piece)] = torch.tensor(piece)
-    aux_BT3H, last_BTH = target.forward_uncached(ids_BT)
-    traces = []
-    for row, length in enumerate(lengths):
-        traces.append(
-            Trace(
-                token_ids_T=ids_BT[row, :length].to(torch.int32),
-                aux_T3H=aux_BT3H[row, :length].to(torch.bfloat16),
-                last_TH=last_BTH[row, :length].to(torch.bfloat16),
-                domain=domain,
-                answer_start=length,
-            )
-        )
-    return traces
+def record_pieces(target: Target, pieces: Sequence[list[int]], *, domain: str) -> list[Trace]:
+    """Run the target over token sequences together; returns one trace each, in any order.
+
+    They are read as the engine reads prompts, which is several times faster than a forward pass in torch.
+    """
+    prompts = [PromptToAnswer(domain=domain, prompt_ids=tuple(piece), params=_GREEDY) for piece in pieces]
+    answered = generate_answers(
+        target,
+        prompts,
+        eos_token_ids=frozenset(),
+        max_answer_tokens=2,  # of one token no round is recorded
+        max_batch_size=len(pieces),
+        max_seq_len=max(map(len, pieces)) + 2,
+    )
+    return [_without_answer(trace) for trace in answered]
+
+
+def _without_answer(trace: Trace) -> Trace:
+    """The trace of a prompt as text: positions up to the prompt's last one."""
+    length = trace.answer_start
+    return Trace(
+        token_ids_T=trace.token_ids_T[:length],
+        aux_T3H=trace.aux_T3H[:length],
+        last_TH=trace.last_TH[:length],
+        domain=trace.domain,
+        answer_start=length,
+    )

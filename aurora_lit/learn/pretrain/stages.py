@@ -38,7 +38,6 @@ from aurora_lit.models.interface import Target
 from aurora_lit.models.loading import weights_digest
 from aurora_lit.models.sampling_defaults import default_sampling
 from aurora_lit.models.source import find_target
-from aurora_lit.models.torch_target import TorchTarget
 from aurora_lit.modules.losses.draft_module import DraftModule
 from aurora_lit.modules.losses.objective import OnlineWeights
 from aurora_lit.progress import Progress
@@ -46,7 +45,7 @@ from aurora_lit.request import SamplingParams
 from aurora_lit.serve.worker.load_models import check_one_process, eos_token_ids, load_target, load_tokenizer
 from aurora_lit.traces.log import ShardInfo, TraceLogWriter, read_index, read_shard
 
-_PIECES_AT_ONCE = 12
+_PIECES_AT_ONCE = 32
 _PIECE_TOKENS = 384
 _MAX_SEQUENCE_TOKENS = 1024
 _MAX_BATCH_SIZE = 32
@@ -118,7 +117,7 @@ def pretrain(config: AuroraConfig, options: PretrainOptions) -> dict[str, Any]:
         prompts, left_out = _prompts_to_answer(config, tokenizer, options, max_positions=target.max_positions)
         if left_out:
             console.print(left_out)
-        _record_text(in_torch, tokenizer, options, traces)
+        _record_text(target, tokenizer, options, traces)
         _answer_prompts(config, target, tokenizer, prompts, options, traces)
     shards = read_index(traces)
     if not shards:
@@ -194,7 +193,7 @@ def _check_vocabulary_size(target: Target, options: PretrainOptions, traces: Pat
 
 
 def _record_text(
-    target: TorchTarget, tokenizer: PreTrainedTokenizerBase, options: PretrainOptions, traces: Path
+    target: Target, tokenizer: PreTrainedTokenizerBase, options: PretrainOptions, traces: Path
 ) -> None:
     """Stage one: record text; pieces that an earlier run has stored are skipped."""
     stored = [shard for shard in read_index(traces) if shard.kind == "text"]

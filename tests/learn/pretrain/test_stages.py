@@ -243,6 +243,7 @@ def test_answers_before_an_interruption_are_kept(
 
 def test_text_before_an_interruption_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, train: Train) -> None:
     text = tmp_path / "text.txt"
+    monkeypatch.setattr(stages, "_PIECES_AT_ONCE", 2)
     text.write_text("the world " * 4000)
     batches: list[int] = []
 
