@@ -156,9 +156,18 @@ class _Header:
         element, count = self.unpack("<IQ")
         if element in _STRUCTS:
             self.position += count * struct.calcsize(_STRUCTS[element])
+        elif element == _STRING:
+            self._skip_strings(count)
         else:
             for _ in range(count):
                 self.value(element)
         if self.position > len(self.data):
             raise struct.error("an array is longer than the file")
         return count
+
+    def _skip_strings(self, count: int) -> None:
+        """Go past so many strings: a vocabulary and its merges are some 300,000."""
+        data, position, length_at = self.data, self.position, struct.Struct("<Q").unpack_from
+        for _ in range(count):
+            position += 8 + length_at(data, position)[0]
+        self.position = position

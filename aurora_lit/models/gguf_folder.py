@@ -208,7 +208,8 @@ def _write_small_files(file: GgufFile, folder: Path) -> None:
     transformers reads the configuration from a copy of the header without its vocabulary: with it, that takes a minute.
     """
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
     from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES
 
     architecture = file.metadata["general.architecture"]
@@ -219,15 +220,17 @@ def _write_small_files(file: GgufFile, folder: Path) -> None:
     with tempfile.TemporaryDirectory(dir=folder) as temporary:
         (Path(temporary) / "header.gguf").write_bytes(_header_without_vocabulary(file))
         config = AutoConfig.from_pretrained(temporary, gguf_file="header.gguf", **known)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)  # type: ignore[no-untyped-call]
-    model.config.architectures = [type(model).__name__]
-    model.config.save_pretrained(folder)
+    if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        raise ValueError(f"transformers has no causal language model of type {config.model_type}")
+    config.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.model_type]]
+    config.dtype = torch.float32
+    config.save_pretrained(folder)
     kind = {"tokenizer_type": config.model_type} if config.model_type in TOKENIZER_MAPPING_NAMES else {}
     tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file.path.name, **kind)
     tokenizer.save_pretrained(folder)
-    model.generation_config.eos_token_id = _end_tokens(model.generation_config.eos_token_id, tokenizer.get_vocab())
-    model.generation_config.save_pretrained(folder)
+    generation = GenerationConfig.from_model_config(config)
+    generation.eos_token_id = _end_tokens(generation.eos_token_id, tokenizer.get_vocab())
+    generation.save_pretrained(folder)
 
 
 def _end_tokens(named: int | list[int] | None, vocabulary: Mapping[str, int]) -> int | list[int] | None:

@@ -192,9 +192,7 @@ def _check_vocabulary_size(target: Target, options: PretrainOptions, traces: Pat
         )
 
 
-def _record_text(
-    target: Target, tokenizer: PreTrainedTokenizerBase, options: PretrainOptions, traces: Path
-) -> None:
+def _record_text(target: Target, tokenizer: PreTrainedTokenizerBase, options: PretrainOptions, traces: Path) -> None:
     """Stage one: record text; pieces that an earlier run has stored are skipped."""
     stored = [shard for shard in read_index(traces) if shard.kind == "text"]
     if not options.text or sum(shard.num_positions for shard in stored) >= options.text_positions:

@@ -5,15 +5,16 @@ the engine's own slots, which are still empty. What a planner needs is how costs
 moment's times say nothing about the next one's. So all operations of a batch size are timed in turn, several times
 over, and the median of each counts.
 
-A start that has tables of an earlier one (serve/speculation/kept_costs.py) measures for a moment and then only while it
-waits for its first request. If the earlier one was cut off, the batch sizes that it lacks come first. What was measured
-together stays together: of two sets of times for a batch size, the shorter one is kept, since the other had other work
-beside it.
+A first start measures one sequence and a full batch, and the rest while it waits for its first request. A start that
+has tables of an earlier one (serve/speculation/kept_costs.py) measures for a moment and then only while it waits. What
+was measured together stays together: of two sets of times for a batch size, the shorter one is kept, since the other
+had other work beside it.
 """
 
 from __future__ import annotations
 
 import functools
+import itertools
 import statistics
 import time
 from collections.abc import Callable, Generator, Iterator
@@ -56,16 +57,17 @@ class Calibration:
     def __init__(self, costs: Costs, steps: Iterator[None], *, kept: KeptCosts | None, max_batch_size: int) -> None:
         """Use what is kept, and measure for a while. What is not known yet is not drafted.
 
-        `steps`: of the batch sizes that are missing, that of `max_batch_size` comes last.
+        `steps`: once they have measured `max_batch_size`, the costs are known well enough to begin with.
         `kept`: written with what this start measured, and again when the measurements end; None: nothing is kept.
         """
         self._costs, self._steps, self._kept = costs, steps, kept
         if kept is not None:
             kept.load_into(costs)
-        has_all = costs.target.initial(max_batch_size, 1) > 0
+        has_all = _is_known(costs, max_batch_size)
         until = time.perf_counter() + (_REFINED_AT_START_S if has_all else _CALIBRATED_AT_START_S)
         while time.perf_counter() < until and self.step():
-            pass
+            if not has_all and _is_known(costs, max_batch_size):
+                break
         self._save()
 
     def step(self) -> bool:
@@ -97,22 +99,31 @@ def calibration_steps(
 ) -> Iterator[None]:
     """Fill the tables for batches of 1, 2, 4, … `max_batch_size`, at the query lengths that the limits allow.
 
-    Sizes of which the tables have nothing yet come first, each time from the smallest to the largest.
-    Each step makes one timed call, at most about a tenth of a second. In between, short slots get their memory.
+    Of one sequence and of a full batch, what the tables lack comes first, with few calls each; then all sizes, those of
+    which there is nothing yet before the others.
+    Each step makes one timed call, of a large target half a second at most. In between, short slots get their memory.
     """
     if drafter is not None:
         position_s = yield from _prefill_position_s(target, drafter, capacity=kv_cache.capacity)
         costs.prefill_position_s = min(position_s, costs.prefill_position_s or position_s)
-    sizes = {*(2**i for i in range(max_batch_size.bit_length())), max_batch_size}
-    ordered = sorted(sizes, key=lambda size: (costs.target.initial(size, 1) > 0, size))
-    for batch_size in ordered:
+
+    def operations(batch_size: int) -> list[_Operation]:
         probe = _Probe(target, drafter, kv_cache=kv_cache, batch_size=batch_size)
-        operations = _target_passes(costs.target, limits, probe)
-        if drafter is not None:
-            operations += _draft_steps(costs, limits, probe)
-        yield from _measure(operations, batch_size)
-        if batch_size == ordered[0]:  # the costs come first: a start may have time for no more
-            yield from kv_cache.touch()
+        passes = _target_passes(costs.target, limits, probe)
+        return passes if drafter is None else passes + _draft_steps(costs, limits, probe)
+
+    for batch_size in sorted({1, max_batch_size}):
+        if not _is_known(costs, batch_size):
+            few = operations(batch_size) if batch_size == 1 else _outermost(operations(batch_size))
+            yield from _measure(few, batch_size, passes=_KEPT_AFTER)
+    yield from kv_cache.touch()
+    sizes = {*(2**i for i in range(max_batch_size.bit_length())), max_batch_size}
+    for batch_size in sorted(sizes, key=lambda size: (_is_known(costs, size), size)):
+        yield from _measure(operations(batch_size), batch_size, passes=max(_ENOUGH, _PASSES // batch_size))
+
+
+def _is_known(costs: Costs, batch_size: int) -> bool:
+    return any(size == batch_size for size, _, _ in costs.target.all_initial)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,8 +146,17 @@ class _Operation:
         return time.perf_counter() - started
 
 
-def _measure(operations: list[_Operation], batch_size: int) -> Iterator[None]:
-    """Time each operation in turn, several times over, and store the medians; they are rough at first.
+def _outermost(operations: list[_Operation]) -> list[_Operation]:
+    """The shortest two and the longest of each table; times of those between are interpolated."""
+    found = []
+    for _, group in itertools.groupby(operations, key=lambda operation: id(operation.table)):
+        own = list(group)
+        found += own[:2] + own[2:][-1:]
+    return found
+
+
+def _measure(operations: list[_Operation], batch_size: int, *, passes: int) -> Iterator[None]:
+    """Time each operation in turn, `passes` times over, and store the medians; they are rough at first.
 
     Yields after each call.
 
@@ -144,12 +164,13 @@ def _measure(operations: list[_Operation], batch_size: int) -> Iterator[None]:
     """
     kept_s = [operation.table.initial(batch_size, operation.length) for operation in operations]
     times: list[list[float]] = [[] for _ in operations]
-    for count in range(1, max(_ENOUGH, _PASSES // batch_size) + 1):
+    for count in range(1, passes + 1):
         for operation, own in zip(operations, times, strict=True):
             own.append(operation.timed_s())
             yield
         costs_s = _monotonic(operations, [statistics.median(own) for own in times])
-        if 0.0 in kept_s or (count >= _ENOUGH and sum(costs_s) < sum(kept_s)):
+        known_s = sum(cost_s for cost_s, kept in zip(costs_s, kept_s, strict=True) if kept)
+        if not kept_s[0] or (count >= _ENOUGH and known_s < sum(kept_s)):
             for operation, cost_s in zip(operations, costs_s, strict=True):
                 operation.table.set_initial(batch_size, operation.length, cost_s, is_rough=count < _KEPT_AFTER)
 
