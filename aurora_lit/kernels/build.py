@@ -21,6 +21,7 @@ import tempfile
 from pathlib import Path
 
 import torch
+from filelock import FileLock
 
 _MAIN_SOURCE = Path(__file__).parent / "csrc" / "kernels.cpp"
 _SOURCES = (_MAIN_SOURCE, *sorted(_MAIN_SOURCE.parent.glob("*.hpp")))
@@ -60,7 +61,10 @@ def built_library(command: str) -> Path:
     if path.exists():
         return path
     folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+    # One process compiles, and others that need the same library wait for it.
+    with FileLock(folder / "build.lock"), tempfile.TemporaryDirectory(dir=folder) as scratch:
+        if path.exists():
+            return path
         obj, lib = Path(scratch) / "kernels.o", Path(scratch) / "kernels.so"
         _run([command, *_FLAGS, "-c", str(_MAIN_SOURCE), "-o", str(obj)])
         # Not linked against OpenMP if torch has loaded its own runtime: two runtimes would compete for the cores.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -20,14 +21,17 @@ def compilers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def made(folder: Path, name: str, *, version: str = "g++ 12.4.0", macros: str = "#define __AVX512F__ 1") -> str:
+def made(
+    folder: Path, name: str, *, version: str = "g++ 12.4.0", macros: str = "#define __AVX512F__ 1", compiled: str = ":"
+) -> str:
+    """A compiler that runs the shell command `compiled` whenever it makes a file."""
     path = folder / name
     path.write_text(
         f"""#!/bin/sh
 case "$*" in
 *--version*) echo "{version}" ;;
 *-dM*) echo "{macros}" ;;
-*) while [ $# -gt 0 ]; do [ "$1" = -o ] && echo made > "$2"; shift; done ;;
+*) {compiled}; while [ $# -gt 0 ]; do [ "$1" = -o ] && echo made > "$2"; shift; done ;;
 esac
 """
     )
@@ -41,6 +45,15 @@ def test_a_library_is_kept_by_what_the_compiler_defines(compilers: Path) -> None
     assert plain.parent == compilers / "cache" / "kernels"
     assert build.built_library(made(compilers, "again")) == plain
     assert build.built_library(made(compilers, "wrapper", macros="#define __AVX2__ 1")) != plain
+
+
+def test_processes_that_need_the_same_library_compile_it_once(compilers: Path) -> None:
+    command = made(compilers, "slow", compiled=f"echo x >> {compilers / 'compiled'}; sleep 0.2")
+    code = f"from aurora_lit.kernels import build; print(build.built_library({command!r}))"
+    started = [subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) for _ in range(3)]
+    assert len({each.communicate()[0] for each in started}) == 1
+    assert [each.returncode for each in started] == [0, 0, 0]
+    assert (compilers / "compiled").read_text() == "x\nx\n", "one object, one library"
 
 
 def test_a_library_is_kept_by_its_sources(compilers: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
