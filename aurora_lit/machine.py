@@ -12,6 +12,7 @@ memory of GPUs.
 
 from __future__ import annotations
 
+import ctypes
 import os
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
@@ -141,3 +142,10 @@ def _mounted_cgroups(mounts: list[str], controller: str) -> dict[int, tuple[str,
         elif kind == "cgroup" and controller in options.split(","):
             mounted[1] = (mount_root, folder)
     return mounted
+
+
+def give_back_freed_memory() -> None:
+    """Return what was freed to the system, after work that needed much for a moment; without glibc nothing is done."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)

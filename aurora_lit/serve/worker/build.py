@@ -26,7 +26,7 @@ from aurora_lit.ipc.ring import RingWriter
 from aurora_lit.ipc.run_folder import RING_NAME
 from aurora_lit.kernels import native
 from aurora_lit.kernels.build import processor_name
-from aurora_lit.machine import available_bytes, available_cores, use_threads
+from aurora_lit.machine import available_bytes, available_cores, give_back_freed_memory, use_threads
 from aurora_lit.models.interface import Target
 from aurora_lit.models.kv_cache import cache_bytes
 from aurora_lit.models.source import cache_root, find_target
@@ -137,6 +137,8 @@ def build_worker(config: AuroraConfig, run_folder: Path) -> WorkerParts:
         exploration.follow()
         if shard is not None:
             shard.ranks.announce(engine.draft_version)
+
+    give_back_freed_memory()
 
     def close() -> None:
         sinks.close()
