@@ -179,13 +179,17 @@ def model_name(config: AuroraConfig) -> str:
     return re.sub(r"(\.(I?Q\d\w*|BF16|F16|F32))?\.gguf$", "", last, flags=re.IGNORECASE)
 
 
-def resolved_memory_scope(config: AuroraConfig) -> Literal["domain", "client", "off"]:
-    """Which requests share a memory: memory.scope, and for auto what server.host allows; off without capacity."""
-    if config.memory.capacity_mb == 0:
-        return "off"
-    if config.memory.scope != "auto":
-        return config.memory.scope
-    return "domain" if config.server.host == "127.0.0.1" else "client"
+def resolved_memory(config: AuroraConfig) -> MemorySettings:
+    """The memory's settings with a scope of domain or client, which prefixes have too: what auto is, server.host says.
+
+    Scope off means a memory without capacity, and for prefixes auto.
+    """
+    memory, alone = config.memory, config.server.host == "127.0.0.1"
+    if memory.scope == "off":
+        memory = dataclasses.replace(memory, capacity_mb=0)
+    if memory.scope in ("auto", "off"):
+        memory = dataclasses.replace(memory, scope="domain" if alone else "client")
+    return memory
 
 
 def shows_page(config: AuroraConfig) -> bool:

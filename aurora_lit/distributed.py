@@ -73,6 +73,7 @@ class Op(IntEnum):
     LOGITS = 4
     EMBED = 5
     COPY = 6
+    BLOCKS = 7
 
 
 @dataclass(frozen=True, kw_only=True)

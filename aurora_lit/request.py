@@ -10,7 +10,7 @@ import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import IntEnum
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 MAX_DOMAIN_CHARACTERS = 64
 """Longest label of a domain. Labels are printable."""
@@ -110,6 +110,21 @@ class SamplingParams:
     log-probabilities are the model's all the same."""
 
 
+SharedBy = Literal["domain", "client"]
+"""Whose requests may reuse what was computed for one: those of all clients, or of its own client."""
+
+
+class Scope(NamedTuple):
+    """Requests of one scope share prefixes and remembered answers. It is compared as it is, never by a hash, so that no
+    two can be confused.
+    """
+
+    client: str
+    """Pseudonym of the only client; "": all clients share."""
+    salt: str
+    """The `cache_salt` that all its requests have; "": they have none."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Request:
     """One sequence to generate; a client's call with n choices becomes n requests."""
@@ -118,7 +133,7 @@ class Request:
     prompt_ids: tuple[int, ...]
     params: SamplingParams
     store: bool = True
-    """False: the client opted out of storage, so no trace is made."""
+    """False: the client opted out of storage. No trace is made, and nothing that was computed for it is reused."""
     domain: str = ""
     """The client's label for the kind of traffic (`metadata.aurora_domain`); part of the trace."""
     client: str = ""
@@ -126,8 +141,20 @@ class Request:
     cache_salt: str = ""
     """The client's secret that confines what is reused for this request to requests with the same salt: prefixes of
     prompts and remembered answers. "": shared with all requests without a salt. No part of the trace."""
+    call: str = ""
+    """What all choices of one call have in common, and no other request has; they always share their prompt's prefix.
+    "": it is the only one."""
     noise_key: int = field(default_factory=lambda: secrets.randbits(63))
     """A secret that stands in for the seed where a request has none: it decides which tokens are drawn."""
+
+    def scope(self, shared_by: SharedBy) -> Scope | None:
+        """Whose results it may read; it may add to them with `store` only, which the writer checks. None: nobody's.
+
+        Shared by a client, a request of an unknown client has none: what one such client wrote, another would read.
+        """
+        if shared_by == "client" and not self.client:
+            return None
+        return Scope(client=self.client if shared_by == "client" else "", salt=self.cache_salt)
 
 
 @dataclass(frozen=True, kw_only=True)

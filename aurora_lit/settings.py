@@ -81,9 +81,11 @@ class EngineSettings:
     """Maximum number of sequences that run together; each has one slot of the KV cache."""
     max_seq_len: int = _within(2048, 16, 1 << 20)
     """Maximum length of a sequence in tokens, prompt and answer together; each slot has room for it."""
-    prefix_cache: bool = True
-    """Copy the KV cache of a common prefix from any slot that still holds it. Answers do not change, but
-    `cached_tokens` and the response time reveal how much of a prompt was sent before with the same `cache_salt`."""
+    prefix_cache_mb: int = _within(256, 0, 1 << 20)
+    """Size of the store of prompts whose slots others have taken, in MiB; beyond it the least recently used are
+    forgotten. A prompt that begins like one in a slot or in the store copies that beginning. Answers do not change, but
+    `cached_tokens` and the response time reveal how much of a prompt was sent before in the same `memory.scope` and
+    with the same `cache_salt`. 0: every prompt is computed in full, whatever the slots hold."""
     strategy: Literal["single", "fsdp", "tensor_parallel"] = "single"
     """How the target is split over engine.devices processes. tensor_parallel: each has some heads and columns of every
     layer (faster). fsdp: each has a part of every weight and gathers a layer to run it (any model)."""
@@ -109,9 +111,9 @@ class MemorySettings:
     capacity_mb: int = _within(64, 0, 1 << 16)
     """Size of the memory, in MiB; beyond it the oldest answers are forgotten. 0: no memory."""
     scope: Literal["auto", "domain", "client", "off"] = "auto"
-    """Which requests with the same `cache_salt` share it. domain: all, the same kind of traffic first. client: those of
-    one client, which is the request's `user`, else its network address. auto: domain while server.host is loopback,
-    else client. off: no memory."""
+    """Which requests with the same `cache_salt` share it, and prefixes (engine.prefix_cache_mb). domain: all, the same
+    kind of traffic first. client: those of one client, which is the request's `user`, else its network address. auto:
+    domain while server.host is loopback, else client. off: no memory, and prefixes as with auto."""
 
 
 @dataclass(frozen=True, kw_only=True)

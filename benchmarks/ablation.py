@@ -61,11 +61,10 @@ from rich.table import Table
 from aurora_lit.bench.reporting import report_console
 from aurora_lit.config import (
     AuroraConfig,
-    copied_tokens,
     draft_folder,
     load_config,
     max_proposal_length,
-    resolved_memory_scope,
+    resolved_memory,
 )
 from aurora_lit.drafts.checkpoint import read_config
 from aurora_lit.durable import is_as_begun, replace_file
@@ -150,7 +149,8 @@ def check_arms(names: Sequence[str], config: AuroraConfig) -> None:
             continue
         if native.library() is None:
             raise ConfigError(f"--arms {name}: the traffic memory needs the kernels; aurora-lit doctor says more")
-        if not copied_tokens(config.engine, config.memory) or resolved_memory_scope(config) != "domain":
+        memory = resolved_memory(config)
+        if not (config.engine.speculate and memory.capacity_mb and memory.scope == "domain"):
             needed = "engine.speculate=true, memory.capacity_mb and memory.scope=domain"
             raise ConfigError(f"--arms {name}: a stream without clients could fill no memory; it needs {needed}")
 

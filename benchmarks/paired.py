@@ -48,7 +48,7 @@ import psutil
 from rich.table import Table
 
 from aurora_lit.bench.reporting import report_console
-from aurora_lit.config import load_config, resolved_memory_scope
+from aurora_lit.config import load_config, resolved_memory
 from aurora_lit.errors import AuroraError
 from aurora_lit.ipc.learner_status import LEARNER_STATUS_NAME, LearnerStatusPage
 from aurora_lit.learn.pretrain.prompts import Prompt, read_prompts
@@ -268,7 +268,7 @@ def main() -> int:
         {path.stem: each for path, each in zip(options.prompts, read, strict=True)} if options.by_file else together
     )
     most = max(options.clients) * (options.pairs + options.warm_up)
-    remembers = any(resolved_memory_scope(config) != "off" for config in configs)
+    remembers = any(resolved_memory(config).capacity_mb for config in configs)
     for name, prompts in groups.items():
         if not prompts or (remembers and len(prompts) < most):
             parser.error(

@@ -18,7 +18,7 @@ from aurora_lit.config import (
     draft_folder,
     load_config,
     model_name,
-    resolved_memory_scope,
+    resolved_memory,
     to_yaml,
 )
 from aurora_lit.errors import ConfigError
@@ -83,7 +83,7 @@ DEFAULTS = {
         "lookup": True,
         "max_batch_size": 8,
         "max_seq_len": 2048,
-        "prefix_cache": True,
+        "prefix_cache_mb": 256,
         "strategy": "single",
         "devices": 1,
         "device": "auto",
@@ -466,7 +466,18 @@ def test_a_relative_draft_is_looked_up_here_first(tmp_path: Path, monkeypatch: p
     ],
 )
 def test_clients_share_a_memory_only_on_loopback_or_if_it_is_asked_for(overrides: list[str], scope: str) -> None:
-    assert resolved_memory_scope(load_config(None, overrides)) == scope
+    memory = resolved_memory(load_config(None, overrides))
+    assert (memory.scope if memory.capacity_mb else "off") == scope
+
+
+def test_prefixes_have_the_scope_of_the_memory_also_where_there_is_none() -> None:
+    """Without one, what auto would be."""
+    for overrides, scope in (
+        (["memory.scope=off"], "domain"),
+        (["memory.scope=off", "server.host=::"], "client"),
+        (["memory.capacity_mb=0", "memory.scope=client"], "client"),
+    ):
+        assert resolved_memory(load_config(None, overrides)).scope == scope
 
 
 def test_off_is_a_word_in_a_file_too(tmp_path: Path) -> None:

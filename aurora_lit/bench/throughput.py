@@ -110,7 +110,7 @@ def run(
         )
     # Repeats use the same prompts: with the prefix cache only the first one would have a prefill, and with the traffic
     # memory the others would copy its answer.
-    engine, memory = replace(config.engine, prefix_cache=False), replace(config.memory, capacity_mb=0)
+    engine, memory = replace(config.engine, prefix_cache_mb=0), replace(config.memory, capacity_mb=0)
     config = replace(config, memory=memory)
     drafting, tokenizer = build_engine(replace(config, engine=replace(engine, speculate=True)))
     plain, _ = build_engine(replace(config, engine=replace(engine, speculate=False)), target=drafting.target)

@@ -19,7 +19,7 @@ from typing import Literal
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
-from aurora_lit.config import AuroraConfig, draft_folder, resolved_memory_scope
+from aurora_lit.config import AuroraConfig, draft_folder, resolved_memory
 from aurora_lit.drafts.checkpoint import read_config
 from aurora_lit.drafts.initial import DRAFT_VOCABULARY_SIZE
 from aurora_lit.errors import SourceError
@@ -67,8 +67,11 @@ def needs(config: AuroraConfig, shape: PretrainedConfig, *, gguf_bytes: int | No
     gguf_bytes: see the function of that name. Raises CheckpointError if draft.checkpoint is not a valid draft.
     """
     lines = _target_needs(config, shape, gguf_bytes)
-    if config.engine.speculate and resolved_memory_scope(config) != "off":
-        memory_bytes = config.memory.capacity_mb * _MIB
+    if prefix_bytes := config.engine.prefix_cache_mb * _MIB:
+        how = "engine.prefix_cache_mb, on CPUs as they leave their slots"
+        lines.append(Need(what="kept prefixes", where="every device", num_bytes=prefix_bytes, how=how))
+    memory_bytes = resolved_memory(config).capacity_mb * _MIB
+    if config.engine.speculate and memory_bytes:
         lines.append(
             Need(what="traffic memory", where="host", num_bytes=memory_bytes, how="memory.capacity_mb, as it fills")
         )

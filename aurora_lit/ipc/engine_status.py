@@ -210,6 +210,10 @@ class EngineStatus(EngineCounters):
     round_p99_us: int = gauge(report="round_ms.p99", per=1e3)
     swap_round_p99_us: int
     """The same for rounds that swapped a draft."""
+    prefix_bytes: int = gauge(
+        "aurora_prefix_cache_bytes", "Size of what is kept of prompts without a slot.", report="prefix_cache.bytes"
+    )
+    """Keys, values and states (serve/engine/prefix_cache.py); 0 beside vLLM."""
     memory_capacity: int = gauge(
         "aurora_memory_capacity_tokens", "Tokens that it can hold.", report="memory.capacity_tokens"
     )

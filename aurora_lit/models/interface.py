@@ -10,6 +10,7 @@ Shapes: B sequences, T positions, N positions of a flat batch, H hidden size, V 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -90,7 +91,7 @@ class Target(nn.Module, ABC):
     def embedding(self) -> nn.Module:
         """The input embedding, which the draft shares."""
 
-    def make_kv_cache(self, *, num_slots: int, capacity: int) -> KVCache:
+    def make_kv_cache(self, *, num_slots: int, capacity: int, is_pool: bool = False) -> KVCache:
         """Allocate a KV cache with this model's layers, heads and type; `capacity` in positions."""
         return KVCache(
             num_layers=self.num_layers,
@@ -100,6 +101,7 @@ class Target(nn.Module, ABC):
             capacity=capacity,
             dtype=self.kv_dtype,
             device=self.device,
+            is_pool=is_pool,
         )
 
     @abstractmethod
@@ -131,6 +133,12 @@ class Target(nn.Module, ABC):
     def copy_prefix(self, *, kv_cache: KVCache, source: int, slot: int, length: int, start: int) -> None:
         """Copy the first `length` positions of slot `source` to `slot`, which has the first `start` of them."""
         kv_cache.copy_prefix(source, slot, length, start=start)
+
+    def copy_blocks(
+        self, *, kv_cache: KVCache, pool: KVCache, slot: int, first: int, places: Sequence[int], to_pool: bool
+    ) -> None:
+        """Copy blocks of a slot to a pool, or back from there (`KVCache.copy_blocks`)."""
+        kv_cache.copy_blocks(pool, slot=slot, first=first, places=places, to_pool=to_pool)
 
     @abstractmethod
     def logits(self, last_BTH: torch.Tensor) -> torch.Tensor:

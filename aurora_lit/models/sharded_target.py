@@ -11,7 +11,7 @@ Shapes: B sequences, T positions, N = B·T, H hidden size, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -66,10 +66,10 @@ class ShardedTarget(Target):
         """Looks embeddings up on all ranks, for the draft. On CPUs they are fp32, which the draft's kernels need."""
         return _FunctionModule(self._embed)
 
-    def make_kv_cache(self, *, num_slots: int, capacity: int) -> KVCache:
+    def make_kv_cache(self, *, num_slots: int, capacity: int, is_pool: bool = False) -> KVCache:
         """Allocate a KV cache on every rank."""
-        with self.ranks.order(Op.SLOTS, torch.tensor([num_slots, capacity])):
-            return self._add_kv_cache(num_slots, capacity)
+        with self.ranks.order(Op.SLOTS, torch.tensor([num_slots, capacity, is_pool])):
+            return self._add_kv_cache(num_slots, capacity, is_pool)
 
     def forward(
         self,
@@ -88,6 +88,14 @@ class ShardedTarget(Target):
         """As `Target.copy_prefix`, on every rank."""
         with self.ranks.order(Op.COPY, torch.tensor([self._index_of(kv_cache), source, slot, length, start])):
             kv_cache.copy_prefix(source, slot, length, start=start)
+
+    def copy_blocks(
+        self, *, kv_cache: KVCache, pool: KVCache, slot: int, first: int, places: Sequence[int], to_pool: bool
+    ) -> None:
+        """As `Target.copy_blocks`, on every rank."""
+        where = [self._index_of(kv_cache), self._index_of(pool), slot, first, int(to_pool), *places]
+        with self.ranks.order(Op.BLOCKS, torch.tensor(where)):
+            kv_cache.copy_blocks(pool, slot=slot, first=first, places=places, to_pool=to_pool)
 
     def logits(self, last_BTH: torch.Tensor) -> torch.Tensor:
         """As `Target.logits`; each rank computes those of its rows of the vocabulary."""
@@ -120,6 +128,10 @@ class ShardedTarget(Target):
                 case Op.COPY:
                     index, source, slot, length, start = order.tensors[0].tolist()
                     self._kv_caches[index].copy_prefix(source, slot, length, start=start)
+                case Op.BLOCKS:
+                    index, pool, slot, first, to_pool, *places = order.tensors[0].tolist()
+                    where = {"slot": slot, "first": first, "places": places, "to_pool": bool(to_pool)}
+                    self._kv_caches[index].copy_blocks(self._kv_caches[pool], **where)
                 case Op.LOGITS:
                     size = (int(tensors[0]), self.hidden_size)
                     self._gathered_logits(torch.empty(size, dtype=self.hidden_dtype, device=self.ranks.device))
@@ -127,8 +139,9 @@ class ShardedTarget(Target):
                     self.shard.embedding(tensors[0])
             after(order)
 
-    def _add_kv_cache(self, num_slots: int, capacity: int) -> KVCache:
-        self._kv_caches.append(self.shard.make_kv_cache(num_slots=num_slots, capacity=capacity))
+    def _add_kv_cache(self, num_slots: int, capacity: int, is_pool: int) -> KVCache:
+        made = self.shard.make_kv_cache(num_slots=num_slots, capacity=capacity, is_pool=bool(is_pool))
+        self._kv_caches.append(made)
         return self._kv_caches[-1]
 
     def _gathered_logits(self, last_NH: torch.Tensor) -> torch.Tensor | None:

@@ -125,8 +125,8 @@ def test_throughput_writes_numbers_and_a_plot(tmp_path: Path, built: list[Aurora
     )
     assert [config.engine.speculate for config in built] == [True, False]
     assert [engine.target for engine in engines] == ["target 1"] * 2, "it is loaded once"
-    kept = {(config.engine.prefix_cache, config.memory.capacity_mb) for config in built}
-    assert kept == {(False, 0)}, "repeats of the same prompts must not be read or copied"
+    kept = {(config.engine.prefix_cache_mb, config.memory.capacity_mb) for config in built}
+    assert kept == {(0, 0)}, "repeats of the same prompts must not be read or copied"
     report = json.loads((tmp_path / "out/throughput.json").read_text())
     assert [r["batch_size"] for r in report["throughput"]] == [1, 2]
     assert report["throughput"][0]["ratios"].keys() == {"draft / plain"}

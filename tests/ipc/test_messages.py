@@ -79,6 +79,7 @@ FULL_REQUEST = Request(
     domain="code",
     client="00ff",
     cache_salt="söt",
+    call="d0",
 )
 CALL: CallMessage = ("c", Call(call_id="c", requests=(FULL_REQUEST, FULL_REQUEST)))
 LONG_CALL: CallMessage = (

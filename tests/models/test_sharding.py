@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from support.tiny_models import VOCAB, make_engine, request, run, save_model
-from support.two_ranks import MAX_TOKENS, PROMPTS, SHAPE, Case, num_weights, run_cases
+from support.two_ranks import LATER_PROMPTS, MAX_TOKENS, PROMPTS, SHAPE, Case, num_weights, run_cases
 from transformers import AutoConfig, AutoModelForCausalLM, CohereConfig
 
 from aurora_lit.errors import ConfigError, SourceError
@@ -102,11 +102,13 @@ def test_trained_buffers_are_read_from_the_files(reports, trained_buffers):
     assert reports["trained buffers"][0]["tokens"] == unsharded_answers(trained_buffers, "fp32")
 
 
-def unsharded_answers(folder: Path, precision: str = "fp32") -> list[list[int]]:
+def unsharded_answers(
+    folder: Path, precision: str = "fp32", prompts: Sequence[Sequence[int]] = PROMPTS
+) -> list[list[int]]:
     """Answers of the unsharded target without a draft."""
-    engine = make_engine(load_target(folder, precision=precision), prefix_cache=False)
-    answers = run(engine, [request(str(i), ids, max_tokens=MAX_TOKENS) for i, ids in enumerate(PROMPTS)])
-    return [answers[str(i)].token_ids for i in range(len(PROMPTS))]
+    engine = make_engine(load_target(folder, precision=precision), prefix_cache_mb=0)
+    answers = run(engine, [request(str(i), ids, max_tokens=MAX_TOKENS) for i, ids in enumerate(prompts)])
+    return [answers[str(i)].token_ids for i in range(len(prompts))]
 
 
 @process
@@ -129,6 +131,12 @@ def test_two_ranks_give_the_unsharded_answers_while_the_draft_is_swapped(name, r
     assert reports[name][0]["tokens"] == unsharded_answers(llama)
     assert reports[name][0]["proposed"] > 0
     assert 16 <= reports[name][0]["cached"] <= 40, "one prompt's prefix is copied on both ranks"
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_a_prefix_that_has_left_its_slot_is_kept_on_both_ranks(name, reports, llama):
+    assert reports[name][0]["later_tokens"] == unsharded_answers(llama, prompts=LATER_PROMPTS)
+    assert reports[name][0]["later_cached"] == 64
 
 
 @pytest.mark.parametrize("name", STRATEGIES)

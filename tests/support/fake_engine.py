@@ -99,7 +99,7 @@ class FakeEngine:
         self.vocab_size = len(tokenizer)
         self.max_seq_len = self._options.max_seq_len
         self.counters = EngineCounters()
-        self.memory = None
+        self.memory = self.prefix_cache = None
         self.draft_version = "fake-000001"
         self.assigner: DomainAssigner | None = None
         self._running: dict[str, _Running] = {}

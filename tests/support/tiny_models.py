@@ -283,7 +283,8 @@ def make_engine(
     from a memory of one MiB (`memory_scope`). `branches`: beside the tokens of drafted chains it proposes others where
     it can; unless `adaptive`, always twice as many in all.
     """
-    defaults: dict[str, Any] = {"max_seq_len": 96, "adaptive": False}
+    defaults: dict[str, Any] = {"max_seq_len": 96, "adaptive": False, "prefix_cache_mb": 1}
+    remembers = copied_tokens > 0 and memory_scope != "off"
     engine = Engine(
         target,
         draft if max_draft_tokens else None,
@@ -291,7 +292,7 @@ def make_engine(
             max_draft_tokens=max_draft_tokens or 1, lookup=lookup and copied_tokens > 0, **{**defaults, **settings}
         ),
         eos_token_ids=eos_token_ids,
-        memory=MemorySettings(capacity_mb=1, scope=memory_scope if copied_tokens else "off"),
+        memory=MemorySettings(capacity_mb=int(remembers), scope="domain" if memory_scope == "off" else memory_scope),
         prefill_chunk_tokens=prefill_chunk_tokens,
         max_round_s=max_round_s,
         explore_seed=explore_seed,

@@ -25,6 +25,8 @@ PROMPTS = (
     (*range(20, 60), 5),
     (*range(20, 60), 6, 7),
 )
+LATER_PROMPTS = ((*range(60), *range(10, 20), 1), tuple(range(60, -1, -1)), (*range(60), *range(10, 20), 2))
+"""One after the other in one slot: the third finds in the store what the first has left there."""
 MAX_TOKENS = 12
 SWAP_AT_ROUND = 4
 SHAPE: dict[str, Any] = {"hidden_size": 96, "num_attention_heads": 6, "num_key_value_heads": 3}
@@ -65,7 +67,7 @@ def run_rank(rank: int, case: Case, folder: Path) -> dict[str, Any]:
     from aurora_lit.errors import AuroraError, RankError
     from aurora_lit.kernels import native
     from aurora_lit.models.sharded_target import read_shard
-    from support.tiny_models import make_engine, random_draft, request
+    from support.tiny_models import make_engine, random_draft, request, run
 
     torch.set_num_threads(1)
     if not case.native:
@@ -125,6 +127,10 @@ def run_rank(rank: int, case: Case, folder: Path) -> dict[str, Any]:
                 proposed += output.num_proposed
             rounds += 1
         report |= {"tokens": list(tokens.values()), "proposed": proposed, "cached": engine.counters.cached_tokens}
+        version, later = engine.draft_version, LATER_PROMPTS
+        engine = make_engine(target, random_draft(target), max_batch_size=1, draft_version=version)
+        answers = [run(engine, [request("a", prompt, max_tokens=MAX_TOKENS)])["a"].token_ids for prompt in later]
+        report |= {"later_tokens": answers, "later_cached": engine.counters.cached_tokens}
         ranks.stop()
     except RankError as error:
         report["error"] = str(error)

@@ -27,7 +27,7 @@ from typing import NamedTuple
 
 import torch
 
-from aurora_lit.config import AuroraConfig, copied_tokens, resolved_memory_scope
+from aurora_lit.config import AuroraConfig, copied_tokens, resolved_memory
 from aurora_lit.kernels import native
 from aurora_lit.kernels.copy_rates import CopyReliability
 from aurora_lit.kernels.suffix_index import DOMAIN_BITS, Copies, LookUp, SuffixMemory, look_up
@@ -202,14 +202,14 @@ class NgramPaths:
 
 def ngram_paths_of(config: AuroraConfig) -> NgramPaths | None:
     """Copies as a server with these settings may propose; None if it proposes none, or without kernels."""
-    most, scope = copied_tokens(config.engine, config.memory), resolved_memory_scope(config)
+    most, memory = copied_tokens(config.engine, config.memory), resolved_memory(config)
     if not most or native.library() is None:
         return None
     return NgramPaths(
         most=most,
         own=config.engine.lookup,
-        memory=None if scope == "off" else SuffixMemory(config.memory.capacity_mb << 20),
-        by_client=scope == "client",
+        memory=SuffixMemory(memory.capacity_mb << 20) if memory.capacity_mb else None,
+        by_client=memory.scope == "client",
     )
 
 

@@ -9,13 +9,14 @@ serve/speculation/ shares, and import only what stands above it. The files, each
 
     sequence.py        RunningSequence
     round_plan.py      RoundPlan: the rows of a round, what is proposed, and which proposals are accepted
-    slot_allocator.py  how large slots are, which are free, and which prefix of a prompt each already holds
+    prefix_cache.py    copies prefixes from slots, and keeps those whose slots other requests take
+    slot_allocator.py  how large slots are, which are free, and where a prefix of a prompt already is
     thread_budget.py   how many threads rounds use, while the learner or other processes compute
     trace_recorder.py  records rounds as traces: hidden states by slot, notes of the rounds, segments
     token_choice.py    the target's own token at every column of a round
     target_runner.py   forward passes of the target over the slots, and storing what they computed
     commit.py          a round's new tokens become part of their sequences
     waiting_queue.py   requests without a slot; those with a grammar wait until it is compiled
-    prefill.py         computes prompts, a chunk per round; prefixes held by another slot are copied
+    prefill.py         computes prompts, a chunk per round; prefixes that are elsewhere are copied
     engine.py          Engine.round, the central step
 """

@@ -33,9 +33,10 @@ from aurora_lit.ipc.engine_status import EngineCounters
 from aurora_lit.models.interface import Target
 from aurora_lit.modules.domains.centroids import DomainAssigner, client_label, pool_prompt
 from aurora_lit.modules.draft.eagle3 import Eagle3Draft
-from aurora_lit.request import Output, Request, Source
+from aurora_lit.request import Output, Request, SharedBy, Source
 from aurora_lit.serve.engine.commit import Commit
 from aurora_lit.serve.engine.prefill import MAX_ROUND_S, PREFILL_CHUNK_TOKENS, Prefill
+from aurora_lit.serve.engine.prefix_cache import PrefixCache
 from aurora_lit.serve.engine.round_plan import RoundPlan, RowOutcome, judge
 from aurora_lit.serve.engine.sequence import RunningSequence
 from aurora_lit.serve.engine.slot_allocator import SlotAllocator, slot_capacity
@@ -53,7 +54,7 @@ from aurora_lit.serve.speculation.kept_costs import KeptCosts
 from aurora_lit.serve.speculation.planner import SIBLING_TOKENS, SpeculationLimits, SpeculationPlanner
 from aurora_lit.serve.speculation.proposer import Proposer
 from aurora_lit.serve.speculation.runtime_draft import RuntimeDraft
-from aurora_lit.serve.speculation.traffic_memory import NO_MEMORY, make_memory
+from aurora_lit.serve.speculation.traffic_memory import NO_MEMORY, TrafficMemory, can_remember
 from aurora_lit.settings import EngineSettings, MemorySettings
 
 
@@ -89,10 +90,11 @@ class Engine:
         with `ignore_eos`, affect the output of a request; everything else affects speed and traces. Not used here are
         settings of threads and devices, which the target has.
 
-        `memory`: with a scope that is resolved (`resolved_memory_scope` in config.py). `explore_seed`: decides which
-        rounds explore. `draft_version`: name of the draft's version, for outputs and traces. `observer`: records
-        rounds. `kept_costs`: used instead of a whole calibration if they exist, otherwise made; see `refine_costs`.
-        `grammars`: of structured outputs; None: they are refused. `threads`: of rounds; None: those that are set.
+        `memory`: as config.py resolves it (`resolved_memory`); its scope is that of prefixes too. `explore_seed`:
+        decides which rounds explore. `draft_version`: name of the draft's version, for outputs and traces. `observer`:
+        records rounds. `kept_costs`: used instead of a whole calibration if they exist, otherwise made; see
+        `refine_costs`. `grammars`: of structured outputs; None: they are refused. `threads`: of rounds; None: those
+        that are set.
         Raises CheckpointError if the draft computes values that are not finite.
         """
         slots, capacity = settings.max_batch_size, slot_capacity(settings, memory)
@@ -116,17 +118,30 @@ class Engine:
         if observer is not None:
             observer.attach(tokens_SL=self._tokens_SL, aux_SLF=self._drafter.features_SLF if self._drafter else None)
         self._runner = TargetRunner(target, kv_cache=kv_cache, drafter=self._drafter, observer=observer)
+        features = [self._drafter.features_SLF] if self._drafter else []
+        self.prefix_cache: PrefixCache | None = None
+        """None: every prompt is computed in full."""
+        if settings.prefix_cache_mb:
+            self.prefix_cache = PrefixCache(
+                target,
+                kv_cache,
+                drafter=self._drafter,
+                states=[*features, *(observer.prompt_states if observer else [])],
+                capacity_bytes=settings.prefix_cache_mb << 20,
+            )
+        assert memory.scope in ("domain", "client"), "resolved by config.py"
+        shared_by: SharedBy = "client" if memory.scope == "client" else "domain"
         self._allocator = SlotAllocator(
             self._tokens_SL,
-            prefix_cache=settings.prefix_cache,
-            has_observer=observer is not None,
+            prefix_cache=self.prefix_cache,
+            shared_by=shared_by,
             has_prompt_arithmetic=target.has_prompt_arithmetic,
         )
         self._prefill = Prefill(
             target,
             self._runner,
             self._allocator,
-            tokens_SL=self._tokens_SL,
+            prefix_cache=self.prefix_cache,
             chunk_tokens=prefill_chunk_tokens,
             max_round_s=max_round_s,
             counters=self.counters,
@@ -135,8 +150,10 @@ class Engine:
         self.costs = Costs(ragged=target.has_native_decoder)
         limits = self._limits(settings, memory)
         self.planner = SpeculationPlanner(limits, self.costs)
-        self.memory = make_memory(memory, device=target.device, counters=self.counters) if settings.speculate else None
+        self.memory: TrafficMemory | None = None
         """None: there is no traffic memory."""
+        if settings.speculate and memory.capacity_mb and can_remember(target.device):
+            self.memory = TrafficMemory(memory.capacity_mb << 20, shared_by=shared_by, counters=self.counters)
         self.proposer = Proposer(
             self._drafter,
             self.planner,
@@ -243,8 +260,8 @@ class Engine:
 
     @torch.no_grad()
     def _round(self) -> list[Output]:
-        started = time.perf_counter()
         refused = self._admit()
+        started = time.perf_counter()  # what a prompt takes that leaves its slot is not a round's
         plan = self._plan()
         if not (plan.decoding or plan.prompts):
             self._begin_decoding()  # their prompts were copied whole

@@ -3,10 +3,11 @@
 While nobody decodes, a round computes as many prompt tokens as `PREFILL_CHUNK_TOKENS`. Beside sequences
 that decode, prompt tokens share their pass, as many as keep the round below MAX_ROUND_S, or below 2.25 times
 what it takes without them if that is longer: these sequences wait no longer than that for their next token. A prefix
-that another slot holds is copied instead.
+that another slot or the store has is copied instead.
 
 The last token of a prompt is left to the first decoding pass, so that no second code path chooses a token. Left out:
-which slot holds what (serve/engine/slot_allocator.py), and forward passes (serve/engine/target_runner.py).
+where a prefix is (serve/engine/slot_allocator.py), copying it (serve/engine/prefix_cache.py), and forward passes
+(serve/engine/target_runner.py).
 
 Shapes: T positions of a chunk, H hidden, S slots, L capacity of a slot, V vocabulary.
 """
@@ -21,6 +22,7 @@ from aurora_lit.ipc.engine_status import EngineCounters
 from aurora_lit.models.interface import Target
 from aurora_lit.modules.sampling.distribution import token_logprobs
 from aurora_lit.modules.sampling.tree import common_prefix_length
+from aurora_lit.serve.engine.prefix_cache import PrefixCache
 from aurora_lit.serve.engine.round_plan import PromptRow
 from aurora_lit.serve.engine.sequence import RunningSequence
 from aurora_lit.serve.engine.slot_allocator import SlotAllocator
@@ -61,7 +63,7 @@ class Prefill:
         runner: TargetRunner,
         allocator: SlotAllocator,
         *,
-        tokens_SL: torch.Tensor,
+        prefix_cache: PrefixCache | None,
         chunk_tokens: int,
         max_round_s: float,
         counters: EngineCounters,
@@ -69,7 +71,7 @@ class Prefill:
         """`chunk_tokens`: most tokens of a round; `max_round_s`: longest round while other sequences decode."""
         self.sequences: deque[RunningSequence] = deque()
         self._target, self._runner, self._allocator, self._counters = target, runner, allocator, counters
-        self._tokens_SL = tokens_SL
+        self._prefix_cache = prefix_cache
         self._chunk_tokens, self._max_round_s = chunk_tokens, max_round_s
         self.has_copied = False
         """True if the last plan copied a prefix."""
@@ -135,24 +137,24 @@ class Prefill:
 
     def _shares_with(self, sequence: RunningSequence, rows: list[PromptRow]) -> bool:
         """True if this round computes much of the sequence's prompt for others: the next round can copy it."""
-        if sequence.searched_for_prefix or not rows or not self._allocator.can_share(sequence):
+        if sequence.searched_for_prefix or not rows or not self._allocator.looks_up(sequence.request):
             return False
         request = sequence.request
         others = [row.sequence.request for row in rows if self._allocator.may_copy(request, row.sequence.request)]
         shared = max((common_prefix_length(request.prompt_ids, other.prompt_ids) for other in others), default=0)
-        return shared >= self._allocator.find_longest_prefix(sequence)[1] + _WORTH_WAITING
+        return shared >= self._allocator.find_longest_prefix(sequence).length + _WORTH_WAITING
 
     def _copy_prefix(self, sequence: RunningSequence) -> None:
-        """Copy the longest prefix of the prompt that another slot holds; only once, before its first chunk."""
-        if sequence.searched_for_prefix:
+        """Copy the longest prefix of the prompt that is elsewhere; only once, before its first chunk."""
+        if sequence.searched_for_prefix or self._prefix_cache is None:
             return
         sequence.searched_for_prefix = True
-        source, length = self._allocator.find_longest_prefix(sequence)
-        if length > sequence.prefilled:
-            self._runner.copy_prefix(source, sequence.slot, length, start=sequence.prefilled)
+        prefix = self._allocator.find_longest_prefix(sequence)
+        if prefix.length > sequence.prefilled:
+            self._prefix_cache.copy(prefix, slot=sequence.slot, start=sequence.prefilled)
             self.has_copied = True
-            self._counters.cached_tokens += length - sequence.prefilled
-            sequence.prefilled = sequence.num_reused = length
+            self._counters.cached_tokens += prefix.length - sequence.prefilled
+            sequence.prefilled = sequence.num_reused = prefix.length
 
     def _add_prompt_logprobs(self, sequence: RunningSequence, last_TH: torch.Tensor, start: int) -> None:
         """Append the log-probabilities of the tokens that follow positions start, start + 1, …"""

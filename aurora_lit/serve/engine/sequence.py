@@ -43,11 +43,11 @@ class RunningSequence:
     end_tokens: frozenset[int] = frozenset()
     """Tokens that end the output."""
     prefilled: int = 0
-    """Prompt tokens that the target has computed, or that were copied from another slot."""
+    """Prompt tokens that the target has computed, or that were copied."""
     num_reused: int = 0
-    """Prompt tokens that were in the slot already or copied from another one, so not computed."""
+    """Prompt tokens that were in the slot already or copied to it, so not computed."""
     searched_for_prefix: bool = False
-    """True once the other slots were searched for a prefix of the prompt."""
+    """True once a prefix of the prompt was searched for elsewhere."""
     draft_versions: dict[str, None] = field(default_factory=dict)
     """Draft versions that have proposed for it, in order (an ordered set)."""
     memory_part: int = 0

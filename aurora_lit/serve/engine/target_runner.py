@@ -117,17 +117,6 @@ class TargetRunner:
             states = {"aux_TF": columns.states.aux_NF[which], "last_TH": columns.states.last_NH[which]}
             self._observer.on_forward(slot=slot, start=start, **states)
 
-    def copy_prefix(self, source: int, slot: int, length: int, *, start: int) -> None:
-        """Copy the first `length` positions of another slot; they have the bits that computing them would give.
-
-        `start`: how many of them the slot has already.
-        """
-        self._target.copy_prefix(kv_cache=self._kv_cache, source=source, slot=slot, length=length, start=start)
-        if self._drafter:
-            self._drafter.copy_prefix(source, slot, length, start=start)
-        if self._observer:
-            self._observer.on_prefix_copy(source=source, slot=slot, length=length, start=start)
-
     def _run_at_once(self, plan: RoundPlan, run: TargetPass) -> Columns:
         decoding = plan.decoding
         rows: list[DecodingRow | PromptRow] = [*decoding, *plan.prompts]

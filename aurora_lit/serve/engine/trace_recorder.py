@@ -84,15 +84,10 @@ class TraceRecorder:
         if self._owns_aux:
             self._aux_SLF[slot, start:end] = aux_TF
 
-    def on_prefix_copy(self, *, source: int, slot: int, length: int, start: int) -> None:
-        """Copy the states of the first `length` positions, but for the first `start`, which the slot had.
-
-        If the source's were not kept, the slot's are not needed either (SlotAllocator).
-        """
-        if self._owns_aux:
-            self._aux_SLF[slot, start:length] = self._aux_SLF[source, start:length]
-        if self.keeps_prompts:
-            self.last_SLH[slot, start:length] = self.last_SLH[source, start:length]
+    @property
+    def prompt_states(self) -> list[torch.Tensor]:
+        """What is kept here [S, L, …] of prompts too, for a prefix that is copied to a slot."""
+        return [*([self._aux_SLF] if self._owns_aux else []), *([self.last_SLH] if self.keeps_prompts else [])]
 
     def on_round(self, row: DecodingRow, output: Output, *, last: Callable[[], torch.Tensor], version: int) -> None:
         """Add a committed round of one sequence, with the states of its rejected proposals, as `_note_of` has it.

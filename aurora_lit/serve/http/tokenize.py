@@ -361,6 +361,7 @@ def _call(
                     domain=body.domain,
                     client=client,
                     cache_salt=body.cache_salt or "",
+                    call=name,
                 )
             )
     is_watched = bool(body.stream) or any(options.stop for options in params)

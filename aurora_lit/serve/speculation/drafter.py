@@ -27,9 +27,10 @@ import torch
 from aurora_lit.kernels import huge_pages
 from aurora_lit.kernels.draft_steps import Drafted, DraftRows, DraftSources, Weighing
 from aurora_lit.kernels.matmul import ColumnDraws
+from aurora_lit.kernels.native import KEY_BLOCK
 from aurora_lit.models.attention import KVCacheView
 from aurora_lit.models.interface import Target
-from aurora_lit.models.kv_cache import KVCache
+from aurora_lit.models.kv_cache import KVCache, state_pool
 from aurora_lit.modules.draft.eagle3 import Eagle3Draft
 from aurora_lit.modules.sampling.noise import gumbel
 from aurora_lit.serve.speculation.planner import extends_chain
@@ -70,6 +71,10 @@ class Drafter:
         """Positions of each slot whose keys and values were computed from the target's features."""
         self._runtime_draft = self.prepare(draft)
         self._cache = self._make_cache()
+        self._weights = 1
+        """Counts the drafts whose keys and values are not used with those of the one before."""
+        self._weights_of_place: list[int] = []
+        """By which of them a block of the pool was computed; 0: by none."""
 
     @property
     def draft(self) -> Eagle3Draft:
@@ -99,8 +104,10 @@ class Drafter:
         self._runtime_draft = prepared
         if (before.num_key_value_heads, before.head_dim) != (after.num_key_value_heads, after.head_dim):
             self._cache, recompute = self._make_cache(), True
+            self.make_pool(len(self._weights_of_place))
         if recompute:
             self._num_cached = [0] * len(self._num_cached)
+            self._weights += 1
 
     def _make_cache(self) -> KVCache:
         config = self.draft.config
@@ -132,16 +139,58 @@ class Drafter:
         """Start a new request in the slot, whose first `length` tokens are those it holds already."""
         self._num_cached[slot] = min(self._num_cached[slot], max(0, length - 1))  # a position depends on the next token
 
-    def copy_prefix(self, source: int, slot: int, length: int, *, start: int) -> None:
-        """Copy the first `length` positions of another slot: the request begins with the same tokens.
-
-        `start`: how many of them the slot has already.
-        """
-        self.features_SLF[slot, start:length] = self.features_SLF[source, start:length]
+    def copy_prefix(self, source: int, slot: int, length: int) -> None:
+        """Copy the draft's keys and values of another slot, whose request begins with the same `length` tokens."""
         known, own = min(self._num_cached[source], length - 1), self._num_cached[slot]
         if known > own:
             self._cache.copy_prefix(source, slot, known, start=own)
             self._num_cached[slot] = known
+
+    # -- what a pool of blocks holds (serve/engine/prefix_cache.py) ----------------------------------------------------
+
+    @property
+    def bytes_per_position(self) -> int:
+        """Size of the draft's keys and values of a position."""
+        config = self.draft.config
+        return 2 * config.num_key_value_heads * config.head_dim * self._target.kv_dtype.itemsize
+
+    def make_pool(self, num_places: int) -> None:
+        """Make room for so many blocks of `KEY_BLOCK` positions.
+
+        Since a position depends on the next token, which the next block has, each block begins a position earlier.
+        """
+        self._weights_of_place = [0] * num_places
+        no_position_T = torch.zeros(0, dtype=torch.int64, device=self._tokens_SL.device)
+        self._pool = [state_pool(each_TX[None], num_places) for each_TX in self._cache.read(0, no_position_T)]
+
+    def keep_blocks(self, slot: int, places: Sequence[int], *, first: int) -> None:
+        """Keep what the slot has of its blocks 0, 1, …; those from `first` on are new in their places."""
+        for place in places[first:]:
+            self._weights_of_place[place] = 0
+        last_end = (self._num_cached[slot] + 1) // KEY_BLOCK
+        blocks = [at for at in range(min(len(places), last_end)) if self._weights_of_place[places[at]] != self._weights]
+        if blocks:
+            which = torch.tensor([places[at] for at in blocks], device=self._tokens_SL.device)
+            for pool_NPX, each_TX in zip(self._pool, self._cache.read(slot, self._positions(blocks)), strict=True):
+                pool_NPX[which] = each_TX.view(len(blocks), *pool_NPX.shape[1:])
+            for at in blocks:
+                self._weights_of_place[places[at]] = self._weights
+
+    def load_blocks(self, slot: int, places: Sequence[int]) -> None:
+        """Copy blocks 0, 1, … to the slot, up to the first one that other weights have computed, or none."""
+        usable = [weights == self._weights for weights in map(self._weights_of_place.__getitem__, places)]
+        end = usable.index(False) if False in usable else len(usable)
+        known, blocks = KEY_BLOCK * end - 1, range((self._num_cached[slot] + 1) // KEY_BLOCK, end)
+        if known > self._num_cached[slot]:
+            which = torch.tensor([places[at] for at in blocks], device=self._tokens_SL.device)
+            keys_TGQE, values_TGD = (pool_NPX[which].flatten(0, 1) for pool_NPX in self._pool)
+            self._cache.write(slot, self._positions(blocks), keys_TGQE, values_TGD)
+            self._num_cached[slot] = known
+
+    def _positions(self, blocks: Sequence[int]) -> torch.Tensor:
+        """The positions of these blocks [T]; the first one of a slot has position 0 twice."""
+        start_C = KEY_BLOCK * torch.tensor(blocks, device=self._tokens_SL.device) - 1
+        return (start_C[:, None] + torch.arange(KEY_BLOCK, device=start_C.device)).clamp_min(0).flatten()
 
     # -- proposing -----------------------------------------------------------------------------------------------------
 

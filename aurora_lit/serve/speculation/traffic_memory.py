@@ -2,7 +2,7 @@
 
 Learning by remembering: it needs no training and no pass of the draft, and works from the first repeated phrase. Held
 in memory only, bounded, the oldest forgotten first. What a request may read and write is decided by its key
-(`memory_partition_key`): sequences of different keys never meet, since the index compares keys exactly.
+(`Request.scope`): sequences of different keys never meet, since the index compares keys exactly.
 
 Left out: the index (kernels/suffix_index.py), and how much of what it finds is proposed
 (serve/speculation/copy_planner.py).
@@ -13,20 +13,18 @@ Shapes: S slots, L capacity of a slot, R tables of rates, C cells of a table.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Hashable
-from typing import Literal, NamedTuple
 
 import torch
 
 from aurora_lit.ipc.engine_status import EngineCounters
 from aurora_lit.kernels import native, suffix_index
 from aurora_lit.kernels.suffix_index import CONTEXT_TOKENS, DOMAIN_BITS, Copies, LookUp, SuffixMemory, is_remembered
-from aurora_lit.request import Request
+from aurora_lit.request import Scope, SharedBy
 from aurora_lit.serve.engine.sequence import RunningSequence
 from aurora_lit.serve.speculation import copies_in_python
 from aurora_lit.settings import MemorySettings
 
-NO_MEMORY = MemorySettings(scope="off")
+NO_MEMORY = MemorySettings(capacity_mb=0, scope="domain")
 """Settings with which there is none."""
 _MAX_KEYS = 16_384
 """Keys that are known; what was remembered for the least recently used one can then no longer be read."""
@@ -34,51 +32,25 @@ _MAX_DOMAINS = (1 << DOMAIN_BITS) - 1
 """Domains that have a number; a new one then gets that of the least recently used one."""
 
 
-MemoryScope = Literal["domain", "client", "off"]
-"""Who shares a part of the memory: all clients (a domain's own answers come first), or requests of one client; off:
-there is no memory."""
-
-
-class MemoryPartition(NamedTuple):
-    """The key of one part of the memory. It is compared as it is, never by a hash, so no two parts can be confused."""
-
-    client: str
-    """Pseudonym of the only client of this part; "": all clients share it."""
-    salt: str
-    """The `cache_salt` that all its requests have; "": they have none."""
-
-
-def memory_partition_key(request: Request, *, scope: MemoryScope) -> MemoryPartition | None:
-    """The part of the memory that `request` may read and write; None: it has no memory.
-
-    A request with `store` False may read its part but must write nothing, for which its writer checks `Request.store`.
-    With scope client, a request of an unknown client has no memory: what one such client wrote, another would read.
-    """
-    if scope == "off" or (scope == "client" and not request.client):
-        return None
-    client = request.client if scope == "client" else ""
-    return MemoryPartition(client=client, salt=request.cache_salt)
-
-
 class TrafficMemory:
     """What ended requests were answered, by key.
 
-    >>> memory = TrafficMemory(64 << 20, scope="domain", counters=counters)
+    >>> memory = TrafficMemory(64 << 20, shared_by="domain", counters=counters)
     >>> memory.open(sequence)         # when its prompt has been read
     >>> memory.remember(sequence, tokens)    # when it has ended
     """
 
-    def __init__(self, capacity_bytes: int, *, scope: MemoryScope, counters: EngineCounters) -> None:
+    def __init__(self, capacity_bytes: int, *, shared_by: SharedBy, counters: EngineCounters) -> None:
         """Needs kernels. `capacity_bytes`: of the index; pages are taken as it fills. `counters`: the engine's."""
-        self.counters, self._scope = counters, scope
+        self.counters, self._shared_by = counters, shared_by
         self.index = SuffixMemory(capacity_bytes)
-        self._parts: OrderedDict[Hashable, int] = OrderedDict()
+        self._parts: OrderedDict[Scope, int] = OrderedDict()
         self._next_part = 1
         self._domains: OrderedDict[str, int] = OrderedDict()
 
     def open(self, sequence: RunningSequence) -> None:
         """Let a sequence read what its key allows, of its domain first, if that is known by now."""
-        key = memory_partition_key(sequence.request, scope=self._scope)
+        key = sequence.request.scope(self._shared_by)
         sequence.memory_part = 0 if key is None else (self._part(key) << DOMAIN_BITS) + self._domain(sequence.domain)
 
     def remember(self, sequence: RunningSequence, tokens_L: torch.Tensor) -> None:
@@ -99,7 +71,7 @@ class TrafficMemory:
             self._domains.move_to_end(name)
         return self._domains.get(name, 0)
 
-    def _part(self, key: Hashable) -> int:
+    def _part(self, key: Scope) -> int:
         part = self._parts.get(key)
         if part is None:
             part = self._parts[key] = self._next_part
@@ -111,18 +83,14 @@ class TrafficMemory:
         return part
 
 
-def make_memory(settings: MemorySettings, *, device: torch.device, counters: EngineCounters) -> TrafficMemory | None:
-    """A memory; None if it would have no capacity, or if it cannot be searched: that needs kernels and a CPU."""
-    assert settings.scope != "auto", "resolved by config.py"
-    can_search = native.library() is not None and device.type == "cpu"
-    if not settings.capacity_mb or settings.scope == "off" or not can_search:
-        return None
-    return TrafficMemory(settings.capacity_mb << 20, scope=settings.scope, counters=counters)
+def can_remember(device: torch.device) -> bool:
+    """True if a memory can be searched: that needs kernels and a CPU."""
+    return native.library() is not None and device.type == "cpu"
 
 
 def look_up_copies(tokens_SL: torch.Tensor, rows: LookUp, *, memory: TrafficMemory | None) -> list[Copies]:
     """For each sequence the likeliest copies from itself and, if it may read it, from the memory."""
-    if native.library() is None or tokens_SL.device.type != "cpu":
+    if not can_remember(tokens_SL.device):
         return copies_in_python.look_up(tokens_SL, rows)
     if memory is None:
         return suffix_index.look_up(tokens_SL, rows, memory=None)

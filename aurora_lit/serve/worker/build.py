@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from aurora_lit.config import AuroraConfig, draft_folder, resolved_memory_scope
+from aurora_lit.config import AuroraConfig, draft_folder, resolved_memory
 from aurora_lit.drafts.centroid_file import read_centroids
 from aurora_lit.drafts.checkpoint import load_draft, read_config
 from aurora_lit.errors import ConfigError, RingError
@@ -194,7 +194,7 @@ def _engine(
             draft,
             config.engine,
             eos_token_ids=end_tokens,
-            memory=dataclasses.replace(config.memory, scope=resolved_memory_scope(config)),
+            memory=resolved_memory(config),
             max_round_s=max_round_s,
             draft_version=version,
             observer=observer,

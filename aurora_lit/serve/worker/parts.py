@@ -15,6 +15,7 @@ from aurora_lit.request import Output, Request
 
 if TYPE_CHECKING:
     from aurora_lit.modules.domains.centroids import DomainAssigner
+    from aurora_lit.serve.engine.prefix_cache import PrefixCache
     from aurora_lit.serve.speculation.traffic_memory import TrafficMemory
 
 
@@ -27,6 +28,8 @@ class EngineInterface(Protocol):
     draft_version: str
     memory: TrafficMemory | None
     """None: there is none."""
+    prefix_cache: PrefixCache | None
+    """None: every prompt is computed in full."""
     assigner: DomainAssigner | None
 
     @property

@@ -75,6 +75,7 @@ class StatusReport:
             running=engine.num_running,
             waiting=engine.num_waiting,
             **vars(engine.counters),
+            prefix_bytes=0 if engine.prefix_cache is None else engine.prefix_cache.num_bytes,
             **_memory_fields(engine.memory),
             opted_out=self._calls.num_opted_out,
             unrecorded=self._parts.unrecorded(),

@@ -17,6 +17,7 @@ from support.trace_examples import keep_in
 from aurora_lit.learn.pretrain.generate_answers import PromptToAnswer, generate_answers
 from aurora_lit.models.interface import Target
 from aurora_lit.request import SamplingParams
+from aurora_lit.serve.engine.prefix_cache import Prefix, PrefixCache
 from aurora_lit.serve.engine.trace_recorder import TraceRecorder
 from aurora_lit.traces.record import Trace
 
@@ -51,13 +52,13 @@ def test_a_beginning_that_is_copied_from_another_prompt_has_its_states(
     drafted: bool, target: Target, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     copied: list[int] = []
-    copy = TraceRecorder.on_prefix_copy
+    copy = PrefixCache.copy
 
-    def noted(self: TraceRecorder, *, source: int, slot: int, length: int, start: int) -> None:
-        copied.append(length)
-        copy(self, source=source, slot=slot, length=length, start=start)
+    def noted(self: PrefixCache, prefix: Prefix, *, slot: int, start: int) -> None:
+        copied.append(prefix.length)
+        copy(self, prefix, slot=slot, start=start)
 
-    monkeypatch.setattr(TraceRecorder, "on_prefix_copy", noted)
+    monkeypatch.setattr(PrefixCache, "copy", noted)
     traces: list[Trace] = []
     recorder = TraceRecorder(keep_in(traces), hidden_size=target.hidden_size, keeps_prompts=True)
     engine = make_engine(target, random_draft(target) if drafted else None, observer=recorder, max_batch_size=2)

@@ -35,12 +35,12 @@ def make_prefill(num_prefilling: int, *, max_round_s: float = 0.050) -> Prefill:
     """Prompts of 600 different tokens, none of which is in any slot."""
     nothing: Any = None
     tokens_SL = torch.zeros(num_prefilling, 601, dtype=torch.int64)
-    allocator = SlotAllocator(tokens_SL, prefix_cache=False, has_observer=False, has_prompt_arithmetic=False)
+    allocator = SlotAllocator(tokens_SL, prefix_cache=None, shared_by="domain", has_prompt_arithmetic=False)
     prefill = Prefill(
         nothing,
         nothing,
         allocator,
-        tokens_SL=tokens_SL,
+        prefix_cache=None,
         chunk_tokens=256,
         max_round_s=max_round_s,
         counters=EngineCounters(),
@@ -174,7 +174,7 @@ def decoding_requests() -> list[Request]:
 
 
 def make(target: Target, draft: Eagle3Draft | None, **changes: Any) -> Engine:
-    fields: dict[str, Any] = {"max_seq_len": 220, "prefill_chunk_tokens": CHUNK, "prefix_cache": False}
+    fields: dict[str, Any] = {"max_seq_len": 220, "prefill_chunk_tokens": CHUNK, "prefix_cache_mb": 0}
     return make_engine(target, copy.deepcopy(draft), **{**fields, **changes})
 
 
@@ -283,7 +283,7 @@ def test_of_two_prompts_with_a_long_common_prefix_the_second_waits_and_copies_it
     decoding: bool, target: Target, plans: list[tuple[RoundPlan, Columns]]
 ) -> None:
     """Submitted together; alone or beside a sequence that decodes."""
-    engine = make(target, None, prefix_cache=True, prefill_chunk_tokens=200, max_round_s=1000.0)
+    engine = make(target, None, prefix_cache_mb=1, prefill_chunk_tokens=200, max_round_s=1000.0)
     if decoding:
         engine.submit(request("d", LONG[120:123], max_tokens=60))
         engine.round()
@@ -308,7 +308,7 @@ def test_of_two_prompts_with_a_long_common_prefix_the_second_waits_and_copies_it
 
 
 def test_a_short_common_prefix_is_not_waited_for(target: Target, plans: list[tuple[RoundPlan, Columns]]) -> None:
-    engine = make(target, None, prefix_cache=True, prefill_chunk_tokens=200)
+    engine = make(target, None, prefix_cache_mb=1, prefill_chunk_tokens=200)
     run(engine, [request("a", [*LONG[:20], 1, 2], max_tokens=2), request("b", [*LONG[:20], 3, 4], max_tokens=2)])
     assert prompt_rows(plans[:1]) == {"a": [(0, 21)], "b": [(0, 21)]}
 
@@ -317,7 +317,7 @@ def test_a_common_prefix_is_not_waited_for_if_it_may_not_be_copied(
     target: Target, plans: list[tuple[RoundPlan, Columns]]
 ) -> None:
     """Waiting would tell a client with another salt what is being read."""
-    engine = make(target, None, prefix_cache=True, prefill_chunk_tokens=210)
+    engine = make(target, None, prefix_cache_mb=1, prefill_chunk_tokens=210)
     prompts = {"a": [*LONG[:100], 1, 2], "b": [*LONG[:100], 3, 4]}
     run(engine, [replace(request(name, prompt, max_tokens=2), cache_salt=name) for name, prompt in prompts.items()])
     assert prompt_rows(plans[:1]) == {"a": [(0, 101)], "b": [(0, 101)]}

@@ -96,7 +96,7 @@ def test_outputs_and_traces_have_the_same_bits(
         make_request("c", 5, 5, 6, 7, 8, 1, 2, temperature=0.9, seed=3),
     ]
     how = {"max_batch_size": slots, "prefill_chunk_tokens": 64}
-    plain = RecordedEngine(target, draft if drafts else None, **how, prefix_cache=False)
+    plain = RecordedEngine(target, draft if drafts else None, **how, prefix_cache_mb=0)
     cache = RecordedEngine(target, draft if drafts else None, **how)
     wanted = plain.serve(*requests, arrivals=arrivals)
     assert cache.serve(*requests, arrivals=arrivals) == wanted
@@ -111,7 +111,7 @@ def test_outputs_and_traces_have_the_same_bits(
 
 
 def test_only_prompts_that_are_looked_for_count_as_looked_up(target: Target) -> None:
-    looking, off = RecordedEngine(target, None), RecordedEngine(target, None, prefix_cache=False)
+    looking, off = RecordedEngine(target, None), RecordedEngine(target, None, prefix_cache_mb=0)
     off.serve(make_request("a", 1, 2))
     looking.serve(make_request("b", 1, 2, prompt_logprobs=1), make_request("c", 1, 2, shared=14))
     assert looking.engine.counters.looked_up_tokens == off.engine.counters.looked_up_tokens == 0
@@ -127,7 +127,7 @@ def test_a_conversation_continues_from_what_was_rounded_as_a_prompt(target: Targ
     answer = recorded.serve(again)
     own_output = 0 if target.has_prompt_arithmetic else len(first)  # and the prompt's last token, which is decoded
     assert recorded.engine.counters.cached_tokens == 40 + own_output
-    assert answer == RecordedEngine(target, draft, prefix_cache=False).serve(again)
+    assert answer == RecordedEngine(target, draft, prefix_cache_mb=0).serve(again)
 
 
 @pytest.mark.parametrize(("slots", "cached"), [(8, 20 + 49 + 49), (1, 20 + 20 + 20)])
@@ -136,7 +136,7 @@ def test_conversations_that_share_a_system_prompt_do_not_evict_each_other_while_
 ) -> None:
     """The second one copies the 20 tokens that they share; then each goes on in its own slot."""
     recorded = RecordedEngine(target, draft, max_batch_size=slots)
-    plain = RecordedEngine(target, draft, max_batch_size=slots, prefix_cache=False)
+    plain = RecordedEngine(target, draft, max_batch_size=slots, prefix_cache_mb=0)
     for name, own in (("a", 1), ("b", 2), ("a again", 1), ("b again", 2)):
         request = make_request(name, *[own] * 30, shared=20)
         assert recorded.serve(request) == plain.serve(request)
@@ -154,21 +154,9 @@ def test_the_last_prompt_token_is_always_computed(target: Target, draft: Eagle3D
     assert recorded.engine.counters.cached_tokens == 40
 
 
-@pytest.mark.parametrize("store", [True, False])
-def test_a_prefix_of_a_request_that_may_not_be_stored_is_not_used_for_a_trace(
-    target: Target, draft: Eagle3Draft, store: bool
-) -> None:
-    """Its states were not recorded. Another request that may not be stored can use its keys and values."""
-    recorded = RecordedEngine(target, draft)
-    recorded.serve(make_request("secret", 1, store=False))
-    recorded.serve(make_request("b", 2, store=store))
-    assert recorded.engine.counters.cached_tokens == (0 if store else 40)
-    assert recorded.traces.keys() == ({"b"} if store else set())
-
-
 def test_a_prefix_is_copied_only_between_requests_with_the_same_salt(target: Target, draft: Eagle3Draft) -> None:
     """In the same slot, beside it, after it, and together."""
-    plain = RecordedEngine(target, draft, prefix_cache=False).serve(make_request("a", 1), make_request("b", 2, 3))
+    plain = RecordedEngine(target, draft, prefix_cache_mb=0).serve(make_request("a", 1), make_request("b", 2, 3))
     for slots, arrivals in ((1, [0, 0]), (2, [0, 4]), (2, [0, 40]), (2, [0, 0])):
         for first, second, cached in (("", "", 40), ("s", "s", 40), ("s", "t", 0), ("s", "", 0), ("", "s", 0)):
             requests = [make_request("a", 1, salt=first), make_request("b", 2, 3, salt=second)]
@@ -199,7 +187,7 @@ def test_prompts_with_log_probabilities_are_computed_in_full(target: Target, dra
 
 
 def test_the_prefix_that_a_cancelled_request_computed_is_used(target: Target, draft: Eagle3Draft) -> None:
-    plain = RecordedEngine(target, draft, prefix_cache=False).serve(make_request("b", 2))
+    plain = RecordedEngine(target, draft, prefix_cache_mb=0).serve(make_request("b", 2))
     for rounds in (1, 2, 6):
         recorded = RecordedEngine(target, draft, prefill_chunk_tokens=20, max_batch_size=1)
         recorded.engine.submit(make_request("a", 1))
@@ -230,7 +218,7 @@ def test_an_interrupt_while_a_request_is_admitted_keeps_no_slot_and_leaves_no_fa
             recorded.engine.round()
         recorded.engine.cancel("new")
     assert not recorded.engine.has_work
-    assert recorded.serve(new) == RecordedEngine(target, draft, prefix_cache=False).serve(new)
+    assert recorded.serve(new) == RecordedEngine(target, draft, prefix_cache_mb=0).serve(new)
     assert recorded.engine.counters.cached_tokens == 0
 
 
@@ -238,7 +226,7 @@ def test_the_draft_is_swapped_between_two_requests_with_a_common_prefix(target: 
     recorded = RecordedEngine(target, draft)
     recorded.serve(make_request("a", 1))
     recorded.engine.swap_draft(random_draft(target, seed=5, num_key_value_heads=2), version="wider")
-    assert recorded.serve(make_request("b", 2)) == RecordedEngine(target, None, prefix_cache=False).serve(
+    assert recorded.serve(make_request("b", 2)) == RecordedEngine(target, None, prefix_cache_mb=0).serve(
         make_request("b", 2)
     )
     assert recorded.engine.counters.cached_tokens == 40
@@ -260,7 +248,7 @@ def test_the_draft_cache_of_a_copied_prefix_is_copied(target: Target, draft: Eag
     assert drafter._num_cached[0] >= 40
     assert torch.equal(keys[0][0, ..., :39], keys[0][1, ..., :39])
     drafter._num_cached[1] = 0
-    drafter.copy_prefix(0, 1, 30, start=0)
+    drafter.copy_prefix(0, 1, 30)
     assert drafter._num_cached[1] == 29, "nothing of it is computed again; the last one depends on the next token"
 
 
@@ -283,13 +271,13 @@ def test_of_a_prefix_only_what_the_slot_lacks_is_copied(
     ]
     arrivals = [0, 0, 30]
     recorded = RecordedEngine(target, draft, max_batch_size=2)
-    plain = RecordedEngine(target, None, max_batch_size=2, prefix_cache=False)
+    plain = RecordedEngine(target, None, max_batch_size=2, prefix_cache_mb=0)
     assert recorded.serve(*requests, arrivals=arrivals) == plain.serve(*requests, arrivals=arrivals)
     assert copied[-1] == (1, 0, 45, 40)
     drafter = recorded.engine._drafter
     assert drafter is not None
     drafter._num_cached[:] = [39, 0]
-    drafter.copy_prefix(1, 0, 45, start=40)
+    drafter.copy_prefix(1, 0, 45)
     assert drafter._num_cached[0] == 39
 
 
@@ -310,15 +298,13 @@ def test_prefixes_are_copied_without_native_kernels(tmp_path: Path, monkeypatch:
     target = load_target(save_model("gemma2", tmp_path), precision="fp32")
     requests = [make_request("a", 1, 2, 3), make_request("b", 5, 5, 6)]
     recorded = RecordedEngine(target, random_draft(target), branches=False, prefill_chunk_tokens=64)
-    assert recorded.serve(*requests) == RecordedEngine(target, None, branches=False, prefix_cache=False).serve(
-        *requests
-    )
+    assert recorded.serve(*requests) == RecordedEngine(target, None, branches=False, prefix_cache_mb=0).serve(*requests)
     assert recorded.engine.counters.cached_tokens == 40
 
 
 def test_a_slot_has_room_for_the_proposals_of_a_round(target: Target) -> None:
     """Those of the draft and beside them, or the copies, and the last committed token."""
-    nothing, memory = MemorySettings(scope="off"), MemorySettings(scope="domain")
+    nothing, memory = MemorySettings(capacity_mb=0), MemorySettings(scope="domain")
     for draft, lookup, remembers, capacity in (
         (4, False, nothing, 109),
         (8, False, nothing, 117),

@@ -13,9 +13,10 @@ from support.tiny_models import request
 from aurora_lit.ipc.engine_status import EngineCounters
 from aurora_lit.kernels import native
 from aurora_lit.kernels.suffix_index import DOMAIN_BITS, NUM_CELLS, Copies, LookUp
+from aurora_lit.request import SharedBy
 from aurora_lit.serve.engine.sequence import RunningSequence
 from aurora_lit.serve.speculation import traffic_memory
-from aurora_lit.serve.speculation.traffic_memory import MemoryScope, TrafficMemory, look_up_copies
+from aurora_lit.serve.speculation.traffic_memory import TrafficMemory, look_up_copies
 
 pytestmark = pytest.mark.skipif(native.library() is None, reason="needs kernels")
 
@@ -43,11 +44,11 @@ class Asked:
         sequence.domain = self.domain
         return sequence
 
-    def may_read(self, other: Asked, scope: MemoryScope) -> bool:
+    def may_read(self, other: Asked, shared_by: SharedBy) -> bool:
         """True if the rules allow it, said again in other words than the code's."""
-        if scope == "off" or not other.store or self.salt != other.salt:
+        if not other.store or self.salt != other.salt:
             return False
-        return scope == "domain" or (self.client != "" and self.client == other.client)
+        return shared_by == "domain" or (self.client != "" and self.client == other.client)
 
 
 REQUESTS = st.builds(
@@ -82,15 +83,15 @@ def contains(text: list[int], part: list[int]) -> bool:
     return any(text[i : i + len(part)] == part for i in range(len(text) - len(part) + 1))
 
 
-@given(st.lists(REQUESTS, min_size=1, max_size=12), st.sampled_from(["domain", "client", "off"]))
-def test_no_proposal_holds_what_its_request_may_not_see(asked: list[Asked], scope: MemoryScope) -> None:
+@given(st.lists(REQUESTS, min_size=1, max_size=12), st.sampled_from(["domain", "client"]))
+def test_no_proposal_holds_what_its_request_may_not_see(asked: list[Asked], shared_by: SharedBy) -> None:
     """Every proposed path, with the token before it, stands in an answer that the request may read."""
-    memory = TrafficMemory(1 << 16, scope=scope, counters=EngineCounters())
+    memory = TrafficMemory(1 << 16, shared_by=shared_by, counters=EngineCounters())
     for number, each in enumerate(asked):
         sequence = each.sequence()
         tokens = each.prompt + each.answer
         memory.open(sequence)
-        readable = [other.prompt + other.answer for other in asked[:number] if each.may_read(other, scope)]
+        readable = [other.prompt + other.answer for other in asked[:number] if each.may_read(other, shared_by)]
         copies = copies_for(memory, sequence, tokens)
         for column in range(1, len(copies.tokens) + 1):
             path, at = [], column
@@ -103,22 +104,22 @@ def test_no_proposal_holds_what_its_request_may_not_see(asked: list[Asked], scop
 
 @settings(deadline=None, max_examples=40)
 @given(st.lists(REQUESTS, min_size=1, max_size=12), st.sampled_from(["domain", "client"]))
-def test_what_a_request_may_see_is_found(asked: list[Asked], scope: MemoryScope) -> None:
+def test_what_a_request_may_see_is_found(asked: list[Asked], shared_by: SharedBy) -> None:
     """After the same prompt and two tokens of the same answer its next token is proposed."""
-    memory = TrafficMemory(1 << 16, scope=scope, counters=EngineCounters())
+    memory = TrafficMemory(1 << 16, shared_by=shared_by, counters=EngineCounters())
     for each in asked:
         sequence = each.sequence()
         memory.open(sequence)
         memory.remember(sequence, torch.tensor(each.prompt + each.answer))
         sequence.length = len(each.prompt) + 2
         found = copies_for(memory, sequence, (each.prompt + each.answer)[: sequence.length])
-        assert (each.answer[2] in found.tokens) or not each.may_read(each, scope)
+        assert (each.answer[2] in found.tokens) or not each.may_read(each, shared_by)
 
 
 def test_a_new_domain_takes_the_number_of_the_least_recently_used_one(monkeypatch: pytest.MonkeyPatch) -> None:
     """Clients may send any number of labels; those in use stay apart, and apart from requests without a domain."""
     monkeypatch.setattr(traffic_memory, "_MAX_DOMAINS", 3)
-    memory = TrafficMemory(1 << 16, scope="domain", counters=EngineCounters())
+    memory = TrafficMemory(1 << 16, shared_by="domain", counters=EngineCounters())
     asked = Asked(client="", salt="", domain="", store=True, prompt=[1], answer=[2])
 
     def number(domain: str) -> int:
@@ -135,7 +136,7 @@ def test_a_new_domain_takes_the_number_of_the_least_recently_used_one(monkeypatc
 
 def test_keys_are_bounded_and_a_forgotten_one_starts_empty(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(traffic_memory, "_MAX_KEYS", 2)
-    memory = TrafficMemory(1 << 16, scope="client", counters=EngineCounters())
+    memory = TrafficMemory(1 << 16, shared_by="client", counters=EngineCounters())
 
     def ask(client: str) -> list[int]:
         asked = Asked(client=client, salt="", domain="", store=True, prompt=[1, 2], answer=[3, 4, 5, 6])
@@ -156,7 +157,7 @@ def test_keys_are_bounded_and_a_forgotten_one_starts_empty(monkeypatch: pytest.M
 
 
 def test_counters() -> None:
-    memory = TrafficMemory(1 << 16, scope="domain", counters=EngineCounters())
+    memory = TrafficMemory(1 << 16, shared_by="domain", counters=EngineCounters())
     asked = Asked(client="", salt="", domain="", store=True, prompt=[1, 2], answer=[3, 4, 5, 6])
     sequence = asked.sequence()
     memory.open(sequence)
@@ -170,7 +171,7 @@ def test_counters() -> None:
 
 
 def test_short_answers_are_not_remembered() -> None:
-    memory = TrafficMemory(1 << 16, scope="domain", counters=EngineCounters())
+    memory = TrafficMemory(1 << 16, shared_by="domain", counters=EngineCounters())
     asked = Asked(client="", salt="", domain="", store=True, prompt=[1, 2], answer=[3, 4, 5])
     sequence = asked.sequence()
     memory.open(sequence)

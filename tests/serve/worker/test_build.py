@@ -49,7 +49,7 @@ def test_every_setting_of_the_engine_reaches_it(target: Target, monkeypatch: pyt
         "max_draft_tokens": (2, 3),
         "lookup": (True, False),
         "adaptive": (True, False),
-        "prefix_cache": (True, False),
+        "prefix_cache_mb": (7, 0),
         "explore_share": (0.125, 0.25),
         "explore_temperature": (1.5, 2.0),
     }
