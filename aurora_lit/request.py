@@ -115,8 +115,9 @@ SharedBy = Literal["domain", "client"]
 
 
 class Scope(NamedTuple):
-    """Requests of one scope share prefixes and remembered answers. It is compared as it is, never by a hash, so that no
-    two can be confused.
+    """Requests of one scope share prefixes, remembered answers and compiled grammars.
+
+    It is compared as it is, never by a hash, so that no two can be confused.
     """
 
     client: str
@@ -139,8 +140,8 @@ class Request:
     client: str = ""
     """Pseudonym of the client (serve/http/routes.py); part of the trace."""
     cache_salt: str = ""
-    """The client's secret that confines what is reused for this request to requests with the same salt: prefixes of
-    prompts and remembered answers. "": shared with all requests without a salt. No part of the trace."""
+    """The client's secret that confines what is reused for this request to requests with the same salt (`Scope`). "":
+    shared with all requests without a salt. No part of the trace."""
     call: str = ""
     """What all choices of one call have in common, and no other request has; they always share their prompt's prefix.
     "": it is the only one."""

@@ -202,6 +202,10 @@ def test_an_override_arrives(override: str, key: str, value: object) -> None:
     [
         # unknown keys
         ("engine.max_batch_sise=3", "engine.max_batch_sise=3: there is no such setting; did you mean engine."),
+        (
+            "engine.prefix_cache=false",
+            "engine.prefix_cache=False: there is no such setting; did you mean engine.prefix_cache_mb?",
+        ),
         ("engin.threads=3", "engin: there is no such setting; did you mean engine?"),
         ("engine.zzz=3", "engine.zzz=3: there is no such setting; use one of speculate,"),
         ("server=8000", "server=8000 is a section; set one of its keys, such as server.host"),

@@ -22,7 +22,7 @@ import re
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Protocol
@@ -180,6 +180,8 @@ class _Compiled:
 
     asked: StructuredOutputsParams
     start: LLMatcher
+    owner: Hashable
+    """For whom it was compiled."""
     seconds: float
     """What compiling it took its thread, without the tokenizer."""
     num_begun: int = 1
@@ -213,32 +215,38 @@ class GrammarCompiler:
             for named in (False, True):
                 self._tokenizer(named=named)
 
-    def compile(self, asked: StructuredOutputsParams, *, end_tokens: frozenset[int]) -> Future[Grammar]:
+    def compile(
+        self, asked: StructuredOutputsParams, *, end_tokens: frozenset[int], owners: Sequence[Hashable] = ("",)
+    ) -> Future[Grammar]:
         """The beginning of an output that `end_tokens` may end. The future raises RequestError.
 
-        What is kept does not wait for other grammars.
+        What is kept does not wait for other grammars. `owners`: what was compiled for one of them may be used; what is
+        compiled now is for the first one.
         """
-        kept = self._kept(asked)
+        kept = self._kept(asked, owners)
         if kept is None:
-            return self._thread.submit(self._compile, asked, end_tokens)
+            return self._thread.submit(self._compile, asked, end_tokens, owners)
         return self._beginning.submit(self._begin, kept, end_tokens)
 
-    def _compile(self, asked: StructuredOutputsParams, end_tokens: frozenset[int]) -> Grammar:
-        kept = self._kept(asked)  # perhaps since it was asked for
+    def _compile(
+        self, asked: StructuredOutputsParams, end_tokens: frozenset[int], owners: Sequence[Hashable]
+    ) -> Grammar:
+        kept = self._kept(asked, owners)  # perhaps since it was asked for
         if kept is not None:
             return self._begin(kept, end_tokens)
-        compiled = _Compiled(asked, *self._matcher(asked))
+        matcher, seconds = self._matcher(asked)
+        compiled = _Compiled(asked, matcher, owners[0], seconds)
         grammar = self._begin(compiled, end_tokens)  # one that cannot begin is not kept
         if compiled.is_quick:  # otherwise what one output reaches would end all that share it
             with self._changing_compiled:
                 self._compiled.append(compiled)
         return grammar
 
-    def _kept(self, asked: StructuredOutputsParams) -> _Compiled | None:
+    def _kept(self, asked: StructuredOutputsParams, owners: Sequence[Hashable]) -> _Compiled | None:
         # Choices of one request have the same grammar, and so have most requests of one application.
         with self._changing_compiled:
             for kept in self._compiled:
-                if kept.asked == asked:
+                if kept.owner in owners and kept.asked == asked:
                     kept.num_begun += 1
                     if kept.num_begun == _MOST_BEGUN:
                         self._compiled.remove(kept)

@@ -80,6 +80,7 @@ def test_llama_70b_by_hand() -> None:
     assert found["draft, features"] == 16 * CAPACITY * 3 * 8192 * 2
     assert found["traces, kept states"] == 16 * (CAPACITY + 1) * 8192 * 2
     assert found["traces, ring"] == 4096 << 20
+    assert found["kept prefixes"] == 256 << 20
     assert found["learner, the target's embedding and head"] == 128256 * 8192 * (4 + 2) + 2 * 16_384 * 8192 * 2
     assert found["learner, draft"] == 3 * 4 * draft + 4 * matrices + 8 * (draft - matrices)
 

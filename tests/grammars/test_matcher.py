@@ -183,6 +183,30 @@ def test_what_is_asked_for_again_is_compiled_once_and_outputs_stay_apart(monkeyp
     assert [asked.regex for asked in made].count("ab?c") == 2, "a few are kept"
 
 
+def test_a_compiled_grammar_is_used_by_its_owner_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its time would tell others what was asked for; of several owners the first gets what is compiled."""
+    of_one, made = compiler(), list[StructuredOutputsParams]()
+    of_class = GrammarCompiler._matcher
+
+    def counted(self: GrammarCompiler, asked: StructuredOutputsParams) -> Any:
+        made.append(asked)
+        return of_class(self, asked)
+
+    monkeypatch.setattr(GrammarCompiler, "_matcher", counted)
+    asked = StructuredOutputsParams(regex="a")
+    for owners, number in (
+        (["a"], 1),
+        (["a"], 1),
+        (["b"], 2),
+        (["c", "a"], 2),
+        (["c", "d"], 3),
+        (["d"], 4),
+        (["c"], 4),
+    ):
+        of_one.compile(asked, end_tokens=frozenset([END]), owners=owners).result()
+        assert len(made) == number, owners
+
+
 def test_a_compiled_grammar_does_not_wait_for_one_that_is_being_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     of_one, go, end = compiler(), threading.Event(), frozenset([END])
     known, slow = StructuredOutputsParams(regex="b"), StructuredOutputsParams(regex="c")

@@ -90,11 +90,11 @@ class Engine:
         with `ignore_eos`, affect the output of a request; everything else affects speed and traces. Not used here are
         settings of threads and devices, which the target has.
 
-        `memory`: as config.py resolves it (`resolved_memory`); its scope is that of prefixes too. `explore_seed`:
-        decides which rounds explore. `draft_version`: name of the draft's version, for outputs and traces. `observer`:
-        records rounds. `kept_costs`: used instead of a whole calibration if they exist, otherwise made; see
-        `refine_costs`. `grammars`: of structured outputs; None: they are refused. `threads`: of rounds; None: those
-        that are set.
+        `memory`: as config.py resolves it (`resolved_memory`); its scope is that of prefixes and grammars too.
+        `explore_seed`: decides which rounds explore. `draft_version`: name of the draft's version, for outputs and
+        traces. `observer`: records rounds. `kept_costs`: used instead of a whole calibration if they exist, otherwise
+        made; see `refine_costs`. `grammars`: of structured outputs; None: they are refused. `threads`: of rounds; None:
+        those that are set.
         Raises CheckpointError if the draft computes values that are not finite.
         """
         slots, capacity = settings.max_batch_size, slot_capacity(settings, memory)
@@ -106,7 +106,9 @@ class Engine:
         """Assigns domains to requests without a label; may be replaced between two rounds."""
         self.counters = EngineCounters()
         self._observer, self._threads = observer, threads
-        self._waiting = WaitingQueue(grammars, eos_token_ids=eos_token_ids)
+        assert memory.scope in ("domain", "client"), "resolved by config.py"
+        shared_by: SharedBy = "client" if memory.scope == "client" else "domain"
+        self._waiting = WaitingQueue(grammars, eos_token_ids=eos_token_ids, shared_by=shared_by)
         self._decoding: list[RunningSequence] = []
 
         self._tokens_SL = torch.zeros(slots, capacity + 1, dtype=torch.int64, device=target.device)
@@ -129,8 +131,6 @@ class Engine:
                 states=[*features, *(observer.prompt_states if observer else [])],
                 capacity_bytes=settings.prefix_cache_mb << 20,
             )
-        assert memory.scope in ("domain", "client"), "resolved by config.py"
-        shared_by: SharedBy = "client" if memory.scope == "client" else "domain"
         self._allocator = SlotAllocator(
             self._tokens_SL,
             prefix_cache=self.prefix_cache,

@@ -1,6 +1,6 @@
 """Requests that wait for a slot, oldest first; those with a grammar wait until it has been compiled, in a thread.
 
-    queue = WaitingQueue(grammars, eos_token_ids=ids)
+    queue = WaitingQueue(grammars, eos_token_ids=ids, shared_by="domain")
     queue.append(request)                    # its grammar begins to be compiled
     for ready in queue.take(num_free):       # before a round; grammars that cannot be used need no slot
         ready.request, ready.grammar, ready.end_tokens
@@ -13,12 +13,13 @@ from __future__ import annotations
 import functools
 import logging
 from collections import deque
+from collections.abc import Hashable
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass
 
 from aurora_lit.errors import RequestError
 from aurora_lit.grammars.matcher import Grammar, GrammarCompiler
-from aurora_lit.request import Request
+from aurora_lit.request import Request, SharedBy
 
 _COMPILING_POLL_S = 0.01
 """How long a round without other work waits for a grammar."""
@@ -40,9 +41,9 @@ class ReadyRequest:
 class WaitingQueue:
     """See the file's example."""
 
-    def __init__(self, grammars: GrammarCompiler | None, *, eos_token_ids: frozenset[int]) -> None:
-        """`grammars` None: requests with a grammar are refused."""
-        self._grammars, self._eos_token_ids = grammars, eos_token_ids
+    def __init__(self, grammars: GrammarCompiler | None, *, eos_token_ids: frozenset[int], shared_by: SharedBy) -> None:
+        """`grammars` None: requests with a grammar are refused. `shared_by`: whose requests may use a compiled one."""
+        self._grammars, self._eos_token_ids, self._shared_by = grammars, eos_token_ids, shared_by
         self._requests: dict[str, Request] = {}
         """By id, in the order of their arrival."""
         self._compiling: dict[str, Future[Grammar]] = {}
@@ -60,7 +61,9 @@ class WaitingQueue:
             if self._grammars is None or not has_end:
                 reason = "this model's tokenizer cannot be read for it" if has_end else "no token ends every output"
                 raise RequestError(f"structured_outputs cannot be used: {reason}", param="structured_outputs")
-            compiling = self._grammars.compile(asked, end_tokens=self._end_tokens(request))
+            compiling = self._grammars.compile(
+                asked, end_tokens=self._end_tokens(request), owners=self._owners(request)
+            )
             compiling.add_done_callback(functools.partial(self._note, request))
             self._compiling[request.request_id] = compiling
         self._requests[request.request_id] = request
@@ -110,6 +113,13 @@ class WaitingQueue:
         elif compiling is not None:
             grammar = compiling.result()
         return ReadyRequest(request=request, end_tokens=self._end_tokens(request), grammar=grammar, error=error)
+
+    def _owners(self, request: Request) -> list[Hashable]:
+        """Whose compiled grammars a request may use; the first of them will own what is compiled for it."""
+        own, scope = request.call or request.request_id, request.scope(self._shared_by)
+        if scope is None:
+            return [own]
+        return [scope, own] if request.store else [own, scope]
 
     def _end_tokens(self, request: Request) -> frozenset[int]:
         of_model = frozenset[int]() if request.params.ignore_eos else self._eos_token_ids

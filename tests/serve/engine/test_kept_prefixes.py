@@ -204,6 +204,37 @@ def test_the_drafts_keys_are_kept_but_not_those_of_weights_that_are_gone(
     assert drafter.num_uncached(0, 2 * B) == 0
 
 
+def test_a_place_in_the_store_does_not_keep_the_drafts_keys_of_an_earlier_prompt(
+    target: Target, draft: Eagle3Draft
+) -> None:
+    """The second prompt was never drafted for."""
+    served = Served(target, draft)
+    drafter, cache = served.engine._drafter, served.engine.prefix_cache
+    assert drafter is not None
+    assert cache is not None
+    cache._free = [0, 1]
+    params = SamplingParams(max_tokens=6, temperature=0.0, speculate=False)
+    served(ask("drafted"), ask("not drafted", first=60, params=params), ask("another", first=59))
+    places = cache.find(Scope("", ""), [60, *LONG[1:150]])
+    assert sorted(places) == [0, 1]
+    drafter.forget(0)
+    with torch.no_grad():
+        cache.copy(Prefix(2 * B, places=places), slot=0, start=0)
+    assert drafter.num_uncached(0, 2 * B) == 2 * B - 1
+
+
+def test_what_is_found_has_been_used(target: Target) -> None:
+    """The oldest prefix stays if it was asked for since, and the one after it goes."""
+    served = Served(target)
+    cache = served.engine.prefix_cache
+    assert cache is not None
+    cache._free = list(range(4))
+    assert served.cached(ask("a"), ask("b", first=60), ask("a again", 1, store=False)) == [0, 0, 2 * B]
+    assert served.cached(ask("c", first=59), ask("d", first=58)) == [0, 0]
+    assert len(cache.find(Scope("", ""), LONG[:150])) == 2
+    assert not cache.find(Scope("", ""), [60, *LONG[1:150]])
+
+
 def test_a_draft_of_another_shape_computes_its_own_keys(target: Target, draft: Eagle3Draft) -> None:
     served, plain = Served(target, draft), Served(target, prefix_cache_mb=0)
     served(ask("a"), OTHER)

@@ -217,8 +217,8 @@ def test_log_probabilities_are_the_models(case: Case) -> None:
 class CompilerAtOnce(GrammarCompiler):
     """Compiles before it answers, so that its request starts in the first round, however busy the machine is."""
 
-    def compile(self, asked: StructuredOutputsParams, *, end_tokens: frozenset[int]) -> Future[Grammar]:
-        future = super().compile(asked, end_tokens=end_tokens)
+    def compile(self, asked: StructuredOutputsParams, **how: Any) -> Future[Grammar]:
+        future = super().compile(asked, **how)
         future.exception()  # waits
         return future
 
@@ -259,9 +259,9 @@ class SlowCompiler(GrammarCompiler):
         self._compiler, self.go = compiler(), threading.Event()
         self.asked: list[Future[Grammar]] = []
 
-    def compile(self, asked: StructuredOutputsParams, *, end_tokens: frozenset[int]) -> Future[Grammar]:
+    def compile(self, asked: StructuredOutputsParams, **how: Any) -> Future[Grammar]:
         self._compiler._thread.submit(self.go.wait)
-        self.asked.append(self._compiler.compile(asked, end_tokens=end_tokens))
+        self.asked.append(self._compiler.compile(asked, **how))
         return self.asked[-1]
 
 

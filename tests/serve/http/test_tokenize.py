@@ -382,6 +382,12 @@ def test_the_salt_reaches_every_choice(sent: dict[str, Any], arrives: str) -> No
     assert {request.cache_salt for request in made} == {arrives}
 
 
+def test_the_choices_of_a_call_name_it_and_no_other_does() -> None:
+    calls = [request.call for request in requests(n=2)]
+    assert [calls.count(call) for call in calls] == [2, 2, 4, 4, 4, 4], "a chat, and two prompts of a completion"
+    assert "" not in calls
+
+
 def test_a_requests_name_which_traces_have_is_not_the_id_that_the_client_gets() -> None:
     names = [request.request_id for request in requests(n=2)]
     assert len(set(names)) == 6

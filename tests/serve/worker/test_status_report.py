@@ -21,7 +21,8 @@ def test_every_counter_of_the_engine_and_each_figure_of_the_memory_has_its_own_f
     page.write(max_draft_tokens=31)
     report = StatusReport(WorkerParts(engine=engine, unrecorded=lambda: 5), CallTracker(engine), None, page)
     report.write()
-    assert page.read().memory_capacity == 0, "there is none"
+    assert (page.read().memory_capacity, page.read().prefix_bytes) == (0, 0), "there is none"
+    engine.prefix_cache = SimpleNamespace(num_bytes=77)
     engine.memory = SimpleNamespace(index=SimpleNamespace(capacity=9, counts=(1, 2)))
     for number, field in enumerate(dataclasses.fields(engine.counters), start=100):
         value = getattr(engine.counters, field.name)
@@ -30,6 +31,7 @@ def test_every_counter_of_the_engine_and_each_figure_of_the_memory_has_its_own_f
     now = page.read()
     assert {name: getattr(now, name) for name in vars(engine.counters)} == vars(engine.counters)
     assert (now.memory_capacity, now.memory_tokens, now.memory_evicted) == (9, 1, 2)
+    assert now.prefix_bytes == 77
     assert (now.unrecorded, now.started_ns, now.draft_version) == (5, 3, "fake-000001")
 
 
