@@ -17,8 +17,6 @@ from aurora_lit.kernels import huge_pages, native, quantization
 from aurora_lit.kernels.quantization import Codes
 from aurora_lit.kernels.weight_format import WeightFormat
 
-_NORM_MARGIN = 1.001
-"""Factor that makes a norm computed in fp32 no smaller than the exact one."""
 _CHUNK = 4096
 """Outputs that are quantised at a time, whole blocks: a large head at once would take gigabytes."""
 
@@ -57,8 +55,8 @@ def pack_codes(parts: Iterable[Codes], weight_format: WeightFormat, shape: Seque
     kernels = native.library()
     assert kernels is not None
     outputs, inputs = shape
-    block, groups = kernels.aurora_block(), -(-inputs // kernels.aurora_group())
-    block_bytes = groups * getattr(kernels, f"aurora_group_bytes_{weight_format.suffix}")()
+    block = kernels.aurora_block()
+    block_bytes = getattr(kernels, f"aurora_block_bytes_{weight_format.suffix}")(-(-inputs // kernels.aurora_group()))
     packed = huge_pages.empty(-(-outputs // block) * block_bytes, torch.uint8)
     first = 0
     for q_OI, scale_OG, min_OG in parts:
@@ -94,35 +92,6 @@ def is_lossless(weight_OI: torch.Tensor, weight_format: WeightFormat) -> bool:
     weight_OI = weight_OI.detach().float()
     error = float((packed_values(weight_OI, weight_format) - weight_OI).abs().max())
     return error <= 1e-6 * float(weight_OI.abs().max())
-
-
-class Screen(ctypes.Structure):
-    """A coarse copy of a packed weight, from which `argmax_linear` bounds every output; Screen in screen.hpp."""
-
-    _fields_ = tuple((name, ctypes.c_void_p) for name in ("copy", "errors", "norms"))
-
-    @staticmethod
-    def of(packed: torch.Tensor, weight_format: WeightFormat, *, outputs: int, inputs: int) -> Screen:
-        """For a packed weight; needs `has_int8_tiles`."""
-        kernels = native.library()
-        assert kernels is not None
-        parts = []
-        for index_O in torch.split(torch.arange(outputs), _CHUNK):
-            values_OI = read_rows(packed, weight_format, index_O, outputs=outputs, inputs=inputs)
-            quantized = quantization.quantize_per_output(values_OI)
-            norms = (norm_O * _NORM_MARGIN for norm_O in quantization.per_output_error_norms(values_OI, *quantized))
-            parts.append((quantization.pack_per_output(*quantized, block=kernels.aurora_block()), *norms))
-        copies, errors, norms_O = zip(*parts, strict=True)
-        copy = torch.cat(copies, out=huge_pages.empty(sum(map(len, copies)), torch.uint8))
-        return Screen.from_tensors(copy, torch.cat(errors), torch.cat(norms_O))
-
-    @staticmethod
-    def from_tensors(copy: torch.Tensor, errors: torch.Tensor, norms: torch.Tensor) -> Screen:
-        """The screen whose `tensors` these are."""
-        screen = Screen()
-        screen.tensors = (copy, errors, norms)  # kept alive while the kernels read them
-        screen.copy, screen.errors, screen.norms = (tensor.data_ptr() for tensor in screen.tensors)
-        return screen
 
 
 class RowTable(ctypes.Structure):
@@ -168,18 +137,11 @@ def linear(
     return y_NO
 
 
-def argmax_linear(
-    x_NI: torch.Tensor,
-    packed: torch.Tensor,
-    weight_format: WeightFormat,
-    outputs: int,
-    *,
-    screen: Screen | None = None,
-) -> torch.Tensor:
+def argmax_linear(x_NI: torch.Tensor, packed: torch.Tensor, weight_format: WeightFormat, outputs: int) -> torch.Tensor:
     """Index of the largest output of `linear` without a bias, for each row: [N] int64; the first of equal outputs."""
     index_N = torch.empty(len(x_NI), dtype=torch.int64)
-    kernel, screened = ("argmax", ()) if screen is None else ("screened_argmax", (ctypes.byref(screen),))
-    _multiply(kernel, x_NI, packed, weight_format, outputs, native.address(index_N), *screened)
+    draws = Draws(tokens=index_N.data_ptr())
+    _multiply("choose", x_NI, packed, weight_format, outputs, ctypes.byref(draws))
     return index_N
 
 

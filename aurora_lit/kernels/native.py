@@ -137,7 +137,7 @@ def has_byte_products() -> bool:
 
 
 def has_int8_tiles() -> bool:
-    """True if the processor has the AMX tiles that INT8_PER_OUTPUT and `Screen` need."""
+    """True if the processor has the AMX tiles that INT8_PER_OUTPUT needs."""
     kernels = library()
     if kernels is None or not hasattr(kernels, "aurora_linear_int8_per_output"):
         return False

@@ -17,25 +17,19 @@ from aurora_lit.kernels import matmul, native
 from aurora_lit.kernels.weight_format import WeightFormat
 
 _SAMPLED_ROWS = 8
-_SCREEN = ("screen.copy", "screen.errors", "screen.norms")
-TENSOR_NAMES = ("weight", "bias", *_SCREEN)
-"""Of `PackedLinear.tensors`; all but the first may be absent."""
+TENSOR_NAMES = ("weight", "bias")
+"""Of `PackedLinear.tensors`; the second may be absent."""
 
 
 class PackedLinear(nn.Module):
     """Replacement for `nn.Linear` at inference: [..., inputs] fp32 -> [..., outputs] fp32."""
 
-    def __init__(self, linear: nn.Linear, weight_format: WeightFormat, *, screened: bool = False) -> None:
-        """`screened`: where tiles allow, `argmax` reads a coarse copy first, and only little of the weight itself."""
+    def __init__(self, linear: nn.Linear, weight_format: WeightFormat) -> None:
         super().__init__()
         self.out_features, self.in_features = linear.weight.shape
         self.weight_format = weight_format
         self.packed = matmul.pack_weight(linear.weight, weight_format)
         self.bias: torch.Tensor | None = None if linear.bias is None else linear.bias.detach().float().contiguous()
-        self.screen: matmul.Screen | None = None
-        """What `argmax` reads first; None: the weight alone."""
-        if screened:
-            self.add_screen()
 
     @classmethod
     def from_tensors(
@@ -48,24 +42,13 @@ class PackedLinear(nn.Module):
         layer.weight_format = weight_format
         layer.packed = tensors["weight"]
         layer.bias = tensors.get("bias")
-        screen = [tensors[name] for name in _SCREEN if name in tensors]
-        has_tiles = native.has_int8_tiles()  # the system may refuse them to this process
-        layer.screen = matmul.Screen.from_tensors(*screen) if screen and has_tiles else None
         return layer
-
-    def add_screen(self) -> None:
-        """Have `argmax` read a coarse copy first, where tiles allow."""
-        if native.has_int8_tiles():
-            shape = {"outputs": self.out_features, "inputs": self.in_features}
-            self.screen = matmul.Screen.of(self.packed, self.weight_format, **shape)
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """What the layer consists of, besides its format and its shape."""
         tensors = {"weight": self.packed}
         if self.bias is not None:
             tensors["bias"] = self.bias
-        if self.screen is not None:
-            tensors |= dict(zip(_SCREEN, self.screen.tensors, strict=True))
         return tensors
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -78,7 +61,7 @@ class PackedLinear(nn.Module):
         """Index of the largest output, int64 of x's leading shape; for a layer without a bias."""
         assert self.bias is None
         x_NI = x.reshape(-1, self.in_features)
-        index_N = matmul.argmax_linear(x_NI, self.packed, self.weight_format, self.out_features, screen=self.screen)
+        index_N = matmul.argmax_linear(x_NI, self.packed, self.weight_format, self.out_features)
         return index_N.view(x.shape[:-1])
 
     def choose(
@@ -108,8 +91,6 @@ class PackedLinear(nn.Module):
             outputs, fp32 [D, outputs].
         """
         assert self.bias is None
-        if dense_N is None and not bool(temperature_N.any()):
-            return self.argmax(x_NI), torch.empty(0, self.out_features)  # this may be screened
         return matmul.choose_linear(
             x_NI,
             self.packed,
@@ -165,14 +146,14 @@ def pack_model(model: nn.Module, *, precision: str, head: nn.Module) -> None:
         weight_format = [*lossless, WeightFormat.BF16][0]
     else:
         weight_format = WeightFormat(precision)
-    pack_linears(model, weight_format=weight_format, others={head: head_format(weight_format)}, screened=head)
+    pack_linears(model, weight_format=weight_format, others={head: head_format(weight_format)})
     for parameter in model.parameters():  # else they would keep the whole mapping of their file in memory
         parameter.data = parameter.data.clone()
 
 
 def head_format(weight_format: WeightFormat) -> WeightFormat:
     """The format of the head of a model whose layers have this one."""
-    return WeightFormat.INT8_GROUPED if weight_format is WeightFormat.INT4_GROUPED else weight_format
+    return WeightFormat.INT8_SPLIT if weight_format is WeightFormat.INT4_GROUPED else weight_format.of_head
 
 
 def _is_lossless_for(model: nn.Module, weight_format: WeightFormat, head: nn.Module) -> bool:
@@ -192,17 +173,16 @@ def pack_linears(
     *,
     weight_format: WeightFormat,
     others: Mapping[nn.Module, WeightFormat] = MappingProxyType({}),
-    screened: nn.Module | None = None,
 ) -> int:
     """Replace every `nn.Linear` of a CPU model by a `PackedLinear`; returns how many.
 
-    `others`: formats of layers that differ from `weight_format`; `screened`: the layer whose `argmax` is screened.
+    `others`: formats of layers that differ from `weight_format`.
     """
     count = 0
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             if type(child) is nn.Linear:
-                packed = PackedLinear(child, others.get(child, weight_format), screened=child is screened)
+                packed = PackedLinear(child, others.get(child, weight_format))
                 setattr(parent, name, packed)
                 count += 1
     return count

@@ -7,8 +7,7 @@ to the very same numbers. Source: ggml-quants.c (quantize_row_q4_1_ref, quantize
 dequantize_row_q6_K).
 
 The per-output format (csrc/int8_tiles.hpp) has one fp32 scale for each output: w = scale · q with q in -127…127. It is
-less precise and faster to multiply. It is used where numbers need not be exact (a draft), or where an exact
-computation follows (`matmul.Screen`).
+less precise and faster to multiply. It is used where numbers need not be exact (a draft).
 
 Shapes: O outputs, I inputs, G groups of an output's inputs; N blocks of outputs, F vectors of 16 outputs in a block.
 """
@@ -95,10 +94,3 @@ def pack_per_output(q_OI: Tensor, scale_O: Tensor, *, block: int) -> Tensor:
     words = q_OI.view(N, block // _LANES, _LANES, G, _TILE_INPUTS // 4, 4).permute(0, 3, 1, 4, 2, 5)
     scales = functional.pad(scale_O, (0, -outputs % block)).view(N, block).view(torch.uint8)
     return torch.cat([scales, words.reshape(N, -1).view(torch.uint8)], dim=-1).flatten()
-
-
-def per_output_error_norms(weight_OI: Tensor, q_OI: Tensor, scale_O: Tensor) -> tuple[Tensor, Tensor]:
-    """Two L2 norms for each output, fp32 [O]: of the quantisation error, and of the larger of both weights."""
-    dequantized_OI = q_OI.float() * scale_O[:, None]
-    error_O = (dequantized_OI - weight_OI).norm(dim=-1)
-    return error_O, torch.maximum(dequantized_OI.norm(dim=-1), weight_OI.norm(dim=-1))

@@ -47,7 +47,7 @@ class _Call(ctypes.Structure):
         ("embedding", matmul.RowTable),
         ("vocabulary", ctypes.c_int64),
         ("head", Matrix),
-        *((name, ctypes.c_void_p) for name in ("argmax", "screened_argmax", "choose", "screen", "decoder", "ids")),
+        *((name, ctypes.c_void_p) for name in ("choose", "decoder", "ids")),
         *((name, ctypes.c_int64) for name in ("columns", "chosen")),
         ("draws", matmul.Draws),
         ("aux", _StateTable),
@@ -108,23 +108,18 @@ class TargetPass:
         library = native.library()
         assert library is not None
         assert head.bias is None
-        suffix = head.weight_format.suffix
         self._kept_alive = (decoder, embedding, head, aux_SLF, last_SLH)
         self._decoder, self._keys, self._values = decoder, keys, values
         self._aux_SLF, self._last_SLH = aux_SLF, last_SLH
         self._run = library.aurora_target_pass
         self._hidden = head.in_features
         self._buffer_NX, self._room = torch.empty(0, _STATES * self._hidden), 0
-        screened = None if head.screen is None else getattr(library, f"aurora_screened_argmax_{suffix}")
         self._call = _Call(
             decode=_pointer(decoder.native_decode),
             embedding=row_table(embedding),
             vocabulary=head.out_features,
             head=Matrix.of(head),
-            argmax=_pointer(getattr(library, f"aurora_argmax_{suffix}")),
-            screened_argmax=None if screened is None else _pointer(screened),
-            choose=_pointer(getattr(library, f"aurora_choose_{suffix}")),
-            screen=None if head.screen is None else ctypes.addressof(head.screen),
+            choose=_pointer(getattr(library, f"aurora_choose_{head.weight_format.suffix}")),
             aux=_StateTable.of(aux_SLF),
             last=_StateTable.of(last_SLH),
         )

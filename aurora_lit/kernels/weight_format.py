@@ -21,6 +21,8 @@ class WeightFormat(enum.Enum):
     BF16 = "bf16"
     INT8_GROUPED = "int8"
     """8 bits with an fp16 scale for every 32 inputs of an output, as llama.cpp's Q8_0."""
+    INT8_SPLIT = "int8_split"
+    """The numbers of INT8_GROUPED, in an order from which tokens are chosen while half of them is read; for heads."""
     INT6_GROUPED = "int6"
     """6 bits with an fp16 scale for every 16 inputs of an output, as Q6_K."""
     INT5_GROUPED = "int5"
@@ -49,6 +51,7 @@ class WeightFormat(enum.Enum):
         """Bits of a weight in the grouped formats, otherwise None."""
         return {
             WeightFormat.INT8_GROUPED: 8,
+            WeightFormat.INT8_SPLIT: 8,
             WeightFormat.INT6_GROUPED: 6,
             WeightFormat.INT5_GROUPED: 5,
             WeightFormat.INT4_GROUPED: 4,
@@ -57,7 +60,13 @@ class WeightFormat(enum.Enum):
     @property
     def layers_suffix(self) -> str:
         """Ending of the names of the kernels that take whole layers; formats that have the same one can be mixed."""
-        return self.suffix if self.grouped_bits is None else "grouped"
+        is_of_layers = self.grouped_bits is not None and self is not WeightFormat.INT8_SPLIT
+        return "grouped" if is_of_layers else self.suffix
+
+    @property
+    def of_head(self) -> WeightFormat:
+        """The format of a head with the same numbers."""
+        return WeightFormat.INT8_SPLIT if self is WeightFormat.INT8_GROUPED else self
 
     @property
     def has_minima(self) -> bool:

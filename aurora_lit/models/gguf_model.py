@@ -46,8 +46,6 @@ _ROWS_UNIT = 32
 _GROUP_INPUTS = 32
 """Of a matrix that is not quantised: the group that `TOLERANCE` refers to."""
 _SHARD_BYTES = 1 << 30
-_SCREENED_VALUES = 32 << 20
-"""The largest head that gets a coarse copy too: one of a large vocabulary would take hundreds of megabytes."""
 _log = logging.getLogger(__name__)
 
 
@@ -218,13 +216,12 @@ def packed_model(folder: Path, *, precision: str) -> PreTrainedModel | str:
         if linear.bias is not None:
             layer.bias = weights.values(f"{name}.bias")
         model.set_submodule(name, layer)
-    new_head = _pack_alike(weights, [of_head], None if layer_format is None else head_format(layer_format))[of_head]
-    if new_head.out_features * new_head.in_features <= _SCREENED_VALUES:
-        new_head.add_screen()
+    of_layers = None if layer_format is None else head_format(layer_format)
+    new_head = _pack_alike(weights, [of_head], of_layers, as_head=True)[of_head]
     table = new_head
     if of_embedding != of_head or layer_format is not None:
         kept = WeightFormat.FP32 if precision == "fp32" else None
-        table = _pack_alike(weights, [of_embedding], kept)[of_embedding]
+        table = _pack_alike(weights, [of_embedding], kept, as_head=of_embedding == of_head)[of_embedding]
         if of_embedding == of_head and table.weight_format is new_head.weight_format:
             table = new_head if torch.equal(table.packed, new_head.packed) else table
     model.set_output_embeddings(new_head)  # type: ignore[no-untyped-call]
@@ -238,21 +235,29 @@ def packed_model(folder: Path, *, precision: str) -> PreTrainedModel | str:
 
 
 def _pack_alike(
-    weights: GgufWeights, parameters: list[str], weight_format: WeightFormat | None
+    weights: GgufWeights, parameters: list[str], weight_format: WeightFormat | None, *, as_head: bool = False
 ) -> dict[str, PackedLinear]:
-    """Some matrices by their names. Without a format: each in a grouped one, else all in bf16, else all in fp32."""
+    """Some matrices by their names. Without a format: each in a grouped one, else all in bf16, else all in fp32.
+
+    `as_head`: in the format of a head with these numbers.
+    """
     if weight_format is not None:
         return {name: _packed(weights, name, weight_format) for name in parameters}
     for each in (None, WeightFormat.BF16):
         try:
-            return {name: _packed(weights, name, each, within=TOLERANCE) for name in parameters}
+            return {name: _packed(weights, name, each, within=TOLERANCE, as_head=as_head) for name in parameters}
         except _NotHeldError as error:
             _log.info("%s is not held in %s", error, "a grouped format" if each is None else each.value)
     return {name: _packed(weights, name, WeightFormat.FP32) for name in parameters}
 
 
 def _packed(
-    weights: GgufWeights, parameter: str, weight_format: WeightFormat | None, *, within: float | None = None
+    weights: GgufWeights,
+    parameter: str,
+    weight_format: WeightFormat | None,
+    *,
+    within: float | None = None,
+    as_head: bool = False,
 ) -> PackedLinear:
     """A matrix in a format; None: in the grouped one that holds its codes. Raises _NotHeldError."""
     tensor = weights.tensors[parameter]
@@ -264,6 +269,7 @@ def _packed(
         weight_format = FORMATS.get(entry.type)
         if weight_format is None:
             raise _NotHeldError(parameter)
+        weight_format = weight_format.of_head if as_head else weight_format
         parts: Iterator[Codes] = (_codes(weights.file, tensor, begin, begin + rows, order) for begin in begins)
         packed = matmul.pack_codes(parts, weight_format, (O, I))
         return PackedLinear.from_tensors({"weight": packed}, weight_format, (O, I))

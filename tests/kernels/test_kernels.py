@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 from support.fork_host import run_program
-from support.kernel_formats import GROUPED, PER_OUTPUT, UNQUANTIZED, rounded_inputs, stored_weight
+from support.kernel_formats import GROUPED, HEADS, PER_OUTPUT, UNQUANTIZED, rounded_inputs, stored_weight
 from torch import nn
 
 from aurora_lit.kernels import matmul, native
 from aurora_lit.kernels.packed_linear import PackedEmbedding, PackedLinear, pack_linears
-from aurora_lit.kernels.quantization import Codes, quantize_per_output
+from aurora_lit.kernels.quantization import Codes
 from aurora_lit.kernels.weight_format import WeightFormat
 from aurora_lit.models.attention import KVCacheView, Variant, cached_attention
 from aurora_lit.models.kv_cache import KVCache
@@ -20,7 +20,7 @@ from aurora_lit.models.kv_cache import KVCache
 needs_kernels = pytest.mark.skipif(native.library() is None, reason="no C++ compiler, or AURORA_LIT_NATIVE=0")
 pytestmark = pytest.mark.usefixtures("two_threads")
 PROCESSOR = Path("/proc/cpuinfo")
-FORMATS = [*UNQUANTIZED, *GROUPED, *PER_OUTPUT]
+FORMATS = [*UNQUANTIZED, *GROUPED, *HEADS, *PER_OUTPUT]
 
 
 @pytest.fixture
@@ -114,93 +114,103 @@ def test_a_layer_made_of_anothers_tensors_computes_the_same(weight_format: Weigh
     assert torch.equal(again(x), layer(x))
 
 
-def screened_and_unscreened(linear: nn.Linear, weight_format: WeightFormat) -> tuple[PackedLinear, PackedLinear]:
-    return PackedLinear(linear, weight_format, screened=True), PackedLinear(linear, weight_format)
+def split_and_whole(q_OI: torch.Tensor, scale_OG: torch.Tensor) -> tuple[PackedLinear, PackedLinear]:
+    """A head whose tokens are chosen after its codes' high halves, and one with the same numbers that is read whole."""
+    codes = Codes(q_OI.to(torch.uint8), scale_OG, None)
+    formats = WeightFormat.INT8_SPLIT, WeightFormat.INT8_GROUPED
+    split, whole = (
+        PackedLinear.from_tensors({"weight": matmul.pack_codes([codes], each, q_OI.shape)}, each, q_OI.shape)
+        for each in formats
+    )
+    return split, whole
 
 
-needs_int8_tiles = pytest.mark.skipif(not PER_OUTPUT, reason="no matrix tiles here")
+def assert_choices_are_equal(split: PackedLinear, whole: PackedLinear, x_NI: torch.Tensor) -> None:
+    """Greedy ones, drawn ones, and of both in a batch; and the outputs themselves."""
+    N = len(x_NI)
+    another = PackedLinear(random_linear(1, 1, bias=False), WeightFormat.INT8_SPLIT)
+    another.argmax(x_NI[:, :1])  # bounds that exclude little are not computed again soon, unless the head changes
+    assert torch.equal(split(x_NI).view(torch.int32), whole(x_NI).view(torch.int32))
+    assert torch.equal(split.argmax(x_NI), whole.argmax(x_NI))
+    for temperature in (0.02, 0.7, 1.5):
+        draws = {
+            "temperature_N": torch.full((N,), temperature).where(torch.arange(N) % 3 > 0, 0.0),
+            "key_N": torch.arange(N) + 5,
+            "position_N": torch.arange(N) * 7,
+        }
+        assert torch.equal(split.choose(x_NI, **draws)[0], whole.choose(x_NI, **draws)[0])
+        dense_N = torch.full((N,), -1)
+        dense_N[-1] = 0
+        ours, theirs = split.choose(x_NI, **draws, dense_N=dense_N), whole.choose(x_NI, **draws, dense_N=dense_N)
+        assert torch.equal(ours[0], theirs[0])
+        assert torch.equal(ours[1].view(torch.int32), theirs[1].view(torch.int32))
 
 
 @needs_kernels
-@needs_int8_tiles
-@pytest.mark.parametrize("weight_format", [*UNQUANTIZED, *GROUPED])
 @pytest.mark.parametrize(("inputs", "outputs"), [(64, 2048), (97, 1000), (576, 3001), (33, 31), (16, 1)])
-def test_a_screened_argmax_equals_the_unscreened_one(
-    inputs: int, outputs: int, weight_format: WeightFormat, gen: torch.Generator
+def test_choices_after_high_halves_equal_those_of_the_whole_product(
+    inputs: int, outputs: int, gen: torch.Generator
 ) -> None:
-    """With outputs that differ by less than the screen's errors or not at all, inputs of any size, and NaN."""
-    linear = random_linear(inputs, outputs, bias=False)
-    with torch.no_grad():
-        linear.weight *= torch.rand(outputs, 1, generator=gen) * 3  # norms that differ
-        twins = torch.randint(0, outputs, (2, outputs // 3), generator=gen)
-        noise = 1 + 1e-3 * torch.randn(outputs // 3, inputs, generator=gen).where(torch.rand(outputs // 3, 1) < 0.5, 0)
-        linear.weight[twins[0]] = linear.weight[twins[1]] * noise
-    screened, whole = screened_and_unscreened(linear, weight_format)
-    assert screened.screen is not None
-    assert whole.screen is None
+    """With rows that are equal, or but for low halves, or zero, or of any size; inputs of any size, and not finite."""
+    groups = -(-inputs // 32)
+    q_OI = torch.randint(1, 256, (outputs, inputs), generator=gen)
+    scale_OG = torch.rand(outputs, groups, generator=gen) * 4 ** torch.randint(-3, 4, (outputs, 1), generator=gen)
+    twin = torch.randint(0, outputs, (2, outputs // 3), generator=gen)
+    equal = torch.rand(outputs // 3, 1, generator=gen) < 0.5
+    low = torch.randint(0, 16, (outputs // 3, inputs), generator=gen)
+    q_OI[twin[0]] = torch.where(equal, q_OI[twin[1]], q_OI[twin[1]] // 16 * 16 + low)
+    scale_OG[twin[0]] = scale_OG[twin[1]]
+    scale_OG[::50], scale_OG[7::50] = 0.0, 60_000.0
+    split, whole = split_and_whole(q_OI, scale_OG.half())
     x = torch.randn(40, inputs, generator=gen) * 10.0 ** torch.randint(-6, 7, (40, 1), generator=gen)
-    x[3], x[4, 0], x[5, 0], x[6] = 0.0, float("nan"), float("inf"), 1e-39
-    x[7:20] = linear.weight.detach()[
-        torch.randint(0, outputs, (13,), generator=gen)
-    ]  # one output or its twin is clearly the largest
+    x[3], x[4, 0], x[5, 0], x[6], x[24], x[25] = 0.0, float("nan"), float("inf"), 1e-39, x[24] * 1e30, x[25] * 1e-29
+    x[7:20] = whole.rows(torch.randint(0, outputs, (13,), generator=gen))  # one output or its twin is the largest
     x[20:24, 1 % inputs] *= 1e4  # one input dominates
-    for rows in (1, 2, 7, 16, 17, 40):
-        for start in range(0, 41 - rows, 3):
-            part = x[start : start + rows]
-            assert torch.equal(screened.argmax(part), whole.argmax(part))
+    for rows in (1, 2, 5, 6, 7, 40):
+        for start in range(0, 41 - rows, max(1, rows // 2)):
+            assert_choices_are_equal(split, whole, x[start : start + rows])
 
 
 @needs_kernels
-@needs_int8_tiles
-@pytest.mark.parametrize("copy_seems", ["smaller", "larger"])
-def test_a_screens_bounds_hold_for_the_largest_possible_error_of_weights(copy_seems: str) -> None:
-    """Inputs parallel to an output's quantisation error, so that its copy seems smaller, or larger, than the output."""
-    weight = random_linear(576, 1, bias=False).weight.detach().double()[0]
-    q, scale = quantize_per_output(weight[None].float())
-    copy = q[0].double() * scale.double()
-    error = (weight - copy) * (1 if copy_seems == "smaller" else -1)
-    seems, other = (
-        (2, 2.6) if copy_seems == "smaller" else (3, 2.4)
-    )  # in units of the error's square; the output is 3, or 2
-    x = error + (seems * error @ error - copy @ error) / (copy @ copy) * copy
-    linear = nn.Linear(576, 96, bias=False)
-    with torch.no_grad():
-        linear.weight.zero_()
-        linear.weight[3], linear.weight[70] = weight.float(), other / seems * copy.float()
-    screened, whole = screened_and_unscreened(linear, WeightFormat.FP32)
-    x_1I = x.float()[None]
-    assert whole.argmax(x_1I).tolist() == screened.argmax(x_1I).tolist() == [3 if copy_seems == "smaller" else 70]
+def test_choices_are_exact_where_all_rows_are_near_the_largest(gen: torch.Generator) -> None:
+    """Rows that differ in low halves alone: the bounds exclude none of them."""
+    high = torch.randint(0, 16, (1, 96), generator=gen) * 16
+    q_OI = high + torch.randint(0, 16, (1500, 96), generator=gen)
+    split, whole = split_and_whole(q_OI, torch.full((1500, 3), 0.01))
+    x = torch.randn(6, 96, generator=gen)
+    for rows in (1, 3, 6):
+        assert_choices_are_equal(split, whole, x[:rows])
 
 
 @needs_kernels
-@needs_int8_tiles
-def test_a_screens_bounds_hold_for_the_largest_possible_error_of_inputs() -> None:
-    """The copies are exact. All inputs but two are rounded to zero, and their sum decides."""
-    linear, x = nn.Linear(64, 96, bias=False), torch.empty(1, 64)
-    x[:, 0] = 512.0
-    step = 512.0 / (127 * 256 + 127)
-    x[:, 1:63], x[:, 63] = 0.49 * step, 20 * step
-    with torch.no_grad():
-        linear.weight.zero_()
-        linear.weight[:, 0] = 127
-        linear.weight[3, 1:63], linear.weight[70, 63] = 126, 126
-    screened, whole = screened_and_unscreened(linear, WeightFormat.FP32)
-    assert whole.argmax(x).tolist() == screened.argmax(x).tolist() == [3]
+@pytest.mark.parametrize("inputs", [32, 576])
+@pytest.mark.parametrize("seems", ["smaller", "larger"])
+def test_the_bounds_hold_for_the_largest_possible_error(seems: str, inputs: int) -> None:
+    """Inputs parallel to what low halves add, where Cauchy and Schwarz's inequality is an equation.
 
+    Either the largest output seems smaller than another by nearly all of its bound, or another seems larger than it.
+    With bounds that are a tenth less the choice would be wrong: so blocks that are excluded are not read whole.
+    """
+    sign = torch.where(torch.arange(inputs) % 3 > 0, 1, -1)
+    x_1I = sign[None].float() * 127  # its rounding is exact
 
-@needs_kernels
-@needs_int8_tiles
-def test_a_screened_argmax_does_not_read_most_of_the_weight() -> None:
-    """Blocks that cannot contain the largest output are not read: overwriting them changes nothing."""
-    linear = random_linear(576, 8192, bias=False)
-    layer = PackedLinear(linear, WeightFormat.BF16, screened=True)
-    x = linear.weight.detach()[[1000]] + 0.5 * torch.randn(1, 576) * linear.weight.detach().std()
-    assert layer.argmax(x).tolist() == [1000]
-    block = layer.packed.numel() // (8192 // 32)
-    for b in range(8192 // 32):
-        if b != 1000 // 32:
-            layer.packed[b * block : (b + 1) * block] = float("nan")
-    assert layer.argmax(x).tolist() == [1000]
+    def row(steps: int, low: int) -> torch.Tensor:
+        """Codes with an approximate output of `steps` steps of 16 more than others, and low halves that add `low`."""
+        raised = torch.where(torch.arange(inputs) < abs(steps), steps // max(1, abs(steps)), 0)
+        return 128 + sign * (24 + 16 * raised + low)
+
+    nearly = 7 * inputs // 16 - 1  # steps; the bound of low halves that add, or take away, 7
+    best, other = (row(0, 7), row(nearly, 0)) if seems == "smaller" else (row(-nearly, 0), row(0, -7))
+    first = row(1 if seems == "smaller" else 0, -7)  # has the largest upper bound
+    q_OI, scale_OG = torch.full((4000, inputs), 128), torch.zeros(4000, inputs // 32)
+    places = [3900, 70, 2000]  # in different blocks
+    q_OI[places], scale_OG[places] = torch.stack([best, other, first]), 0.5
+    split, whole = split_and_whole(q_OI, scale_OG)
+    assert_choices_are_equal(split, whole, x_1I)
+    assert split.argmax(x_1I).tolist() == [3900]
+    errors = split.packed.view(4000 // 32, -1)[:, : 4 * 32].view(torch.float32)
+    errors *= 0.9
+    assert split.argmax(x_1I).tolist() == [70]
 
 
 @needs_kernels

@@ -158,7 +158,7 @@ def test_grouped_formats_give_the_outputs_of_the_model_with_rounded_weights_and_
     folder, ids_BT = references[family].folder, references[family].ids_BT
     target = load_target(folder, precision=precision).in_torch
     assert isinstance(target.head, PackedLinear)
-    assert (target.kv_dtype, target.head.weight_format) == (torch.bfloat16, WeightFormat.INT8_GROUPED)
+    assert (target.kv_dtype, target.head.weight_format) == (torch.bfloat16, WeightFormat.INT8_SPLIT)
     target.kv_dtype = torch.float32
     inputs_of: dict[str, torch.Tensor] = {}
     for name, module in target.model.named_modules():
@@ -174,7 +174,7 @@ def test_grouped_formats_give_the_outputs_of_the_model_with_rounded_weights_and_
     linears = {name: module for name, module in model.named_modules() if type(module) is torch.nn.Linear}
     assert linears.keys() == inputs_of.keys()
     for name, module in linears.items():
-        weight_format = WeightFormat.INT8_GROUPED if module is head else WeightFormat(precision)
+        weight_format = WeightFormat.INT8_SPLIT if module is head else WeightFormat(precision)
         module.weight.copy_(stored_weight(module.weight, weight_format))
         scale = getattr(model.config, "logit_scale", 1.0) if module is head else 1.0  # the target scales hidden states
         module.register_forward_pre_hook(partial(_compare_and_round, inputs_of[name], scale, weight_format))
@@ -225,7 +225,7 @@ def test_auto_chooses_the_fewest_bits_that_change_no_weight(
     model.save_pretrained(tmp_path)
     model = load_target(tmp_path, precision="auto").in_torch.model
     formats = {name: m.weight_format for name, m in model.named_modules() if isinstance(m, PackedLinear)}
-    assert formats.pop("lm_head") is WeightFormat("int8" if chosen == "int4" else chosen)
+    assert formats.pop("lm_head") is WeightFormat("int8_split" if chosen in ("int4", "int8") else chosen)
     assert set(formats.values()) == {WeightFormat(chosen)}
 
 

@@ -19,6 +19,8 @@ GROUPED = [
     WeightFormat.INT5_GROUPED,
     WeightFormat.INT4_GROUPED,
 ]
+HEADS = [WeightFormat.INT8_SPLIT]
+"""Formats that no layers have."""
 PER_OUTPUT = [WeightFormat.INT8_PER_OUTPUT] if native.has_int8_tiles() else []
 
 
@@ -30,8 +32,8 @@ def stored_weight(weight: torch.Tensor, weight_format: WeightFormat) -> torch.Te
         scale = weight.abs().amax(-1, keepdim=True) / 127
         return (weight / scale.clamp_min(1e-30)).round().double() * scale.double()
     grouped = in_groups(weight, 16 if weight_format is WeightFormat.INT6_GROUPED else 32).float()
-    if weight_format in (WeightFormat.INT8_GROUPED, WeightFormat.INT6_GROUPED):
-        most = 127 if weight_format is WeightFormat.INT8_GROUPED else 31
+    if weight_format.grouped_bits in (6, 8):
+        most = 127 if weight_format.grouped_bits == 8 else 31
         scale, low = (grouped.abs().amax(-1, keepdim=True) / most).half().double(), torch.zeros(1).double()
         q = (grouped / scale.float()).round().clamp(-most, most)
     else:

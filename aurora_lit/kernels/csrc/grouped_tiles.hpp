@@ -51,10 +51,9 @@ struct alignas(64) TileWeights {
 // forward from its store buffer to a tile load, nor from a tile store.
 constexpr int UNPACKED_AHEAD = 3, ADDED_BEHIND = 3, RING = 4;
 
-template <int BITS>
-inline __attribute__((always_inline)) void unpack_half(const WeightGroup<BITS>& weights, int scale, int half,
-                                                       TileWeights& to) {
-  constexpr int COUNT = LINES / WeightGroup<BITS>::SCALES;
+template <class Group>
+inline __attribute__((always_inline)) void unpack_half(const Group& weights, int scale, int half, TileWeights& to) {
+  constexpr int COUNT = LINES / Group::SCALES;
 #pragma GCC unroll 8
   for (int i = 0; i < COUNT; ++i) to.lines[i] = weights.template bytes<u16v>(HALF * half, scale * COUNT + i);
 }
@@ -102,19 +101,18 @@ struct Totals<std::index_sequence<R...>> {
 
   inline __attribute__((always_inline)) void clear() { ((of[R] = f16v{}), ...); }
   // As add_group.
-  template <int BITS>
-  inline __attribute__((always_inline)) void add(const WeightGroup<BITS>& weights, int scale, int half,
-                                                 const i16v* sums, const TileInputs& inputs) {
-    typedef WeightGroup<BITS> Weights;
+  template <class Group>
+  inline __attribute__((always_inline)) void add(const Group& weights, int scale, int half, const i16v* sums,
+                                                 const TileInputs& inputs) {
     const f16v scales = from_fp16(weights.scales[scale] + HALF * half);
-    if constexpr (Weights::HAS_MIN) {
+    if constexpr (Group::HAS_MIN) {
       const f16v mins = from_fp16(weights.mins + HALF * half);
       ((of[R] = fused(__builtin_convertvector(sums[R], f16v), scales * inputs.scale[R], of[R])), ...);
       ((of[R] = fused(mins, inputs.scaled_sum[R], of[R])), ...);
     } else {
       const auto offset = [&](size_t r) {
-        const int32_t sum = Weights::SCALES == 2 ? inputs.sums[r][scale] : inputs.sums[r][0] + inputs.sums[r][1];
-        return -Weights::OFFSET * sum;
+        const int32_t sum = Group::SCALES == 2 ? inputs.sums[r][scale] : inputs.sums[r][0] + inputs.sums[r][1];
+        return -Group::OFFSET * sum;
       };
       ((of[R] = fused(__builtin_convertvector(sums[R] + offset(R), f16v), scales * inputs.scale[R], of[R])), ...);
     }
@@ -148,11 +146,12 @@ struct HalfOutput {
   }
 };
 
-template <int BITS>
+// W[i] is group number i of the weight: W is a pointer to WeightGroup, or a class.
+template <class W>
 struct TileProduct {
   const TileInputs* x;
   int groups, rows;
-  const WeightGroup<BITS>* w;
+  W w;
   int outputs;
   float* y;
   const float* bias;
@@ -167,17 +166,17 @@ struct TileProduct {
 
 // At most ROWS rows, of one tile. In each step the tiles multiply the inputs of one scale, while the vector units unpack
 // a later one's weights and add the sums of an earlier one to the totals, which stay in registers.
-template <int BITS, int ROWS>
-__attribute__((noinline)) void multiply_tile_rows(const TileProduct<BITS>& p, const Stream& stream, int from, int to) {
-  typedef WeightGroup<BITS> Weights;
-  constexpr int SCALES = Weights::SCALES;
+template <class W, int ROWS>
+__attribute__((noinline)) void multiply_tile_rows(const TileProduct<W>& p, const Stream& stream, int from, int to) {
+  typedef std::decay_t<decltype(p.w[0])> Group;
+  constexpr int SCALES = Group::SCALES;
   static thread_local TileWeights ring[RING][2];
   alignas(64) i16v sums[RING][2][TILE_ROWS];
   const int groups = p.groups, steps = (to - from) * groups * SCALES;
-  const Weights* const w = p.w + ptrdiff_t(from) * groups;
+  const W w = p.w + ptrdiff_t(from) * groups;
   const auto unpack = [&](int i) {
-    if (i % SCALES == 0) stream.ask<sizeof(Weights)>(&w[i / SCALES]);
-    if constexpr (BITS == 8) return;  // tiles read the weights themselves
+    if (i % SCALES == 0) w[i / SCALES].ask(stream);
+    if constexpr (Group::IS_BYTES) return;  // tiles read the weights themselves
     unpack_half(w[i / SCALES], i % SCALES, 0, ring[i % RING][0]);
     unpack_half(w[i / SCALES], i % SCALES, 1, ring[i % RING][1]);
   };
@@ -189,7 +188,7 @@ __attribute__((noinline)) void multiply_tile_rows(const TileProduct<BITS>& p, co
     if (i + UNPACKED_AHEAD < steps) unpack(i + UNPACKED_AHEAD);
     if (i < steps) {
       const int8_t* inputs = p.x[multiplied].bytes[0] + i % SCALES * (GROUP / SCALES);
-      if constexpr (BITS == 8)
+      if constexpr (Group::IS_BYTES)
         multiply_step(i, w[i].words[0], w[i].words[1], inputs);
       else
         multiply_step(i, ring[i % RING][0].lines, ring[i % RING][1].lines, inputs);
@@ -214,11 +213,11 @@ __attribute__((noinline)) void multiply_tile_rows(const TileProduct<BITS>& p, co
 }
 
 // With the smallest ROWS that holds all: a function for every number of rows would take minutes to compile.
-template <int BITS, int ROWS, int... MORE>
-void multiply_fitting(const TileProduct<BITS>& p, const Stream& stream, int from, int to) {
+template <class W, int ROWS, int... MORE>
+void multiply_fitting(const TileProduct<W>& p, const Stream& stream, int from, int to) {
   if constexpr (sizeof...(MORE) > 0)
-    if (p.rows > ROWS) return multiply_fitting<BITS, MORE...>(p, stream, from, to);
-  multiply_tile_rows<BITS, ROWS>(p, stream, from, to);
+    if (p.rows > ROWS) return multiply_fitting<W, MORE...>(p, stream, from, to);
+  multiply_tile_rows<W, ROWS>(p, stream, from, to);
 }
 
 // With more rows than a tile has, blocks of this many bytes are multiplied by all of them before the next ones are read.
@@ -226,18 +225,17 @@ constexpr ptrdiff_t CACHED_BYTES = 256 << 10;
 
 // `rows` rows times blocks [from, to); configure_byte_tiles has configured the thread's tiles for min(rows, 16) rows.
 // x: [tiles of rows][groups].
-template <int BITS>
-void linear_grouped_tiles(const TileInputs* x, int groups, int rows, const WeightGroup<BITS>* w, int outputs,
+template <class W>
+void linear_grouped_tiles(const TileInputs* x, int groups, int rows, ptrdiff_t block_bytes, W w, int outputs,
                           const Stream& stream, float* y, const float* bias, bool add, int from, int to) {
-  const ptrdiff_t block_bytes = groups * ptrdiff_t(sizeof(WeightGroup<BITS>));
   const int at_once = rows <= TILE_ROWS ? to - from : int(1 + CACHED_BYTES / block_bytes);
   for (int first = from; first < to; first += at_once) {
     const int end = to - first < at_once ? to : first + at_once;
     for (int r = 0; r < rows; r += TILE_ROWS) {
       const int count = rows - r < TILE_ROWS ? rows - r : TILE_ROWS;
-      const TileProduct<BITS> product{x + ptrdiff_t(r / TILE_ROWS) * groups, groups, count, w, outputs,
-                                      y + ptrdiff_t(r) * outputs, bias, add};
-      multiply_fitting<BITS, 4, 5, 6, 8, 12, 16>(product, stream, first, end);
+      const TileProduct<W> product{x + ptrdiff_t(r / TILE_ROWS) * groups, groups, count, w, outputs,
+                                   y + ptrdiff_t(r) * outputs, bias, add};
+      multiply_fitting<W, 4, 5, 6, 8, 12, 16>(product, stream, first, end);
     }
   }
 }

@@ -1,9 +1,8 @@
 // The int8 format with one scale per output, on Intel's matrix tiles (AMX). It needs the fewest instructions per
-// weight, and is used where results need not be exact (a draft) or an exact computation follows (screen.hpp). Inputs
-// are rounded to 16 bits with a scale per row and split into two signed bytes. Products are summed as integers, which
-// is exact in any order, and converted to float once. So this is as batch-invariant as the other formats.
-// kernels/quantization.py packs the weights. Source of the instruction: Intel 64 and IA-32 Architectures Software
-// Developer's Manual, vol. 2, TDPBSSD.
+// weight, and is used where results need not be exact (a draft). Inputs are rounded to 16 bits with a scale per row and
+// split into two signed bytes. Products are summed as integers, which is exact in any order, and converted to float
+// once. So this is as batch-invariant as the other formats. kernels/quantization.py packs the weights. Source of the
+// instruction: Intel 64 and IA-32 Architectures Software Developer's Manual, vol. 2, TDPBSSD.
 #pragma once
 
 #include "bf16_tiles.hpp"

@@ -66,17 +66,22 @@ void aurora_pack_bf16(const float* weight, int outputs, int inputs, int padded, 
 int aurora_group() { return GROUP; }
 
 // Pack codes of a grouped weight, their scales and their minima (pack_codes in grouped.hpp); the size in bytes of a
-// group of a packed block.
+// packed block with this number of groups.
 #define AURORA_GROUPED(BITS)                                                                                           \
   void aurora_pack_int##BITS(const uint8_t* codes, const uint16_t* scales, const uint16_t* mins, int outputs,          \
                              int inputs, void* packed) {                                                               \
     pack_codes<BITS>(codes, scales, mins, outputs, inputs, static_cast<WeightGroup<BITS>*>(packed));                   \
   }                                                                                                                    \
-  int aurora_group_bytes_int##BITS() { return int(sizeof(WeightGroup<BITS>)); }
+  int64_t aurora_block_bytes_int##BITS(int groups) { return groups * int64_t(sizeof(WeightGroup<BITS>)); }
 AURORA_GROUPED(4)
 AURORA_GROUPED(5)
 AURORA_GROUPED(6)
 AURORA_GROUPED(8)
+void aurora_pack_int8_split(const uint8_t* codes, const uint16_t* scales, const uint16_t*, int outputs, int inputs,
+                            void* packed) {
+  pack_split(codes, scales, outputs, inputs, packed);
+}
+int64_t aurora_block_bytes_int8_split(int groups) { return SplitBlock::bytes(groups); }
 
 // 1 if the processor has products of bytes, with which grouped weights are multiplied at full speed.
 int aurora_has_byte_products() {
@@ -89,17 +94,12 @@ int aurora_has_byte_products() {
 
 // The functions of each weight format.
 //   linear       y [rows, outputs] = x [rows, inputs] times the packed weight, plus bias; the format rounds the inputs
-//   argmax       index of the largest output of each row of that product
 //   choose       a token for each row of that product, the largest output or one that is drawn (choose.hpp)
 //   row, rows    one row, or some rows, of a packed weight (rows.hpp)
 #define AURORA_FORMAT(name, Format)                                                                                    \
   void aurora_linear_##name(const float* x, int64_t x_stride, int rows, const void* packed, int inputs, int outputs,   \
                             float* y, const float* bias) {                                                             \
     multiply<Format>(x, x_stride, rows, packed, inputs, outputs, y, bias);                                             \
-  }                                                                                                                    \
-  void aurora_argmax_##name(const float* x, int64_t x_stride, int rows, const void* packed, int inputs, int outputs,   \
-                            int64_t* indices) {                                                                        \
-    multiply_argmax<Format>(x, x_stride, rows, packed, inputs, outputs, indices);                                      \
   }                                                                                                                    \
   void aurora_choose_##name(const float* x, int64_t x_stride, int rows, const void* packed, int inputs, int outputs,   \
                             const Draws* draws) {                                                                      \
@@ -115,6 +115,7 @@ int aurora_has_byte_products() {
 AURORA_FORMAT(fp32, Fp32)
 AURORA_FORMAT(bf16, Bf16)
 AURORA_FORMAT(int8, Grouped<8>)
+AURORA_FORMAT(int8_split, SplitInt8<true>)
 AURORA_FORMAT(int6, Grouped<6>)
 AURORA_FORMAT(int5, Grouped<5>)
 AURORA_FORMAT(int4, Grouped<4>)
@@ -135,19 +136,6 @@ AURORA_LAYERS(grouped, AnyGrouped, uint16_t)
 #if defined(AURORA_INT8_TILES)
 AURORA_FORMAT(int8_per_output, Int8PerOutput)
 AURORA_LAYERS(int8_per_output, Int8PerOutput, uint16_t)
-
-// argmax that reads a coarse copy of the weight first (screen.hpp); returns how many blocks of the weight were read.
-#define AURORA_SCREENED(name, Format)                                                                                  \
-  int aurora_screened_argmax_##name(const float* x, int64_t x_stride, int rows, const void* packed, int inputs,        \
-                                    int outputs, int64_t* indices, const Screen* screen) {                             \
-    return screened_argmax<Format>(x, x_stride, rows, packed, *screen, inputs, outputs, indices);                      \
-  }
-AURORA_SCREENED(fp32, Fp32)
-AURORA_SCREENED(bf16, Bf16)
-AURORA_SCREENED(int8, Grouped<8>)
-AURORA_SCREENED(int6, Grouped<6>)
-AURORA_SCREENED(int5, Grouped<5>)
-AURORA_SCREENED(int4, Grouped<4>)
 #endif
 
 void aurora_row_plain(const void* table, int64_t width, int64_t index, float* to) {

@@ -17,7 +17,6 @@ namespace {
 // block_bytes   size of a block of the weight
 // round_row     rounds the inputs of row r of `rows` into the buffer x
 // round_inputs  the same for `count` inputs from GROUP * g on, at most GROUP; k: padded(); if ROUNDS_GROUPS
-// rounded_row   a row's values after rounding, as fp32
 // enter, leave  called by each thread of a parallel region before and after its products
 // blocks        multiplies `rows` rows by blocks [from, to)
 template <class Format>
@@ -35,7 +34,6 @@ struct Product<Fp32> {
   static void round_row(const float* from, int inputs, float* x, int r, int) {
     std::memcpy(x + ptrdiff_t(r) * inputs, from, size_t(inputs) * 4);
   }
-  static void rounded_row(const float* from, int inputs, float* to) { std::memcpy(to, from, size_t(inputs) * 4); }
   static void enter(int) {}
   static void leave() {}
   static void blocks(const float* x, int k, int rows, const void* w, int outputs, const Stream& stream, float* y,
@@ -73,14 +71,6 @@ struct Product<Bf16> {
   static void round_row(const float* from, int inputs, uint16_t* x, int r, int rows) {
     for (int i = 0; i < inputs; i += GROUP)
       round_inputs(from + i, inputs - i < GROUP ? inputs - i : GROUP, i / GROUP, padded(inputs), x, r, rows);
-  }
-  static void rounded_row(const float* from, int inputs, float* to) {
-    for (int k = 0; k < inputs; k += GROUP) {
-      uint16_t rounded[GROUP];
-      const int count = inputs - k < GROUP ? inputs - k : GROUP;
-      round(from + k, count, rounded);
-      for (int i = 0; i < count; ++i) to[k + i] = from_bf16(rounded[i]);
-    }
   }
   static void enter(int rows) {
 #if defined(AURORA_TILES)
@@ -126,6 +116,7 @@ struct GroupedInputs {
     for (int g = 0; g < groups; ++g)
       round_inputs(from + g * GROUP, inputs - g * GROUP < GROUP ? inputs - g * GROUP : GROUP, g, groups, x, r, rows);
   }
+  // A row's values after rounding.
   static void rounded_row(const float* from, int inputs, float* to) {
     for (int k = 0; k < inputs; k += GROUP) {
       float whole[GROUP] = {};
@@ -171,8 +162,8 @@ struct Product<Grouped<BITS>> : GroupedInputs {
     const typename Format::Weight* weight = static_cast<const typename Format::Weight*>(w);
 #if defined(AURORA_GROUPED_TILES)
     if (on_tiles(rows))
-      return linear_grouped_tiles<BITS>(tile_of(x, groups, 0), groups, rows, weight, outputs, stream, y, bias, add,
-                                        from, to);
+      return linear_grouped_tiles(tile_of(x, groups, 0), groups, rows, block_bytes(groups), weight, outputs, stream, y,
+                                  bias, add, from, to);
 #endif
     linear_blocks<Format>(x, groups, rows, weight, groups, outputs, stream, y, bias, add, from, to);
   }

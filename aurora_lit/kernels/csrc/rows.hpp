@@ -2,7 +2,7 @@
 // embedding as well, and needs no second copy.
 #pragma once
 
-#include "matmul.hpp"
+#include "split.hpp"
 
 namespace {
 
@@ -53,6 +53,21 @@ struct Rows<Grouped<BITS>> {
           if (input < width) to[input] = scale * q + min;  // the product is exact: 11 bits times BITS
         }
       }
+  }
+};
+
+template <>
+struct Rows<SplitInt8<true>> {
+  static void read(const void* packed, int64_t width, int64_t index, float* to) {
+    const SplitBlock block(packed, num_groups(int(width)), index / BLOCK);
+    const int half = int(index % BLOCK / 16), lane = int(index % 16);
+    for (int64_t i = 0; i < width; ++i) {
+      const int64_t g = i / GROUP;
+      const int line = LaneOrder::line_of(int(i % GROUP)), shift = 8 * LaneOrder::byte_of(int(i % GROUP));
+      const uint32_t high = block.highs[g].words[half][line / 2][lane], low = block.lows[g].words[half][line / 2][lane];
+      const float scale = from_fp16(block.highs[g].scales + index % BLOCK / LANES * LANES)[index % LANES];
+      to[i] = scale * (float(whole_line(line, high, low) >> shift & 0xffu) - 128.0f);
+    }
   }
 };
 

@@ -5,7 +5,6 @@
 // Shapes: N columns, B rows, H hidden size, S slots, L capacity of a slot.
 #pragma once
 
-#include "choose.hpp"
 #include "decoder.hpp"
 #include "rows.hpp"
 #include "screen.hpp"
@@ -25,14 +24,11 @@ struct TargetPass {
   RowTable embedding;
   int64_t vocabulary;
   Matrix head;
-  void (*argmax)(const float*, int64_t, int, const void*, int, int, int64_t*);
-  int (*screened_argmax)(const float*, int64_t, int, const void*, int, int, int64_t*, const Screen*);
   void (*choose)(const float*, int64_t, int, const void*, int, int, const Draws*);
-  const Screen* screen;  // or null: `argmax` is used
   const DecoderCall* decoder;  // `begins` has N as its last number
   const int64_t* ids;          // [N]
   int64_t columns, chosen;     // the first `chosen` columns get a token
-  Draws draws;                 // `temperatures` null: the largest output of each
+  Draws draws;
   StateTable aux, last;        // [S, L, 3 H] and [S, L, H]
   const int64_t* keeps_last;   // [B] 0: the row's last states are not stored
   int64_t skips_prompts_last;  // 1: prompts have no last states; of the last layer they need keys and values alone
@@ -84,13 +80,7 @@ inline int run_pass(const TargetPass& p) {
     p.decode(&call);
   if (p.aux.data) store_states(call, call.aux, 3 * H, p.aux, nullptr);
   if (p.last.data) store_states(call, call.normed, H, p.last, p.keeps_last);
-  if (!chosen) return 1;
-  if (p.draws.temperatures)
-    p.choose(call.normed, H, chosen, p.head.weight, H, outputs, &p.draws);
-  else if (p.screen)
-    p.screened_argmax(call.normed, H, chosen, p.head.weight, H, outputs, p.draws.tokens, p.screen);
-  else
-    p.argmax(call.normed, H, chosen, p.head.weight, H, outputs, p.draws.tokens);
+  if (chosen) p.choose(call.normed, H, chosen, p.head.weight, H, outputs, &p.draws);
   return 1;
 }
 

@@ -65,6 +65,9 @@ struct LogSumExp {
   float value() const { return most + std::log(sum); }
 };
 
+// So few blocks are multiplied by the calling thread alone: others would take longer to wake, or to get a processor.
+constexpr int BLOCKS_OF_ONE_THREAD = 8;
+
 // Multiplies some blocks on all threads and calls `each(thread, block, y, width)` with the outputs y [rows, width] of
 // each. `chosen`: numbers of `count` blocks, or null for the first `count` blocks. x: inputs that are already rounded.
 template <class Format, class Each>
@@ -73,7 +76,7 @@ void each_block(const typename Format::Input* x, int k, int rows, const void* w,
   typedef Product<Format> P;
   const char* weight = static_cast<const char*>(w);
   const auto place = [&](int i) { return weight + (chosen ? chosen[i] : i) * P::block_bytes(k); };
-#pragma omp parallel
+#pragma omp parallel if (count > BLOCKS_OF_ONE_THREAD)
   {
     static thread_local Buffer<float> of_block;
     float* y = of_block.at_least(size_t(rows) * BLOCK);
@@ -133,28 +136,6 @@ void top_of_blocks(const typename Format::Input* x, int k, int rows, const void*
       if (lse) lse[r].add(sums[ptrdiff_t(part) * rows + r]);
     }
   }
-}
-
-// The same over all outputs of a product.
-template <class Format>
-void multiply_top(const float* x, ptrdiff_t x_stride, int rows, const void* w, int inputs, int outputs, int count,
-                  Top* tops, LogSumExp* lse) {
-  typedef Product<Format> P;
-  const int k = P::padded(inputs);
-  static thread_local Buffer<typename Format::Input> rounded;
-  typename Format::Input* to = rounded.at_least(P::buffer_rows(rows) * k);
-  for (int r = 0; r < rows; ++r) P::round_row(x + r * x_stride, inputs, to, r, rows);
-  top_of_blocks<Format>(to, k, rows, w, outputs, nullptr, num_blocks(outputs), count, tops, lse);
-}
-
-// Index of each row's largest output.
-template <class Format>
-void multiply_argmax(const float* x, ptrdiff_t x_stride, int rows, const void* w, int inputs, int outputs,
-                     int64_t* indices) {
-  static thread_local Buffer<Top> tops;
-  Top* top = tops.at_least(size_t(rows));
-  multiply_top<Format>(x, x_stride, rows, w, inputs, outputs, 1, top, nullptr);
-  for (int r = 0; r < rows; ++r) indices[r] = top[r].index;
 }
 
 }  // namespace
