@@ -214,6 +214,19 @@ def test_the_bounds_hold_for_the_largest_possible_error(seems: str, inputs: int)
 
 
 @needs_kernels
+def test_bounds_that_exclude_little_are_computed_again_only_now_and_then(gen: torch.Generator) -> None:
+    """Wrong bounds, which make a screened choice wrong, say which of the choices after these were screened."""
+    q_OI = 128 + torch.randint(0, 16, (1500, 96), generator=gen)
+    split, whole = split_and_whole(q_OI, torch.full((1500, 3), 0.01))
+    x_1I = torch.randn(1, 96, generator=gen)
+    expected = whole.argmax(x_1I).tolist()
+    assert all(split.argmax(x_1I).tolist() == expected for _ in range(8))
+    split.packed.view(-(-1500 // 32), -1)[:, : 4 * 32].view(torch.float32).zero_()
+    are_wrong = [split.argmax(x_1I).tolist() != expected for _ in range(64)]
+    assert 50 < are_wrong.index(True) < 64
+
+
+@needs_kernels
 @pytest.mark.parametrize("weight_format", FORMATS)
 def test_strided_inputs_give_the_same_outputs(weight_format: WeightFormat) -> None:
     layer = PackedLinear(random_linear(24, 40, bias=False), weight_format)

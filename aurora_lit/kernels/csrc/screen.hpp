@@ -34,7 +34,7 @@ inline float size_of_inputs(const float* x, int inputs) {
 // row's largest, which is raised. y: approximate outputs; `errors` times `size` are their errors.
 inline float upper_bound(const Choice& choice, const float* y, const float* errors, float size, int width, int64_t first,
                          float* least) {
-  constexpr float UNDERFLOW_ERROR = 1e-30f;
+  constexpr float UNDERFLOW_ERROR = 1e-27f;  // of sums of up to 2^14 groups, each at most 2^-126 * 2^19
   float padded[BLOCK];
   if (width < BLOCK) {
     for (int i = 0; i < BLOCK; ++i) padded[i] = i < width ? y[i] : -INFINITY;
@@ -74,14 +74,13 @@ class Bounds {
     float* sizes = all_sizes.at_least(size_t(rows));
     for (int r = 0; r < rows; ++r) sizes[r] = size_of_inputs(x + r * x_stride, inputs);
     for (int i = 0; i < most_parts * rows; ++i) leasts[i] = -INFINITY;
-    each_block<SplitInt8<false>>(rounded, groups, rows, w, outputs, nullptr, blocks_,
-                              [=](int thread, int b, const float* y, int width) {
-                                const float* errors = SplitBlock(w, groups, b).errors;
-                                for (int r = 0; r < rows; ++r)
-                                  uppers[ptrdiff_t(b) * rows + r] =
-                                      upper_bound(choices[r], y + ptrdiff_t(r) * width, errors, sizes[r], width,
-                                                  int64_t(b) * BLOCK, leasts + ptrdiff_t(thread) * rows + r);
-                              });
+    const auto bound = [=](int thread, int b, const float* y, int width) {
+      const float* errors = SplitBlock(w, groups, b).errors;
+      for (int r = 0; r < rows; ++r)
+        uppers[ptrdiff_t(b) * rows + r] = upper_bound(choices[r], y + ptrdiff_t(r) * width, errors, sizes[r], width,
+                                                      int64_t(b) * BLOCK, leasts + ptrdiff_t(thread) * rows + r);
+    };
+    each_block<SplitInt8<false>>(rounded, groups, rows, w, outputs, nullptr, blocks_, bound);
     for (int i = rows; i < most_parts * rows; ++i)
       if (leasts[i] > leasts[i % rows]) leasts[i % rows] = leasts[i];
     uppers_ = uppers, least_ = leasts;
