@@ -87,6 +87,23 @@ def test_requests_are_answered_as_on_the_cpu(kind: str, folder: Path) -> None:
     assert any(output.num_proposed for answer in here.values() for output in answer.rounds)
 
 
+def test_a_prefix_that_has_left_its_slot_is_kept_on_the_device(folder: Path) -> None:
+    """One slot, and the draft's keys are kept too."""
+    prompts = {"a": (*prompt(1, 70), 1), "other": prompt(2, 40), "b": (*prompt(1, 70), 2, 3)}
+
+    def serve(device: torch.device, **options: object) -> tuple[list[list[int]], int]:
+        target = load_target(folder, precision="fp32", device=device)
+        engine = make_engine(target, random_draft(load_target(folder, precision="fp32")), max_batch_size=1, **options)
+        found = [run(engine, [request(name, prompts[name], max_tokens=6)])[name].token_ids for name in prompts]
+        return found, engine.counters.cached_tokens
+
+    computed, none = serve(CPU, prefix_cache_mb=0)
+    with fake_device() as device:
+        kept, cached = serve(device)
+    assert kept == computed
+    assert (none, cached) == (0, 64)
+
+
 @pytest.mark.slow
 def test_costs_are_measured_on_the_device(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("_PASSES", "_ENOUGH"):  # once is enough to see where

@@ -123,6 +123,23 @@ def test_what_is_counted_is_what_is_kept(target: Target, draft: Eagle3Draft) -> 
     assert cache.num_bytes == positions * (keys_and_values + drafted + states)
 
 
+def test_nothing_is_kept_that_its_slot_still_has(target: Target) -> None:
+    """A conversation that goes on where it was; what the slot loses of it is less than a block."""
+    served = Served(target)
+    cache = served.engine.prefix_cache
+    assert cache is not None
+    assert served.cached(ask("a"), ask("b", 1, shared=140), ask("c", *LONG[140:190], shared=140)) == [0, 140, 140]
+    assert cache.num_bytes == 0
+    served(OTHER)
+    assert cache.num_bytes > 0
+
+
+def test_the_last_token_of_a_prompt_of_whole_blocks_is_computed(target: Target) -> None:
+    served = Served(target)
+    first, other, again = served(ask("a", shared=2 * B + 1), OTHER, ask("b", shared=2 * B))
+    assert again == (Served(target, prefix_cache_mb=0)(ask("b", shared=2 * B))[0][0], B)
+
+
 def test_a_store_without_room_leaves_prefixes_to_the_slots(target: Target) -> None:
     served = Served(target, prefix_cache_mb=1)
     cache = served.engine.prefix_cache
@@ -180,28 +197,35 @@ def test_the_drafts_keys_are_kept_but_not_those_of_weights_that_are_gone(
     drafter, cache = served.engine._drafter, served.engine.prefix_cache
     assert drafter is not None
     assert cache is not None
-    served(ask("a"))
-    first = keys(served)
-    served(ask("b", *LONG[100:190], shared=B))
-    assert not torch.equal(keys(served), first)
+
+    @torch.no_grad()
+    def load(request: Request) -> int:
+        """Into an empty slot; returns how much of two blocks the draft has to compute."""
+        places = cache.find(Scope("", ""), request.prompt_ids)
+        drafter.forget(0)
+        cache.copy(Prefix(len(places) * B, places=places), slot=0, start=0)
+        assert len(places) == 2
+        return drafter.num_uncached(0, 2 * B)
+
+    prompts = [ask("a"), ask("b", *LONG[100:190], shared=B)]
+    computed = []
+    for request in prompts:
+        served(request)
+        computed.append(keys(served))
+    assert not torch.equal(*computed)
     served(OTHER)
     if recompute:
         served.engine.swap_draft(draft, version="again", recompute=True)
-    places = cache.find(Scope("", ""), LONG[:150])
-    assert len(places) == 2
-    drafter.forget(0)
-    with torch.no_grad():
-        cache.copy(Prefix(2 * B, places=places), slot=0, start=0)
-    assert drafter.num_uncached(0, 2 * B) == (2 * B - 1 if recompute else 0)
-    if not recompute:
-        assert torch.equal(keys(served), first)
+    for request, wanted in zip(prompts, computed, strict=True):
+        assert load(request) == (2 * B - 1 if recompute else 0)
+        assert torch.equal(keys(served), wanted) != recompute
     served(OTHER, ask("c", 5))
-    assert torch.equal(keys(served), first)
+    assert torch.equal(keys(served), computed[0])
     served(OTHER)  # what was computed anew is kept
-    drafter.forget(0)
-    with torch.no_grad():
-        cache.copy(Prefix(2 * B, places=places), slot=0, start=0)
-    assert drafter.num_uncached(0, 2 * B) == 0
+    assert load(prompts[0]) == 0
+    drafter._num_cached[0] = 150
+    drafter.load_blocks(0, cache.find(Scope("", ""), prompts[0].prompt_ids))
+    assert drafter._num_cached[0] == 150, "the slot has more"
 
 
 def test_a_place_in_the_store_does_not_keep_the_drafts_keys_of_an_earlier_prompt(
