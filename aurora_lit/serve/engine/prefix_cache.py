@@ -13,11 +13,12 @@ Shapes: S slots, L capacity of a slot, C blocks of a slot of P positions, N plac
 
 from __future__ import annotations
 
+import functools
 import itertools
 from array import array
 from collections import OrderedDict
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, ParamSpec
 
 import torch
 
@@ -26,6 +27,8 @@ from aurora_lit.models.interface import Target
 from aurora_lit.models.kv_cache import KVCache, copy_blocks, state_blocks, state_pool
 from aurora_lit.request import Scope
 from aurora_lit.serve.speculation.drafter import Drafter
+
+_P = ParamSpec("_P")
 
 
 class Prefix(NamedTuple):
@@ -42,6 +45,21 @@ class _Block(NamedTuple):
     number: int
     """No other block ever has it."""
     place: int
+
+
+def _in_one_thread(method: Callable[_P, None]) -> Callable[_P, None]:
+    """Several threads would wait for each other at every tensor: beside a busy process 8 ms each time, 0.4 s in all."""
+
+    @functools.wraps(method)
+    def run(*args: _P.args, **kwargs: _P.kwargs) -> None:
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            method(*args, **kwargs)
+        finally:
+            torch.set_num_threads(threads)
+
+    return run
 
 
 class PrefixCache:
@@ -90,6 +108,7 @@ class PrefixCache:
         """Where the store has the first blocks of a prompt, as many as it has."""
         return tuple(block.place for block in self._find(scope, _split(tokens)))
 
+    @_in_one_thread
     def keep(self, scope: Scope, tokens: Sequence[int], *, slot: int) -> None:
         """Keep the whole blocks of what a slot holds, as many as there is room for; `tokens`: all that it holds."""
         own = _split(tokens)
@@ -107,6 +126,7 @@ class PrefixCache:
             chain.append(block)
         self._find(scope, own)
 
+    @_in_one_thread
     def copy(self, prefix: Prefix, *, slot: int, start: int) -> None:
         """Copy a prefix to a slot, which has its first `start` positions already."""
         if prefix.places:

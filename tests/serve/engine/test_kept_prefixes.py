@@ -149,6 +149,25 @@ def test_a_store_without_room_leaves_prefixes_to_the_slots(target: Target) -> No
     assert cache.num_bytes == 0
 
 
+def test_copies_are_made_in_one_thread(target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kept, and found again; then all threads compute."""
+    served, threads, seen = Served(target), torch.get_num_threads(), list[int]()
+    copy_blocks = KVCache.copy_blocks
+
+    def noted(*args: Any, **how: Any) -> None:
+        seen.append(torch.get_num_threads())
+        copy_blocks(*args, **how)
+
+    monkeypatch.setattr(KVCache, "copy_blocks", noted)
+    torch.set_num_threads(2)
+    try:
+        served(ask("a"), OTHER, ask("b", 1))
+        assert seen == [1, 1, 1]
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(threads)
+
+
 def test_who_may_use_a_kept_prefix(target: Target) -> None:
     for shared_by, first, second, shares in (
         ("domain", {}, {}, True),
