@@ -76,18 +76,18 @@ def main() -> int:
         return outputs
 
     folder = draft_folder(config)
-    if folder is None:
-        parser.error("draft.checkpoint is null: name a draft to compare with")
+    if folder is None and arguments.drafts != ["none"]:
+        parser.error("draft.checkpoint is null: name a draft to compare with, or --drafts none")
     if config.target.precision == "fp32":
         reference = _transformers_reference(config, prompts, eos_ids, arguments.max_tokens, arguments.reference)
     else:
         reference = decode(None, 0, 1)
     failures = 0
-    make_draft: dict[str, Callable[[], Eagle3Draft | None]] = {
-        "trained": lambda: load_draft(folder, target),
-        "random": lambda: Eagle3Draft(read_config(folder)),
-        "none": lambda: None,
-    }
+    make_draft: dict[str, Callable[[], Eagle3Draft | None]] = {"none": lambda: None}
+    if folder is not None:
+        checkpoint = folder
+        make_draft["trained"] = lambda: load_draft(checkpoint, target)
+        make_draft["random"] = lambda: Eagle3Draft(read_config(checkpoint))
     for batch in arguments.batches:
         for name in arguments.drafts:
             outputs = decode(make_draft[name](), 0 if name == "none" else 4, batch)
