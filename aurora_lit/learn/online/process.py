@@ -26,6 +26,7 @@ from aurora_lit.drafts.store import lock
 from aurora_lit.errors import AuroraError
 from aurora_lit.ipc.engine_status import STATUS_NAME, EngineStatus, EngineStatusPage
 from aurora_lit.ipc.learner_status import LEARNER_STATUS_NAME, LearnerStatusPage
+from aurora_lit.ipc.process_lifetime import sigterm_ends_at_once
 from aurora_lit.ipc.run_folder import FOLDER_VARIABLE, RING_NAME
 from aurora_lit.machine import PINNING, available_cores
 
@@ -92,7 +93,8 @@ def _follow(config: AuroraConfig, run_folder: Path) -> None:
 
 
 def _learn(config: AuroraConfig, run_folder: Path, page: LearnerStatusPage, status: EngineStatusPage) -> None:
-    from aurora_lit.learn.online.build import build_loop
+    with sigterm_ends_at_once():  # an exception while libraries are imported ends in odd errors of theirs
+        from aurora_lit.learn.online.build import build_loop
 
     loops: list[OnlineLoop] = []
     with (

@@ -9,6 +9,7 @@ import errno
 import fcntl
 import itertools
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -26,6 +27,7 @@ from aurora_lit.config import AuroraConfig, load_config
 from aurora_lit.errors import AuroraError
 from aurora_lit.ipc.engine_status import STATUS_NAME, EngineStatusPage
 from aurora_lit.ipc.learner_status import LEARNER_STATUS_NAME, LearnerStatus, LearnerStatusPage
+from aurora_lit.ipc.process_lifetime import raise_exit
 from aurora_lit.ipc.run_folder import FOLDER_VARIABLE
 from aurora_lit.learn.data.training_state import from_bytes
 from aurora_lit.learn.online import process
@@ -190,6 +192,24 @@ def test_a_learner_that_loads_does_not_tell_share_and_loss_of_the_one_before(
     (now,) = told
     assert (now.state, now.activity, now.steps) == ("running", "loading", 7)
     assert (now.compute_share, now.loss, now.error) == (0.0, 0.0, "")
+
+
+def test_a_signal_raises_nothing_in_imports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """There numpy has answered SystemExit with a RecursionError."""
+
+    class Imported:
+        def __getattr__(self, name: str) -> Any:
+            raise ImportError(f"{name}: SIGTERM is handled by {signal.getsignal(signal.SIGTERM)}")
+
+    monkeypatch.setitem(sys.modules, "aurora_lit.learn.online.build", Imported())
+    before = signal.signal(signal.SIGTERM, raise_exit)
+    try:
+        with pytest.raises(ImportError, match="SIGTERM is handled") as caught:
+            process._learn(load_config(None, []), tmp_path, None, None)  # type: ignore[arg-type]
+        assert signal.getsignal(signal.SIGTERM) is raise_exit, "again"
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert "raise_exit" not in str(caught.value)
 
 
 def test_followers_inherit_the_run_folder_of_their_leader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
