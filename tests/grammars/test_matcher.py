@@ -157,15 +157,23 @@ def test_a_grammar_that_the_vocabulary_cannot_spell_is_refused() -> None:
     assert tokens_of(place.allowed) == {3}
 
 
-def test_what_is_asked_for_again_is_compiled_once_and_outputs_stay_apart(monkeypatch: pytest.MonkeyPatch) -> None:
-    of_one, made = compiler(), list[StructuredOutputsParams]()
-    of_class = GrammarCompiler._matcher
+@pytest.fixture
+def compiled(monkeypatch: pytest.MonkeyPatch) -> list[StructuredOutputsParams]:
+    """What is compiled in the test, in order."""
+    made, of_class = list[StructuredOutputsParams](), GrammarCompiler._matcher
 
     def counted(self: GrammarCompiler, asked: StructuredOutputsParams) -> Any:
         made.append(asked)
         return of_class(self, asked)
 
     monkeypatch.setattr(GrammarCompiler, "_matcher", counted)
+    return made
+
+
+def test_what_is_asked_for_again_is_compiled_once_and_outputs_stay_apart(
+    compiled: list[StructuredOutputsParams],
+) -> None:
+    of_one = compiler()
 
     def start(regex: str, end: int = END) -> Grammar:
         return of_one.compile(StructuredOutputsParams(regex=regex), end_tokens=frozenset([end])).result()
@@ -176,23 +184,16 @@ def test_what_is_asked_for_again_is_compiled_once_and_outputs_stay_apart(monkeyp
     assert tokens_of(second.allowed) == tokens_of(third.allowed) != tokens_of(first.allowed)
     assert tokens_of(start("a?", 10).allowed) == {TOKENS.index("a"), END, 10}
     assert tokens_of(start("a?").allowed) == {TOKENS.index("a"), END}, "with its own end"
-    assert [asked.regex for asked in made] == ["ab?c", "a?"]
+    assert [asked.regex for asked in compiled] == ["ab?c", "a?"]
     for number in range(12):
         start(f"a{{{number + 1}}}")
     start("ab?c")
-    assert [asked.regex for asked in made].count("ab?c") == 2, "a few are kept"
+    assert [asked.regex for asked in compiled].count("ab?c") == 2, "a few are kept"
 
 
-def test_a_compiled_grammar_is_used_by_its_owner_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_compiled_grammar_is_used_by_its_owner_alone(compiled: list[StructuredOutputsParams]) -> None:
     """Its time would tell others what was asked for; of several owners the first gets what is compiled."""
-    of_one, made = compiler(), list[StructuredOutputsParams]()
-    of_class = GrammarCompiler._matcher
-
-    def counted(self: GrammarCompiler, asked: StructuredOutputsParams) -> Any:
-        made.append(asked)
-        return of_class(self, asked)
-
-    monkeypatch.setattr(GrammarCompiler, "_matcher", counted)
+    of_one = compiler()
     asked = StructuredOutputsParams(regex="a")
     for owners, number in (
         (["a"], 1),
@@ -204,7 +205,7 @@ def test_a_compiled_grammar_is_used_by_its_owner_alone(monkeypatch: pytest.Monke
         (["c"], 4),
     ):
         of_one.compile(asked, end_tokens=frozenset([END]), owners=owners).result()
-        assert len(made) == number, owners
+        assert len(compiled) == number, owners
 
 
 def test_a_compiled_grammar_does_not_wait_for_one_that_is_being_compiled(monkeypatch: pytest.MonkeyPatch) -> None:

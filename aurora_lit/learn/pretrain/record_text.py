@@ -1,7 +1,7 @@
 """Stage one of pretraining: the target processes text, and its states at every position are recorded.
 
-This costs a tenth of generating as many positions. Leaves out generating answers (learn/pretrain/generate_answers.py)
-and training (learn/pretrain/trainer.py).
+That is several times faster than generating as many positions. Leaves out generating answers
+(learn/pretrain/generate_answers.py) and training (learn/pretrain/trainer.py).
 
 Shapes: T positions, H hidden.
 """
@@ -36,7 +36,7 @@ def text_pieces(
 def record_pieces(target: Target, pieces: Sequence[list[int]], *, domain: str) -> list[Trace]:
     """Run the target over token sequences together; returns one trace each, in any order.
 
-    They are read as the engine reads prompts, which is several times faster than a forward pass in torch.
+    They are read as the engine reads prompts, which is faster than a forward pass in torch.
     """
     prompts = [PromptToAnswer(domain=domain, prompt_ids=tuple(piece), params=_GREEDY) for piece in pieces]
     answered = generate_answers(

@@ -121,6 +121,7 @@ def build_worker(config: AuroraConfig, run_folder: Path) -> WorkerParts:
         kept_costs=None if shard is not None else _kept_costs(config, target),
         threads=None if shard is not None else thread_budget(target.device, busy_cores=LearnerCores(page)),
     )
+    give_back_freed_memory()  # packing a target needs more for a moment
 
     def load(folder: Path | None) -> RuntimeDraft:
         draft = starting_draft(config, target)[0] if folder is None else load_draft(folder, target)
@@ -137,8 +138,6 @@ def build_worker(config: AuroraConfig, run_folder: Path) -> WorkerParts:
         exploration.follow()
         if shard is not None:
             shard.ranks.announce(engine.draft_version)
-
-    give_back_freed_memory()
 
     def close() -> None:
         sinks.close()

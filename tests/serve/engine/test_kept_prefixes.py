@@ -26,17 +26,6 @@ LONG = torch.randint(VOCAB, (200,), generator=torch.Generator().manual_seed(4)).
 B = KEY_BLOCK
 
 
-@pytest.fixture(scope="module")
-def target(tmp_path_factory: pytest.TempPathFactory) -> Target:
-    folder = save_model("llama", tmp_path_factory.mktemp("llama"), num_hidden_layers=4)
-    return load_target(folder, precision="bf16" if native.library() is not None else "fp32")
-
-
-@pytest.fixture(scope="module")
-def draft(target: Target) -> Eagle3Draft:
-    return random_draft(target)
-
-
 def ask(name: str, *own: int, shared: int = 150, first: int | None = None, **changes: Any) -> Request:
     """The first tokens of LONG, the very first one replaced if another is named, and its own."""
     prompt = [*([] if first is None else [first]), *LONG[first is not None : shared], *own]

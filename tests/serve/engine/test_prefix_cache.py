@@ -26,17 +26,6 @@ from aurora_lit.traces.record import Trace, to_bytes
 COMMON = torch.randint(VOCAB, (40,), generator=torch.Generator().manual_seed(1)).tolist()
 
 
-@pytest.fixture(scope="module")
-def target(tmp_path_factory: pytest.TempPathFactory) -> Target:
-    folder = save_model("llama", tmp_path_factory.mktemp("llama"), num_hidden_layers=4)
-    return load_target(folder, precision="bf16" if native.library() is not None else "fp32")
-
-
-@pytest.fixture(scope="module")
-def draft(target: Target) -> Eagle3Draft:
-    return random_draft(target)
-
-
 def make_request(
     name: str, *own: int, shared: int = len(COMMON), store: bool = True, salt: str = "", **params: Any
 ) -> Request:
