@@ -1,6 +1,6 @@
 """What a forward pass of the target costs: by precision, number of sequences and query length, and part by part.
 
-    python benchmarks/passes.py --precisions int4 bf16 --rows 1 4 8 --widths 1 2 3 4 5 8 16 --prompts 64 256 1000 2000
+    python benchmarks/passes.py --config qwen2.5-coder-0.5b --precisions auto int4 --rows 1 8 --widths 1 2 3 5 8 16
 
 Decoding passes follow `--context` cached tokens, and the greedy choice of every position is included. A prompt is read
 from its start in one pass, or in chunks of `--chunk` tokens, without a choice. Milliseconds are medians; of the parts,
@@ -16,6 +16,7 @@ import statistics
 import time
 from collections import defaultdict
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from rich.console import Console
@@ -86,7 +87,8 @@ class Passes:
 def main() -> None:
     """Run the measurement."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--precisions", nargs="+", default=["int4", "bf16"])
+    parser.add_argument("--config", type=Path, help="file or name of the deployment")
+    parser.add_argument("--precisions", nargs="+", help="default: the deployment's own")
     parser.add_argument("--rows", nargs="*", type=int, default=[1, 4, 8])
     parser.add_argument("--widths", nargs="*", type=int, default=[1, 2, 3, 4, 5, 8, 16])
     parser.add_argument("--prompts", nargs="*", type=int, default=[64, 256, 1000, 2000])
@@ -95,7 +97,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=0.5, help="for each shape and precision")
     parser.add_argument("overrides", nargs="*", help="settings, key=value, after --")
     arguments = parser.parse_args()
-    config = load_config(None, arguments.overrides)
+    config = load_config(arguments.config, arguments.overrides)
     if config.engine.threads:
         torch.set_num_threads(config.engine.threads)
     folder = find_target(config)
@@ -105,7 +107,7 @@ def main() -> None:
     table = Table(title=f"ms a pass; {torch.get_num_threads()} threads; decoding after {arguments.context} tokens")
     for column in ("precision", "pass", "total", *SHOWN_PARTS, "rest", "ms a token"):
         table.add_column(column, justify="right")
-    for name in arguments.precisions:
+    for name in arguments.precisions or [config.target.precision]:
         passes = Passes(load_target(folder, precision=name), rows=rows, capacity=capacity)
         measured: dict[Shape, list[dict[str, float]]] = defaultdict(list)
         for _ in range(ROUNDS):

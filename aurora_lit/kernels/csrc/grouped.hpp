@@ -48,7 +48,6 @@ struct WeightGroup {
   static constexpr int OFFSET = HAS_MIN ? 0 : 1 << (BITS - 1);
   static constexpr int SCALES = BITS == 6 ? 2 : 1;  // for equal parts of the group's inputs
   static constexpr int HIGH_BITS = BITS == 8 ? 0 : BITS - 4;
-  static constexpr bool IS_BYTES = BITS == 8;
   uint16_t scales[SCALES][BLOCK];  // fp16
   uint16_t mins[HAS_MIN ? BLOCK : 0];
   uint32_t words[BLOCK / 16][GROUP * (BITS == 8 ? 8 : 4) / 32][16];

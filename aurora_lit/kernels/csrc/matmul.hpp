@@ -105,7 +105,7 @@ struct GroupedInputs {
 #if defined(AURORA_GROUPED_TILES)
       InputGroup group;
       round_group(from, &group);
-      tile_of(x, groups, r)[g].set(r % TILE_ROWS, group);
+      tiles_of(x)[ptrdiff_t(r / rows_of_tile(rows)) * groups + g].set(r % rows_of_tile(rows), group);
 #endif
       return;
     }
@@ -141,8 +141,8 @@ struct GroupedInputs {
  protected:
 #if defined(AURORA_GROUPED_TILES)
   static_assert(sizeof(TileInputs) <= TILE_ROWS * sizeof(InputGroup), "the buffer holds either");
-  static TileInputs* tile_of(const InputGroup* x, int groups, int r) {
-    return reinterpret_cast<TileInputs*>(const_cast<InputGroup*>(x)) + ptrdiff_t(r / TILE_ROWS) * groups;
+  static TileInputs* tiles_of(const InputGroup* x) {
+    return reinterpret_cast<TileInputs*>(const_cast<InputGroup*>(x));
   }
 #endif
 };
@@ -153,7 +153,7 @@ struct Product<Grouped<BITS>> : GroupedInputs {
   static ptrdiff_t block_bytes(int groups) { return groups * ptrdiff_t(sizeof(typename Format::Weight)); }
   static void enter(int rows) {
 #if defined(AURORA_GROUPED_TILES)
-    if (on_tiles(rows)) configure_byte_tiles<BITS>(rows < TILE_ROWS ? rows : TILE_ROWS);
+    if (on_tiles(rows)) configure_byte_tiles<BITS>(rows);
 #endif
     (void)rows;
   }
@@ -162,8 +162,8 @@ struct Product<Grouped<BITS>> : GroupedInputs {
     const typename Format::Weight* weight = static_cast<const typename Format::Weight*>(w);
 #if defined(AURORA_GROUPED_TILES)
     if (on_tiles(rows))
-      return linear_grouped_tiles(tile_of(x, groups, 0), groups, rows, block_bytes(groups), weight, outputs, stream, y,
-                                  bias, add, from, to);
+      return linear_grouped_tiles(tiles_of(x), groups, rows, PackedGroups<BITS>{weight, groups}, outputs, stream, y, bias,
+                                  add, from, to);
 #endif
     linear_blocks<Format>(x, groups, rows, weight, groups, outputs, stream, y, bias, add, from, to);
   }

@@ -90,14 +90,13 @@ inline void pack_split(const uint8_t* codes, const uint16_t* scales, int outputs
   }
 }
 
-// Groups of a weight as tiles read them. Only those of one block are read at a time, so `highs` and `lows` are where the
-// weight's first group would be, if all were stored like that block's.
+// Groups of a weight as tiles read them.
 struct SplitGroups {
-  const HighHalves* highs;
-  const LowHalves* lows;
+  const void* weight;
+  int groups;  // of a block
 
   struct Group {
-    static constexpr bool HAS_MIN = false, IS_BYTES = false;
+    static constexpr bool HAS_MIN = false;
     static constexpr int SCALES = 1, OFFSET = 128;
     const uint16_t (*scales)[BLOCK];
     const HighHalves* high;
@@ -115,8 +114,10 @@ struct SplitGroups {
       stream.ask<sizeof(LowHalves)>(low);
     }
   };
-  Group operator[](ptrdiff_t i) const { return {&highs[i].scales, &highs[i], &lows[i]}; }
-  SplitGroups operator+(ptrdiff_t groups) const { return {highs + groups, lows + groups}; }
+  Group at(int b, int group) const {
+    const SplitBlock block(weight, groups, b);
+    return {&block.highs[group].scales, &block.highs[group], &block.lows[group]};
+  }
 };
 
 // The product for a few rows; WHOLE: false: the approximate one, for which codes have 8 as their low half.
@@ -186,16 +187,13 @@ struct Product<SplitInt8<WHOLE>> : GroupedInputs {
   static void enter(int rows) { Product<Grouped<8>>::enter(rows); }
   static void blocks(const InputGroup* x, int groups, int rows, const void* w, int outputs, const Stream& stream,
                      float* y, const float* bias, bool add, int from, int to) {
+#if defined(AURORA_GROUPED_TILES)
+    if (WHOLE && on_tiles(rows))
+      return linear_grouped_tiles(tiles_of(x), groups, rows, SplitGroups{w, groups}, outputs, stream, y, bias, add, from,
+                                  to);
+#endif
     for (int b = from; b < to; ++b) {
       const SplitBlock block(w, groups, b);
-#if defined(AURORA_GROUPED_TILES)
-      if (WHOLE && on_tiles(rows)) {
-        const SplitGroups all{block.highs - ptrdiff_t(b) * groups, block.lows - ptrdiff_t(b) * groups};
-        linear_grouped_tiles(tile_of(x, groups, 0), groups, rows, block_bytes(groups), all, outputs, stream, y, bias, add,
-                             b, b + 1);
-        continue;
-      }
-#endif
       linear_blocks<SplitInt8<WHOLE>>(x, groups, rows, &block, groups, outputs, stream, y, bias, add, b, b + 1);
     }
   }
