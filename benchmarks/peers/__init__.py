@@ -3,7 +3,6 @@
 python -m benchmarks.peers --prompts chat.jsonl code.jsonl summarize.jsonl --out peers
 
 environments.py          installs an engine, in an environment of its own
-gguf_files.py            our weights as GGUF files for llama.cpp
 engines.py               one record for each engine: its command and its best documented settings
 client.py                concurrent streamed requests, and what a client observes
 report.py                ratios with quartiles: a table and JSON

@@ -1,7 +1,7 @@
 """Our server against other engines, on the same prompts through the same HTTP client. In the repository's root:
 
     python -m benchmarks.peers --prompts chat.jsonl code.jsonl summarize.jsonl --out peers
-    python -m benchmarks.peers --prompts ... --out peers --peers vllm llama.cpp-bf16 --clients 1 -- learn.enabled=true
+    python -m benchmarks.peers --prompts ... --out peers --peers vllm llama.cpp --clients 1 -- target.precision=int4
 
 For every repeat and peer, our server and then the peer's (in every second repeat the other way round) is started,
 warmed up, measured with 1, 4 and 8 clients, and stopped. Only one server runs at a time. Every number of clients has
@@ -33,6 +33,7 @@ from aurora_lit.drafts.export import export
 from aurora_lit.durable import is_as_begun
 from aurora_lit.errors import AuroraError, ConfigError
 from aurora_lit.learn.pretrain.prompts import encode_prompt, read_prompts
+from aurora_lit.models.gguf import gguf_in
 from aurora_lit.models.gguf_model import in_safetensors
 from aurora_lit.models.package_index import file_sha256
 from aurora_lit.models.source import find_target
@@ -40,7 +41,7 @@ from aurora_lit.progress import Progress
 from aurora_lit.serve.worker.load_models import load_tokenizer
 from benchmarks.load import ask, chat, free_port, started
 
-from . import environments, gguf_files
+from . import environments
 from .client import run_load, served_model
 from .engines import OURS, PEERS, SLOT_TOKENS, SLOTS, Engine
 from .report import Pair, ServerRun, summarise, table
@@ -112,7 +113,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--max-tokens", type=int, default=128)
     parser.add_argument("--temperature", type=float, default=0.0, help="0: greedy")
-    parser.add_argument("--work", type=Path, default=Path("~/.cache/aurora-lit/peers"), help="environments, GGUF files")
+    parser.add_argument("--work", type=Path, default=Path("~/.cache/aurora-lit/peers"), help="environments")
     parser.add_argument("--prepare", action="store_true", help="make the environments only")
     parser.add_argument("--config", type=Path, help="settings of our server")
     parser.add_argument("overrides", nargs="*", help="key=value for our server, after `--`")
@@ -143,23 +144,23 @@ def _prepare(engine: Engine, config: AuroraConfig, work: Path, console: Console)
     cores = sorted(os.sched_getaffinity(0))
     with console.status(f"preparing {engine.name}"):
         substitutions = environments.prepare(engine.environment, work)
-        model = in_safetensors(find_target(config))
         substitutions |= {
-            "model": str(model),
             "cache": str(work / "cache"),
             "threads": str(len(cores)),
             "cores": ",".join(map(str, cores)),
         }
         words = " ".join(engine.command)
+        if "{model}" in words:
+            substitutions["model"] = str(in_safetensors(find_target(config)))
         if "{config}" in words:
             substitutions["config"] = str(work / "ours.yaml")
             work.mkdir(parents=True, exist_ok=True)
             (work / "ours.yaml").write_text(to_yaml(config))
         if "{gguf}" in words:
-            substitutions["gguf"] = str(work / "gguf" / model.name)
-            gguf_files.make_files(
-                model, Path(substitutions["gguf"]), quantize=Path(substitutions["bin"]) / "llama-quantize"
-            )
+            gguf = gguf_in(find_target(config))
+            if gguf is None:
+                raise ConfigError(f"{engine.name} reads GGUF files; name one with target.source")
+            substitutions["gguf"] = str(gguf)
         if "{draft}" in words:
             substitutions["draft"] = str(work / "draft")
             shutil.rmtree(substitutions["draft"], ignore_errors=True)
@@ -218,7 +219,7 @@ def _measure_all(
             runs = {
                 engine.name: _measure(
                     engine,
-                    {**substitutions[engine.name], "precision": peer.precision},
+                    substitutions[engine.name],
                     prompts,
                     counts,
                     arguments,

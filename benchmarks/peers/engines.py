@@ -2,9 +2,9 @@
 
 Leaves out installing an engine (environments.py) and running its server (servers.py).
 
-Words in braces are substituted: {python} and {bin} of the engine's environment, {model} (the folder that our server
-loads), {draft} (our draft, exported), {gguf} (a folder of GGUF files), {config} (our settings), {precision} (of our
-server beside this peer), {cores} (`0,1`), {threads}, {tcmalloc} and {iomp} (libraries to preload), {cache} and {port}.
+Words in braces are substituted: {python} and {bin} of the engine's environment, {model} (our target's weights in
+safetensors), {gguf} (the GGUF file that they come from), {draft} (our draft, exported), {config} (our settings),
+{cores} (`0,1`), {threads}, {tcmalloc} and {iomp} (libraries to preload), {cache} and {port}.
 """
 
 from __future__ import annotations
@@ -33,8 +33,6 @@ class Engine:
     """The path that answers 200 once the server takes requests."""
     most_clients: int = SLOTS
     """It is not measured with more clients."""
-    precision: str = "bf16"
-    """target.precision of our server in the same pair."""
 
     def substituted(self, substitutions: Mapping[str, str]) -> tuple[list[str], dict[str, str]]:
         """Command and environment variables with every word in braces replaced."""
@@ -111,15 +109,15 @@ def _vllm(name: str, *words: str) -> Engine:
     )
 
 
-def _llama_cpp(kind: str, precision: str) -> Engine:
-    """Compiled for this processor; a thread for each core; continuous batching in parallel slots."""
+def _llama_cpp(name: str, *words: str) -> Engine:
+    """The target's own file; compiled for this processor; a thread for each core; continuous batching in slots."""
     return Engine(
-        name=f"llama.cpp-{kind.lower()}",
+        name=name,
         environment="llama.cpp",
         command=(
             "{bin}/llama-server",
             "--model",
-            f"{{gguf}}/{kind}.gguf",
+            "{gguf}",
             "--host",
             "127.0.0.1",
             "--port",
@@ -130,8 +128,8 @@ def _llama_cpp(kind: str, precision: str) -> Engine:
             str(SLOTS),
             "--ctx-size",
             str(SLOTS * SLOT_TOKENS),
+            *words,
         ),
-        precision=precision,
     )
 
 
@@ -146,7 +144,6 @@ OURS = Engine(
         "--config",
         "{config}",
         "server.port={port}",
-        "target.precision={precision}",
     ),
     ready="/ready",
 )
@@ -176,5 +173,24 @@ PEERS = (
         "--speculative-config.num_speculative_tokens",
         "3",
     ),
-    *(_llama_cpp(*formats) for formats in (("F32", "fp32"), ("BF16", "bf16"), ("Q8_0", "int8"), ("Q4_0", "int4"))),
+    _vllm(
+        "vllm-suffix",
+        "--speculative-config.method",
+        "suffix",
+        "--speculative-config.num_speculative_tokens",
+        "4",
+    ),
+    _llama_cpp("llama.cpp"),
+    # Short proposals: five columns take 1.6 times as long as one there.
+    _llama_cpp(
+        "llama.cpp-ngram",
+        "--spec-type",
+        "ngram-simple",
+        "--spec-ngram-simple-size-n",
+        "3",
+        "--spec-ngram-simple-size-m",
+        "4",
+        "--spec-draft-n-max",
+        "4",
+    ),
 )

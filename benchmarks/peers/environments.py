@@ -91,7 +91,7 @@ def _make_venv(folder: Path, requirements: Sequence[str], *, without: Sequence[s
 
 
 def _llama_cpp(folder: Path) -> Path:
-    """Build llama-server and llama-quantize for this processor."""
+    """Build llama-server for this processor."""
     wanted = "\n".join([LLAMA_CPP, *_BUILD, *processor()])
     if _complete(folder, wanted):
         return folder
@@ -111,7 +111,7 @@ def _llama_cpp(folder: Path) -> Path:
         [cmake, "-S", source, "-B", build, "-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={tools / 'bin' / 'ninja'}", *_BUILD],
         log=log,
     )
-    _run([cmake, "--build", build, "--target", "llama-server", "llama-quantize", "-j", str(available_cores())], log=log)
+    _run([cmake, "--build", build, "--target", "llama-server", "-j", str(available_cores())], log=log)
     (folder / "complete").write_text(wanted)
     return folder
 
