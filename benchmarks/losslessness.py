@@ -1,16 +1,18 @@
-"""Whether greedy output equals that of transformers' `generate`, token for token, on real prompts.
+"""Whether output equals that of transformers' `generate` and of plain decoding, token for token, on real prompts.
 
     python benchmarks/losslessness.py --prompts FILE... --limit 34 --max-tokens 128
+    python benchmarks/losslessness.py --prompts FILE... --sampling greedy cut penalties -- target.precision=auto
 
 The reference is transformers in fp32, one prompt at a time; it is cached in the file that --reference names, because it
-takes longest. Compared with it are the configured draft, a random draft and no draft, in batches of 1 and of 8. In
-other precisions transformers rounds differently, so the reference is the engine's own plain decoding. Exit code 1 if
-any output differs.
+takes longest. Compared with it are the configured draft, a random draft and no draft, in batches of 1 and of 8, with
+n-gram lookup. In other precisions transformers rounds differently, and seeded samples are drawn otherwise, so there the
+reference is the engine's own plain decoding. Exit code 1 if any output differs.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import sys
 from collections.abc import Callable
@@ -32,6 +34,14 @@ from aurora_lit.serve.engine.engine import Engine
 from aurora_lit.serve.worker.load_models import eos_token_ids, load_target, load_tokenizer
 
 Outputs = list[list[int]]
+_SAMPLING = {
+    "greedy": SamplingParams(temperature=0.0),
+    "cut": SamplingParams(temperature=0.7, top_p=0.8, top_k=20),
+    "penalties": SamplingParams(
+        temperature=0.8, top_p=0.9, top_k=40, presence_penalty=0.4, frequency_penalty=0.3, repetition_penalty=1.1
+    ),
+}
+"""Seeded, where the temperature is not 0."""
 
 
 def main() -> int:
@@ -45,6 +55,7 @@ def main() -> int:
     parser.add_argument(
         "--drafts", nargs="+", choices=["trained", "random", "none"], default=["trained", "random", "none"]
     )
+    parser.add_argument("--sampling", nargs="+", choices=[*_SAMPLING], default=["greedy"])
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 8])
     parser.add_argument("--config", type=Path)
     parser.add_argument("overrides", nargs="*", help="key=value, for example target.precision=fp32")
@@ -61,14 +72,14 @@ def main() -> int:
     eos_ids = eos_token_ids(target, tokenizer)
     console = Console()
 
-    def decode(draft: Eagle3Draft | None, k: int, batch: int) -> Outputs:
+    def decode(draft: Eagle3Draft | None, k: int, batch: int, params: SamplingParams) -> Outputs:
         settings = replace(
             config.engine, max_batch_size=batch, speculate=k > 0, max_draft_tokens=k or 1, adaptive=False, lookup=True
         )
         engine = Engine(target, draft, replace(settings, explore_share=0.0), eos_token_ids=eos_ids)
         for number, ids in enumerate(prompts):
-            params = SamplingParams(max_tokens=arguments.max_tokens, temperature=0.0)
-            engine.submit(Request(request_id=str(number), prompt_ids=tuple(ids), params=params))
+            own = replace(params, max_tokens=arguments.max_tokens, seed=number)
+            engine.submit(Request(request_id=str(number), prompt_ids=tuple(ids), params=own))
         outputs: Outputs = [[] for _ in prompts]
         while engine.has_work:
             for output in engine.round():
@@ -78,22 +89,24 @@ def main() -> int:
     folder = draft_folder(config)
     if folder is None and arguments.drafts != ["none"]:
         parser.error("draft.checkpoint is null: name a draft to compare with, or --drafts none")
-    if config.target.precision == "fp32":
-        reference = _transformers_reference(config, prompts, eos_ids, arguments.max_tokens, arguments.reference)
-    else:
-        reference = decode(None, 0, 1)
     failures = 0
     make_draft: dict[str, Callable[[], Eagle3Draft | None]] = {"none": lambda: None}
     if folder is not None:
         checkpoint = folder
         make_draft["trained"] = lambda: load_draft(checkpoint, target)
         make_draft["random"] = lambda: Eagle3Draft(read_config(checkpoint))
-    for batch in arguments.batches:
-        for name in arguments.drafts:
-            outputs = decode(make_draft[name](), 0 if name == "none" else 4, batch)
+    for sampling in arguments.sampling:
+        params = _SAMPLING[sampling]
+        if sampling == "greedy" and config.target.precision == "fp32":
+            reference = _transformers_reference(config, prompts, eos_ids, arguments.max_tokens, arguments.reference)
+        else:
+            reference = decode(None, 0, 1, params)
+        for batch, name in itertools.product(arguments.batches, arguments.drafts):
+            outputs = decode(make_draft[name](), 4, batch, params)
             equal = sum(ours == theirs for ours, theirs in zip(outputs, reference, strict=True))
             failures += len(prompts) - equal
-            console.print(f"{config.target.precision}  batch {batch}  draft {name:8}  {equal} of {len(prompts)} equal")
+            case = f"{config.target.precision}  {sampling}  batch {batch}  draft {name:8}"
+            console.print(f"{case}  {equal} of {len(prompts)} equal")
             for number, (ours, theirs) in enumerate(zip(outputs, reference, strict=True)):
                 if ours != theirs:
                     at = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), -1)
