@@ -69,6 +69,7 @@ def program_of(problem: dict[str, Any], answer: str, *, passed: str) -> str:
 
     Before an answer that defines the function stands what the problem has before it: imports, and other functions.
     """
+    answer = answer.removeprefix(_FENCE)  # llama.cpp repeats the turn that was begun
     begin = re.compile(rf"^def {problem['entry_point']}\(", re.MULTILINE)
     found = begin.search(problem["prompt"])
     assert found is not None
