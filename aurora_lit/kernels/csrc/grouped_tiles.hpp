@@ -1,7 +1,7 @@
 // Grouped weights on Intel's matrix tiles (AMX), faster than grouped.hpp from GROUPED_TILES_MIN_ROWS rows on: the
 // product of the inputs of a scale is one product of bytes. The sums are the same integers as in grouped.hpp, scaled and
 // added in the same order, so both give the same bits. Source of the instruction: Intel 64 and IA-32 Architectures
-// Software Developer's Manual, vol. 2, TDPBSUD.
+// Software Developer's Manual, vol. 2, TDPBSSD.
 #pragma once
 
 #include <utility>
