@@ -74,6 +74,7 @@ def test_what_stands_before_a_function_is_given_to_its_answer() -> None:
     program = program_of(PROBLEM, WHOLE, passed="yes")
     assert program.count("def total(") == 1
     assert program.startswith("from typing import List\n\n\ndef double")
+    assert program_of(PROBLEM, f"```python{WHOLE}", passed="yes") == program, "some servers repeat what was begun"
     turns = body_of(PROBLEM, max_tokens=5)["messages"]
     assert [turn["role"] for turn in turns] == ["system", "user", "assistant"]
     assert PROBLEM["prompt"] in turns[1]["content"]
