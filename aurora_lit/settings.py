@@ -67,8 +67,9 @@ class EngineSettings:
     max_draft_tokens: int = _within(4, 1, 8)
     """Maximum number of consecutive tokens that the draft proposes in a round."""
     adaptive: bool = True
-    """true: each round chooses the draft length from measured costs, and with the fused CPU layers those tokens of a
-    chain, and of three others beside each, that are expected to repay their time. false: always max_draft_tokens."""
+    """true: each round proposes what is expected to repay its time: of copies and, with the fused CPU layers, of a
+    drafted chain and three other tokens beside each of it; other layers draft whole chains. It rests where it does not
+    pay. false: always max_draft_tokens."""
     explore_share: float = _within(0.0, 0.0, 1.0)
     """Share of drafted rounds in which greedy requests sample their proposals, for the policy loss to learn from.
     Answers stay the same; such rounds accept fewer tokens. 0: off, since it has shown no gain."""

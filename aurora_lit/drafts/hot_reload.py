@@ -4,7 +4,8 @@ The engine's thread only polls between rounds whether a draft is ready, which co
 that cannot be served is refused with a reason, and the present draft continues to serve; while CURRENT names it, it is
 tried again, less and less often. The thread also looks for new domains (serve/worker/domain_watch.py). Leaves out where
 versions are stored (drafts/store.py), how a draft is checked (drafts/checkpoint.py and, for serving,
-serve/speculation/runtime_draft.py), what a swap does (serve/engine/engine.py), when to roll back (live_watch.py).
+serve/speculation/sources/runtime_draft.py), what a swap does (serve/engine/engine.py), when to roll back
+(live_watch.py).
 
 Lifecycle: `first` before serving, then `start`; `poll` every round; `close` at the end.
 

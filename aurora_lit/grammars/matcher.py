@@ -8,8 +8,8 @@
     branch.enter(81), branch.allowed(), branch.leave()                        # what would be allowed after another one
 
 The tokens that end an output are allowed where the grammar may end, and wherever the grammar itself allows them. Left
-out: the grammar's definition (definition.py), and what a round makes of the masks (serve/speculation/grammar_rows.py,
-serve/engine/token_choice.py).
+out: the grammar's definition (definition.py), and what a round makes of the masks
+(serve/speculation/sources/grammar.py, serve/engine/token_choice.py).
 
 Shapes: W bytes of a mask: one bit for each token, the first in the lowest bit.
 """

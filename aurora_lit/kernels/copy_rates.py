@@ -2,7 +2,7 @@
 
 A node is the more often accepted the more tokens agree before it, and the larger the share of the occurrences that go
 on with it. Both are counted over all traffic. The rates are what a look-up (kernels/suffix_index.py) takes survivals
-from; leaves out how many nodes are proposed (serve/speculation/copy_planner.py).
+from; leaves out how many nodes are proposed (serve/speculation/weigh.py).
 
 Shapes: R tables of rates, C cells of a table.
 """

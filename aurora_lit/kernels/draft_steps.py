@@ -38,7 +38,7 @@ class _Call(ctypes.Structure):
         ("embedding", matmul.RowTable),
         *((name, ctypes.c_void_p) for name in ("target_ids", "done", "ends")),
         *((name, ctypes.c_int64) for name in ("children", "max_levels", "max_nodes")),
-        *((name, ctypes.c_void_p) for name in ("min_gains", "temperatures", "keys", "positions")),
+        *((name, ctypes.c_void_p) for name in ("temperatures", "keys", "positions")),
         *((name, ctypes.c_void_p) for name in ("acceptance", "level_rates")),
         ("speed", ctypes.c_double),
         ("columns_s", ctypes.c_void_p),
@@ -99,6 +99,11 @@ class Drafted(NamedTuple):
         return torch.tensor(self.tokens)
 
     @property
+    def num_levels(self) -> int:
+        """How many levels were drafted."""
+        return len(self.outcomes)
+
+    @property
     def outcome_JB(self) -> torch.Tensor:
         """`outcomes`, fp32."""
         return torch.tensor(self.outcomes)
@@ -136,7 +141,6 @@ class _Room:
         self.sizes = sequences, levels, nodes
         self.numbers = (ctypes.c_int64 * (3 * sequences))()
         """Slots, first positions and ends."""
-        self.gains = (ctypes.c_double * (levels - 1))()
         self.level_rates = (ctypes.c_double * sequences)()
         self.temperatures = (ctypes.c_float * sequences)()
         self.noise = (ctypes.c_int64 * (2 * sequences))()
@@ -231,7 +235,6 @@ class DraftSteps:
         rows: DraftRows,
         *,
         num_levels: int,
-        min_gains: Sequence[float] | None = None,
         num_siblings: int = 0,
         num_nodes: int = 0,
         weighing: Weighing | None = None,
@@ -240,8 +243,6 @@ class DraftSteps:
 
         Args:
             num_levels: most levels.
-            min_gains: accepted tokens, of all sequences together, that each level after the first must promise to be
-                drafted. None: all levels are drafted. A weighed chain has its own rule.
             num_siblings: of a weighed chain, tokens that are considered beside each of its own.
             num_nodes: of a weighed chain, most proposals for each sequence.
             weighing: which levels are drafted, and which tokens proposed. None: the whole chain, without siblings.
@@ -250,10 +251,7 @@ class DraftSteps:
         room, call = self._room_for(sources, (len(rows.slots), num_levels, num_nodes or num_levels)), self._call
         room.numbers[:] = [*rows.slots, *rows.done, *rows.ends]
         call.children = min(1 + num_siblings, self._num_outputs)
-        call.min_gains = call.temperatures = None
-        if min_gains is not None:
-            room.gains[:] = list(min_gains)
-            call.min_gains = ctypes.addressof(room.gains)
+        call.temperatures = None
         if rows.draws is not None:
             temperatures, keys, positions = rows.draws
             room.temperatures[:], room.noise[:] = list(temperatures), [*keys, *positions]

@@ -12,7 +12,7 @@ import math
 import mmap
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 
@@ -38,19 +38,13 @@ def empty(numel: int, dtype: torch.dtype) -> torch.Tensor:
 
 
 def zeros(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-    """A tensor of zeros with its own mapping; the system allocates its memory when it is first written."""
-    return _map(math.prod(shape) * dtype.itemsize).view(dtype).view(tuple(shape))
-
-
-def touch(tensor: torch.Tensor) -> Iterator[None]:
-    """Have the system allocate a contiguous tensor's memory, a huge page a step; what it holds stays as it is.
+    """A tensor of zeros with its own mapping, whose memory the system allocates now.
 
     Otherwise whoever first writes to a page waits for it, 4 ms on a virtual machine.
     """
-    raw = tensor.view(-1).view(torch.uint8)
-    for start in range(0, raw.numel(), _PAGE_BYTES):
-        raw[start : start + 1] |= 0
-        yield
+    raw = _map(math.prod(shape) * dtype.itemsize)
+    raw[::_PAGE_BYTES] = 0
+    return raw.view(dtype).view(tuple(shape))
 
 
 def growing(shape: Sequence[int], dtype: torch.dtype, *, device: torch.device | str = "cpu") -> torch.Tensor:

@@ -29,8 +29,8 @@ from aurora_lit.kernels.build import ClangError, built_library, compiler, first_
 KEY_BLOCK = 64
 """Positions whose keys are stored together in a slot; KEY_BLOCK in attention_shape.hpp."""
 COST = (
-    "Without them everything is computed in torch: slower, without the traffic memory, and target.precision int8 and "
-    "int4 are refused."
+    "Without them everything is computed in torch: slower, without n-gram lookup and without the traffic memory, and "
+    "target.precision int8 and int4 are refused."
 )
 _log = logging.getLogger(__name__)
 

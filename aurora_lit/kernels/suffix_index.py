@@ -1,7 +1,7 @@
 """Copied proposals in native code (csrc/suffix_index.hpp): what followed a sequence's last tokens before.
 
-Leaves out: who may read what (serve/speculation/traffic_memory.py), and how many of the nodes are proposed
-(serve/speculation/copy_planner.py).
+Leaves out: who may read what (serve/speculation/sources/memory.py), and how many of the nodes are proposed
+(serve/speculation/weigh.py).
 
 Shapes: B sequences, S slots, L capacity of a slot, R tables of rates, C cells of a table.
 """
@@ -147,7 +147,7 @@ class _Call(ctypes.Structure):
 
 
 def look_up(tokens_SL: torch.Tensor, rows: LookUp, *, memory: SuffixMemory | None) -> list[Copies]:
-    """The likeliest copies for each sequence; `look_up` in serve/speculation/copies_in_python.py is the reference.
+    """The likeliest copies for each sequence; `look_up` in serve/speculation/sources/ngram.py is the reference.
 
     `tokens_SL`: committed tokens, int64 on the CPU.
     """

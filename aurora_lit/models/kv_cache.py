@@ -88,16 +88,6 @@ class KVCache:
         self.keys_SGCQPE = [zeros(key_shape, dtype) for _ in range(num_layers)]
         self.values_SGMDE = [zeros(value_shape, dtype) for _ in range(num_layers)]
 
-    def touch(self) -> Iterator[None]:
-        """Have the system allocate the memory of slots on huge pages, a page a step, before rounds wait for it.
-
-        The layers' slots share pages, so a slot's first positions, or a prefix that is copied to it, take a page of
-        every layer's keys and values: a round of half a second.
-        """
-        if self.keys_SGCQPE[0].device.type == "cpu" and self.capacity <= TAKEN_POSITIONS:
-            for each in (*self.keys_SGCQPE, *self.values_SGMDE):
-                yield from huge_pages.touch(each)
-
     def copy_prefix(self, source: int, slot: int, length: int, *, start: int = 0) -> None:
         """Copy the first `length` positions of slot `source` to `slot`, in every layer.
 

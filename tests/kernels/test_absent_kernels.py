@@ -17,7 +17,7 @@ from support.tiny_models import save_model
 
 from aurora_lit.kernels import native
 from aurora_lit.kernels.native import COST
-from aurora_lit.serve.speculation.traffic_memory import can_remember
+from aurora_lit.serve.speculation.sources.memory import can_remember
 from aurora_lit.settings import MemorySettings
 
 VERSION = '#!/bin/sh\n[ "$1" = --version ] && echo "fake 1.0" && exit 0\n'
@@ -206,7 +206,7 @@ def test_where_gpp_is_clang_the_remedy_is_another_compiler(
 def test_that_there_is_no_traffic_memory_is_among_what_absence_costs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(native, "library", lambda: None)
     assert not can_remember(torch.device("cpu"))
-    assert "without the traffic memory" in COST
+    assert "without n-gram lookup and without the traffic memory" in COST
     assert MemorySettings.__doc__ is not None
     assert "needs the CPU kernels" in MemorySettings.__doc__
 

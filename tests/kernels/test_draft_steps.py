@@ -24,9 +24,8 @@ from aurora_lit.kernels.matmul import ColumnDraws
 from aurora_lit.models.interface import Target
 from aurora_lit.models.loading import load_target
 from aurora_lit.modules.sampling.noise import gumbel
-from aurora_lit.serve.speculation import runtime_draft
-from aurora_lit.serve.speculation.drafter import Drafter, DraftInputs
-from aurora_lit.serve.speculation.planner import extends_chain
+from aurora_lit.serve.speculation.sources import runtime_draft
+from aurora_lit.serve.speculation.sources.drafter import Drafter, DraftInputs
 
 pytestmark = pytest.mark.skipif(native.library() is None, reason="no C++ compiler, or AURORA_LIT_NATIVE=0")
 
@@ -77,8 +76,8 @@ def native_chain(drafter: Drafter, inputs: DraftInputs, *, noise: ColumnDraws | 
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("stop_after", [1, 3, 9])
-def test_a_native_chain_equals_the_modules_chain(target: Target, stop_after: int) -> None:
+@pytest.mark.parametrize("num_levels", [1, 3, 5])
+def test_a_native_chain_equals_the_modules_chain(target: Target, num_levels: int) -> None:
     sequences = GrowingSequences(target, num_drafters=2)
     native_drafter, module_drafter = sequences.drafters
     module_drafter._runtime_draft = replace(module_drafter._runtime_draft, steps=None)
@@ -86,12 +85,11 @@ def test_a_native_chain_equals_the_modules_chain(target: Target, stop_after: int
     assert not module_drafter.is_native
     for lengths in ROUNDS:
         inputs = sequences.grow(lengths)
-        min_gains = stop_after_levels(stop_after, 5)
-        drafted = native_chain(native_drafter, inputs, num_levels=5, min_gains=min_gains)
-        expected = module_drafter.propose(inputs, num_steps=5, min_gains=min_gains)
+        drafted = native_chain(native_drafter, inputs, num_levels=num_levels)
+        expected = module_drafter.propose(inputs, num_steps=num_levels)
         compared = slice(0, num_comparable(lengths))
         assert torch.equal(drafted.token_BK[compared], expected.token_BK[compared])
-        assert drafted.token_BK.shape == (3, min(5, stop_after))
+        assert drafted.token_BK.shape == (3, num_levels)
         torch.testing.assert_close(
             drafted.outcome_JB[:, compared], expected.outcome_JB[:, compared], atol=1e-4, rtol=1e-4
         )
@@ -120,36 +118,6 @@ def test_a_draft_whose_matrices_have_different_bits_runs_natively(
                 drafted.outcome_JB[0, compared], expected.outcome_JB[0, compared], atol=1e-2, rtol=1e-2
             )
             assert torch.equal(drafted.token_BK[compared, 0], expected.token_BK[compared, 0])
-
-
-@torch.no_grad()
-def test_native_drafting_ends_where_the_rule_says(target: Target) -> None:
-    """With random tables: after the first level whose successor promises too few tokens by the recorded outcomes."""
-    rng, ends = random.Random(1), set()
-    sequences, draft = GrowingSequences(target, num_drafters=0), random_draft(target)
-    draft.value_head.bias.fill_(4.0)  # expects long chains, so that all levels may be reached
-    drafter = Drafter(draft, target, tokens_SL=sequences.tokens_SL, capacity=CAPACITY)
-    sequences.drafters.append(drafter)
-    inputs = sequences.grow(ROUNDS[0])
-
-    def outcomes(min_gains: list[float] | None) -> torch.Tensor:
-        drafter._num_cached = [0] * len(drafter._num_cached)
-        return native_chain(drafter, inputs, num_levels=6, min_gains=min_gains).outcome_JB
-
-    everything_JB = outcomes(None)
-    assert len(everything_JB) == 6
-    for _ in range(200):
-        min_gains = [1.5 * rng.random() ** 8 for _ in range(5)]
-        survival, levels = [1.0] * 3, 1
-        for outcome_B, min_gain in zip(everything_JB.tolist(), min_gains, strict=False):
-            if not extends_chain(outcome_B, survival, min_gain):
-                break
-            levels += 1
-        ended_JB = outcomes(min_gains)
-        assert len(ended_JB) == levels
-        assert torch.equal(ended_JB, everything_JB[:levels])
-        ends.add(levels)
-    assert len(ends) > 3, "the tables must end drafting at different levels"
 
 
 @torch.no_grad()
@@ -203,11 +171,6 @@ def test_a_draft_that_was_prepared_before_can_be_prepared_again(target: Target) 
         drafter.features_SLF.copy_(torch.randn(drafter.features_SLF.shape, generator=torch.Generator().manual_seed(4)))
         proposed.append(native_chain(drafter, inputs, num_levels=3).tokens)
     assert proposed[0] == proposed[1]
-
-
-def stop_after_levels(levels: int, most: int) -> list[float]:
-    """What levels must promise so that exactly these are drafted."""
-    return [-math.inf if done < levels else math.inf for done in range(1, most)]
 
 
 @dataclass(kw_only=True)
@@ -429,7 +392,7 @@ def test_a_call_does_not_depend_on_the_calls_before_it(target: Target) -> None:
         Prices(torch.full((2, SHARE_CLASSES), rate), doubles([0.01 * n for n in range(25)]), doubles([0.0] * 3))
         for rate in (0.5, 0.8)
     ]
-    ways: list[dict[str, Any]] = [{}, {"min_gains": [-math.inf, -math.inf, math.inf]}, *({"prices": p} for p in prices)]
+    ways: list[dict[str, Any]] = [{}, *({"prices": p} for p in prices)]
     cases: list[dict[str, Any]] = [
         {"rows": each, "num_levels": levels, "noise": noise, **how}
         for each in (slice(1, 2), slice(3))
@@ -446,8 +409,6 @@ def test_a_call_does_not_depend_on_the_calls_before_it(target: Target) -> None:
         drafter._num_cached = [0] * len(drafter._num_cached)
         without_copy(drafter)
         each, levels = case["rows"], dict[str, Any](num_levels=case["num_levels"])
-        if "min_gains" in case:
-            levels["min_gains"] = case["min_gains"][1 - case["num_levels"] :]
         if "prices" in case:
             levels["weighing"] = Weighing(case["prices"], [0.7] * len(SLOTS[each]), speed=3.0)
             levels |= {"num_siblings": 2, "num_nodes": 6}

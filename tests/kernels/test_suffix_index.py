@@ -9,12 +9,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from support import copies_in_python
 from support.suffix_memory import SuffixMemoryInPython
 
 from aurora_lit.errors import ConfigError
 from aurora_lit.kernels import native, suffix_index
 from aurora_lit.kernels.suffix_index import DOMAIN_BITS, MAX_MATCH, NUM_CELLS, Copies, LookUp, SuffixMemory
-from aurora_lit.serve.speculation import copies_in_python
 
 pytestmark = pytest.mark.skipif(native.library() is None, reason="needs kernels")
 

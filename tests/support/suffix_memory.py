@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 
 from aurora_lit.kernels.suffix_index import DOMAIN_BITS
-from aurora_lit.serve.speculation.copies_in_python import Occurrence, agreement
+from support.copies_in_python import Occurrence, agreement
 
 _ORDERS = (8, 4, 2, 1)
 _MAX_REMEMBERED = 32

@@ -48,10 +48,9 @@ from aurora_lit.modules.losses.fused_lk import TargetRows, fused_lk_loss
 from aurora_lit.modules.losses.unroll import shift_positions
 from aurora_lit.request import Output, Request, SamplingParams, TokenLogprob
 from aurora_lit.serve.engine.engine import Engine
+from aurora_lit.serve.engine.round_plan import SIBLING_TOKENS
 from aurora_lit.serve.engine.thread_budget import ThreadBudget
 from aurora_lit.serve.engine.trace_recorder import TraceRecorder
-from aurora_lit.serve.speculation.kept_costs import KeptCosts
-from aurora_lit.serve.speculation.planner import SIBLING_TOKENS
 from aurora_lit.settings import EngineSettings, MemorySettings
 
 VOCAB = 61
@@ -272,7 +271,6 @@ def make_engine(
     explore_seed: int = 0,
     draft_version: str = "",
     observer: TraceRecorder | None = None,
-    kept_costs: KeptCosts | None = None,
     grammars: GrammarCompiler | None = None,
     threads: ThreadBudget | None = None,
     **settings: Any,
@@ -298,14 +296,14 @@ def make_engine(
         explore_seed=explore_seed,
         draft_version=draft_version,
         observer=observer,
-        kept_costs=kept_costs,
         grammars=grammars,
         threads=threads,
     )
+    weigher = engine.proposer.weigher
     siblings = SIBLING_TOKENS if branches and target.has_native_decoder else 0
     if siblings and settings.get("adaptive"):
-        siblings = engine.planner.limits.sibling_tokens
-    engine.planner.limits = replace(engine.planner.limits, copied_tokens=copied_tokens, sibling_tokens=siblings)
+        siblings = weigher.limits.sibling_tokens
+    weigher.limits = replace(weigher.limits, copied_tokens=copied_tokens, sibling_tokens=siblings)
     return engine
 
 

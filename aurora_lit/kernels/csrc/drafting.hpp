@@ -37,9 +37,6 @@ struct DraftCall {
   const int64_t *done, *ends;  // [B]: first position to run; end of the positions to run
   int64_t children;            // tokens of a level: the likeliest and its siblings; 1 if nothing is weighed
   int64_t max_levels, max_nodes;
-  // [max_levels - 1], of chains that are not weighed: level l + 1 is drafted if it promises more than min_gains[l]
-  // accepted tokens, of all sequences together (promises_more); null: all levels are drafted.
-  const double* min_gains;
   const float* temperatures;  // [B]: 0 is without noise; or null: 0 for all
   const int64_t* keys;        // [B], if there are temperatures: of the noise
   const int64_t* positions;   // [B], if there are temperatures: index in the output of the first proposed token
@@ -81,9 +78,8 @@ struct Chain {
 // State between the levels of one proposal, and buffers.
 struct DraftState {
   std::vector<Chain> rows;
-  std::vector<double> survival;  // [rows]: probability that all proposals of a chain so far are accepted
-  std::vector<int64_t> begins;   // [rows + 1]: index of each row's first position in the first pass
-  std::vector<int64_t> starts;   // [rows]: position of a further pass
+  std::vector<int64_t> begins;  // [rows + 1]: index of each row's first position in the first pass
+  std::vector<int64_t> starts;  // [rows]: position of a further pass
   Buffer<float> hidden, normed, embeds;  // [rows, H] of the last level; `embeds`: of the next pass, too
   Buffer<Top> tops;
   Buffer<LogSumExp> sums;
@@ -193,27 +189,16 @@ void choose_level(const DraftCall& call, DraftState& d, int64_t level) {
   }
 }
 
-// True if another level after `levels` levels promises more accepted tokens than it must. A weighed chain's level must
-// repay the draft's pass, with what it promises beyond a usual column. A chain's value head predicts
-// v = a(1 + v') tokens from a level on, and a is the acceptance rate there if v' = v; serve/speculation/planner.py has
-// the same rule for chains that are not drafted here (extends_chain).
-inline bool promises_more(const DraftCall& call, DraftState& d, int64_t levels) {
-  if (!call.is_weighed() && !call.min_gains) return true;
+// True if another level of a weighed chain after `levels` levels repays the draft's pass, with what it promises beyond a
+// usual column. Other chains are drafted whole.
+inline bool promises_more(const DraftCall& call, const DraftState& d, int64_t levels) {
+  if (!call.is_weighed()) return true;
   const int64_t usual = std::min(int64_t(2 * d.rows.size()), call.num_columns - 1);
-  const double column_price = call.is_weighed() ? call.speed * call.columns_s[usual] / double(usual) : 0.0;
+  const double column_price = call.speed * call.columns_s[usual] / double(usual);
   const float* outcomes = call.outcomes + (levels - 1) * int64_t(d.rows.size());
   double gain = 0.0;
-  for (size_t b = 0; b < d.rows.size(); ++b) {
-    const double outcome = outcomes[b];
-    if (call.is_weighed()) {
-      gain += std::max(0.0, outcome * call.level_rates[b] - column_price);
-    } else {
-      const double rate = std::max(0.0, std::min(0.98, outcome / (1.0 + std::max(0.0, outcome))));
-      d.survival[b] *= rate;
-      gain += d.survival[b] * rate;
-    }
-  }
-  return gain > (call.is_weighed() ? call.speed * call.levels_s[levels - 1] : call.min_gains[levels - 1]);
+  for (size_t b = 0; b < d.rows.size(); ++b) gain += std::max(0.0, outcomes[b] * call.level_rates[b] - column_price);
+  return gain > call.speed * call.levels_s[levels - 1];
 }
 
 // Run the draft over newly committed positions, then choose the first level. A row without new positions runs one
@@ -254,7 +239,7 @@ void first_level(const DraftCall& call, DraftState& d) {
                                call.fuse.bias);
   });
   decode<Format, Cache>(pass);
-  d.rows.resize(B), d.survival.assign(B, 1.0);
+  d.rows.resize(B);
   float* hidden = d.hidden.at_least(B * H);
   float* last = d.normed.at_least(B * H);
   for (size_t b = 0; b < B; ++b) {

@@ -8,7 +8,7 @@
 // own tokens are scanned, which takes about a nanosecond a token.
 //
 // A sequence is remembered for a *part*, which says who may read it and, in its last DOMAIN_BITS bits, of which domain it
-// is (serve/speculation/traffic_memory.py). Who may read is compared exactly, not by a hash. What a sequence's own domain
+// is (serve/speculation/sources/memory.py). Who may read is compared exactly, not by a hash. What a sequence's own domain
 // has remembered is preferred: other occurrences count only if more tokens agree.
 #pragma once
 

@@ -8,7 +8,7 @@ it never helps itself. In two things this differs from a server:
 - How probable copies of a kind are is learned from the rounds of a server that proposes copies alone, a segment at a
   time. So trees depend neither on the draft nor on the number of processes, and all arms of a replay share them.
 - All nodes with at least `least` survival are proposed, whatever they cost. A server looks down to a fifth of that
-  (serve/speculation/copy_planner.py), and proposes what repays its cost.
+  (serve/speculation/weigh.py), and proposes what repays its cost.
 
 Traces hold neither a request's last token nor its `cache_salt`: the former is not remembered, and requests that differ
 in the latter share a memory here. A segment with fewer new tokens than `SEGMENT_TOKENS` is taken as a request's last

@@ -9,7 +9,7 @@ proposes token t + 2. While a chain is drafted, the target's hidden states of la
 draft's own output of the previous step, before the final norm, replaces them.
 
 Leaves out training (modules/losses/draft_module.py), checkpoints (drafts/checkpoint.py), and drafting with a KV cache
-(serve/speculation/drafter.py).
+(serve/speculation/sources/drafter.py).
 
 Shapes: B sequences, T positions, H draft hidden size, 3H the target's three hidden states side by side, 2H embedding
 and hidden state side by side, C heads · head size, Vd draft vocabulary, V target vocabulary, N heads, G key-value

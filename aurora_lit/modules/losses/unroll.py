@@ -9,7 +9,7 @@ Source: Li et al., arXiv 2503.01840.
 A chain's step costs as much as a position of the trace, so chains run only where the loss needs them. Most of a trace
 is a prompt, which has no loss; of its positions only the keys and values are computed.
 
-Leaves out drafting with a KV cache, as serving does (serve/speculation/drafter.py).
+Leaves out drafting with a KV cache, as serving does (serve/speculation/sources/drafter.py).
 
 Shapes: B traces, T positions, S keys of step 0, K steps, Q rounds, R chains of a trace (padded to the most of any), H
 draft hidden size, V target vocabulary, N heads, G key-value heads, D head size.

@@ -5,7 +5,8 @@ noise (the Gumbel-max trick). The noise is a hash of the request's key, the toke
 id, so it is the same whatever is proposed, and nothing has to be restored when proposals are rejected. csrc/noise.hpp
 computes the same noise natively.
 
-Leaves out who draws with it: the target (modules/sampling/choice.py) and the draft (serve/speculation/drafter.py).
+Leaves out who draws with it: the target (modules/sampling/choice.py) and the draft
+(serve/speculation/sources/drafter.py).
 
 Shapes: N draws, V tokens.
 """

@@ -4,7 +4,7 @@ A tree is verified as columns of one forward pass: column 0 is the root, the las
 node i. Every node comes after its parent, so that one sweep over the columns follows a path. `parents` lists the
 parent's column of columns 1, 2, …
 
-Leaves out where they come from (kernels/csrc/drafting.hpp, serve/speculation/candidate_tree.py) and what a round emits
+Leaves out where they come from (kernels/csrc/drafting.hpp, serve/speculation/weigh.py) and what a round emits
 (serve/engine/round_plan.py).
 """
 

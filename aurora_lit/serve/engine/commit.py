@@ -17,7 +17,7 @@ from aurora_lit.modules.sampling.tree import common_prefix_length
 from aurora_lit.request import Output, Source
 from aurora_lit.serve.engine.round_plan import DecodingRow, RowOutcome
 from aurora_lit.serve.engine.sequence import RunningSequence
-from aurora_lit.serve.speculation.proposer import Proposer
+from aurora_lit.serve.speculation.propose import Proposer
 
 
 class Commit:

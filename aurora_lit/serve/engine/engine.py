@@ -10,7 +10,7 @@
 Every token of an output is one that the target has chosen itself, by its argmax or by a draw whose noise depends on the
 request and the token's place alone (modules/sampling/). So whatever is proposed, outputs are those of plain decoding;
 proposals decide only how fast. Left out: text and stop strings (serve/http/answer_stream.py), what is proposed
-(serve/speculation/proposer.py), and whether speculation pays (serve/speculation/floor.py).
+(serve/speculation/propose.py), and whether speculation pays (serve/speculation/floor.py).
 
 A request's life: submit → waiting → prefilling (a chunk per round) → decoding → finished, or cancelled at any point.
 
@@ -37,7 +37,7 @@ from aurora_lit.request import Output, Request, SharedBy, Source
 from aurora_lit.serve.engine.commit import Commit
 from aurora_lit.serve.engine.prefill import MAX_ROUND_S, PREFILL_CHUNK_TOKENS, Prefill
 from aurora_lit.serve.engine.prefix_cache import PrefixCache
-from aurora_lit.serve.engine.round_plan import RoundPlan, RowOutcome, judge
+from aurora_lit.serve.engine.round_plan import SIBLING_TOKENS, RoundPlan, RowOutcome, SpeculationLimits, judge
 from aurora_lit.serve.engine.sequence import RunningSequence
 from aurora_lit.serve.engine.slot_allocator import SlotAllocator, slot_capacity
 from aurora_lit.serve.engine.target_runner import Columns, TargetRunner
@@ -45,16 +45,17 @@ from aurora_lit.serve.engine.thread_budget import ThreadBudget
 from aurora_lit.serve.engine.token_choice import choose_tokens
 from aurora_lit.serve.engine.trace_recorder import TraceRecorder
 from aurora_lit.serve.engine.waiting_queue import WaitingQueue
-from aurora_lit.serve.speculation.calibration import Calibration, calibration_steps
+from aurora_lit.serve.speculation.calibration import calibrate
 from aurora_lit.serve.speculation.costs import Costs
-from aurora_lit.serve.speculation.drafter import Drafter
 from aurora_lit.serve.speculation.floor import Allowed, RoundKind, SpeculationFloor
-from aurora_lit.serve.speculation.grammar_rows import decoding_row
-from aurora_lit.serve.speculation.kept_costs import KeptCosts
-from aurora_lit.serve.speculation.planner import SIBLING_TOKENS, SpeculationLimits, SpeculationPlanner
-from aurora_lit.serve.speculation.proposer import Proposer
-from aurora_lit.serve.speculation.runtime_draft import RuntimeDraft
-from aurora_lit.serve.speculation.traffic_memory import NO_MEMORY, TrafficMemory, can_remember
+from aurora_lit.serve.speculation.propose import Proposer
+from aurora_lit.serve.speculation.sources.draft import DraftSource
+from aurora_lit.serve.speculation.sources.drafter import Drafter
+from aurora_lit.serve.speculation.sources.grammar import decoding_row
+from aurora_lit.serve.speculation.sources.memory import NO_MEMORY, TrafficMemory, can_remember
+from aurora_lit.serve.speculation.sources.ngram import MAX_PADDED_COPIES, NgramSource, can_look_up
+from aurora_lit.serve.speculation.sources.runtime_draft import RuntimeDraft
+from aurora_lit.serve.speculation.weigh import Weigher
 from aurora_lit.settings import EngineSettings, MemorySettings
 
 
@@ -80,7 +81,6 @@ class Engine:
         explore_seed: int = 0,
         draft_version: str = "",
         observer: TraceRecorder | None = None,
-        kept_costs: KeptCosts | None = None,
         grammars: GrammarCompiler | None = None,
         threads: ThreadBudget | None = None,
     ) -> None:
@@ -92,9 +92,8 @@ class Engine:
 
         `memory`: as config.py resolves it (`resolved_memory`); its scope is that of prefixes and grammars too.
         `explore_seed`: decides which rounds explore. `draft_version`: name of the draft's version, for outputs and
-        traces. `observer`: records rounds. `kept_costs`: used instead of a whole calibration if they exist, otherwise
-        made; see `refine_costs`. `grammars`: of structured outputs; None: they are refused. `threads`: of rounds; None:
-        those that are set.
+        traces. `observer`: records rounds. `grammars`: of structured outputs; None: they are refused. `threads`: of
+        rounds; None: those that are set.
         Raises CheckpointError if the draft computes values that are not finite.
         """
         slots, capacity = settings.max_batch_size, slot_capacity(settings, memory)
@@ -148,22 +147,25 @@ class Engine:
         )
 
         self.costs = Costs(ragged=target.has_native_decoder)
+        self._updates_costs = True
+        """False: rounds do not have the machine to themselves now, so their times are not measurements of costs."""
         limits = self._limits(settings, memory)
-        self.planner = SpeculationPlanner(limits, self.costs)
+        weigher = Weigher(limits, self.costs)
         self.memory: TrafficMemory | None = None
         """None: there is no traffic memory."""
         if settings.speculate and memory.capacity_mb and can_remember(target.device):
             self.memory = TrafficMemory(memory.capacity_mb << 20, shared_by=shared_by, counters=self.counters)
         self.proposer = Proposer(
-            self._drafter,
-            self.planner,
-            tokens_SL=self._tokens_SL,
-            memory=self.memory,
-            looks_up=settings.lookup,
-            max_catch_up_s=max_round_s,
-            explore_share=settings.explore_share,
-            explore_temperature=settings.explore_temperature,
-            explore_seed=explore_seed,
+            weigher,
+            ngram=NgramSource(tokens_SL=self._tokens_SL, memory=self.memory, looks_up=settings.lookup),
+            draft=DraftSource(
+                self._drafter,
+                weigher,
+                max_catch_up_s=max_round_s,
+                explore_share=settings.explore_share,
+                explore_temperature=settings.explore_temperature,
+                explore_seed=explore_seed,
+            ),
         )
         self._commit = Commit(
             self._tokens_SL, max_seq_len=self.max_seq_len, proposer=self.proposer, counters=self.counters
@@ -172,17 +174,20 @@ class Engine:
         adapts = settings.adaptive and (self._drafter is not None or limits.copied_tokens > 0)
         self.floor = SpeculationFloor() if adapts else None
         timed = (self.costs, limits, target, self._drafter)
-        steps = calibration_steps(*timed, kv_cache=kv_cache, max_batch_size=slots) if adapts else iter(())
-        kept = kept_costs if adapts else None
-        self._calibration = Calibration(self.costs, steps, kept=kept, max_batch_size=slots)
+        self._calibration = calibrate(*timed, kv_cache=kv_cache, max_batch_size=slots) if adapts else iter(())
+        while next(self._calibration, False):
+            pass
 
     def _limits(self, settings: EngineSettings, memory: MemorySettings) -> SpeculationLimits:
         """The most that a round proposes for a sequence. Chains are weighed where native steps and trees allow it."""
         drafter = self._drafter
+        copied = copied_tokens(settings, memory) if can_look_up() else 0
+        if not self.target.has_native_decoder:
+            copied = min(copied, MAX_PADDED_COPIES)
         weighs = drafter is not None and drafter.is_native and self.target.has_native_decoder and settings.adaptive
         return SpeculationLimits(
             draft_tokens=settings.max_draft_tokens if drafter else 0,
-            copied_tokens=copied_tokens(settings, memory),
+            copied_tokens=copied,
             sibling_tokens=SIBLING_TOKENS if weighs else 0,
             adaptive=settings.adaptive,
         )
@@ -219,13 +224,10 @@ class Engine:
         self._waiting.append(request)
 
     def refine_costs(self) -> bool:
-        """Time one operation of the calibration, while the slots are still empty; False if there is none left.
-
-        For idle moments after the start. The first request ends it; from then on rounds keep the costs up to date.
-        """
+        """Time one more operation while no request has come yet; False if none is left to time."""
         if self.has_work or self.counters.prompt_tokens:
-            self._calibration.end()
-        return self._calibration.step()
+            self._calibration = iter(())
+        return next(self._calibration, None) is not None
 
     def cancel(self, request_id: str) -> None:
         """End a request in any state and free its slot. An unknown id is ignored."""
@@ -244,7 +246,7 @@ class Engine:
         if self._drafter is None:
             raise ValueError("this engine was created without a draft, so there is none to swap")
         self._drafter.swap(draft, recompute=recompute)
-        self.planner.reset_for_new_draft([*self._prefill.sequences, *self._decoding])
+        self.proposer.draft.rates.forget([*self._prefill.sequences, *self._decoding])
         if self.floor is not None:
             self.floor.forgive()
         self.draft_version, self._draft_number = version, version_number(version)
@@ -252,7 +254,7 @@ class Engine:
     def round(self) -> list[Output]:
         """Run one round for everything that is submitted. Returns what each decoding request received."""
         if self._threads is not None:
-            self.planner.updates_costs = self._threads.before_round()
+            self._updates_costs = self._threads.before_round()
         try:
             return self._round()
         finally:
@@ -334,22 +336,22 @@ class Engine:
         """The rows of this round."""
         sequences = self._decoding
         allowed = self._may_speculate(sequences)
-        proposals, proposing = self.proposer.propose(sequences, copies=allowed.copies, drafts=allowed.drafts)
+        proposed = self.proposer.propose(sequences, copies=allowed.copies, drafts=allowed.drafts)
         decoding = [
             decoding_row(sequence, sequence.last_token, proposal)
-            for sequence, proposal in zip(sequences, proposals, strict=True)
+            for sequence, proposal in zip(sequences, proposed.proposals, strict=True)
         ]
         expected_s = self.costs.round_s(len(decoding), [len(row.proposal.tokens) for row in decoding])
         prompts = self._prefill.plan(
             num_decoding=len(decoding),
-            round_s=expected_s + proposing.drafting_s,
-            updates_costs=self.planner.updates_costs,
+            round_s=expected_s + proposed.drafting_s,
+            updates_costs=self._updates_costs,
         )
         return RoundPlan(
             decoding,
             prompts,
             expected_s=expected_s,
-            proposing=proposing,
+            proposed=proposed,
             copied_prefix=self._prefill.has_copied,
             wants_speculation=any(sequence.speculates for sequence in sequences),
         )
@@ -383,7 +385,7 @@ class Engine:
 
     def _account(self, plan: RoundPlan, outputs: list[Output], seconds: float) -> None:
         """Learn from what the round took."""
-        num_prompt_tokens, drafting_s, rows = plan.num_prompt_tokens, plan.proposing.drafting_s, plan.decoding
+        num_prompt_tokens, drafting_s, rows = plan.num_prompt_tokens, plan.proposed.drafting_s, plan.decoding
         if rows:
             self.counters.count_round(plan.name)
         if num_prompt_tokens:
@@ -392,7 +394,10 @@ class Engine:
             return
         self.counters.round_us += int(seconds * 1e6)
         self.counters.predicted_round_us += int((plan.expected_s + drafting_s) * 1e6)
-        self.planner.observe_round(len(rows), [len(row.proposal.tokens) for row in rows], seconds - drafting_s)
+        tokens = sum(len(output.token_ids) for output in outputs)
+        if self._updates_costs:
+            self.proposer.weigher.observe(len(rows), tokens=tokens, seconds=seconds)
+            self.costs.observe_round(len(rows), [len(row.proposal.tokens) for row in rows], seconds - drafting_s)
         if self.floor is None:
             return
         kind = RoundKind.of([row.sequence for row in rows], threads=torch.get_num_threads())
@@ -400,11 +405,10 @@ class Engine:
         if any(row.proposal.source is Source.GRAMMAR for row in rows):
             self.floor.pass_untimed(kind)
         elif not plan.wants_speculation:
-            self.floor.observe_unasked(kind, seconds=seconds - plan.proposing.all_s)
+            self.floor.observe_unasked(kind, seconds=seconds - plan.proposed.all_s)
         else:
-            tokens = sum(len(output.token_ids) for output in outputs)
             proposed = any(row.proposal.tokens for row in rows)
-            self.floor.observe(kind, seconds=seconds, tokens=tokens, proposed=proposed, proposing=plan.proposing)
+            self.floor.observe(kind, seconds=seconds, tokens=tokens, proposed=proposed, proposing=plan.proposed)
             self.counters.compared_us = int(self.floor.compared_s * 1e6)
             self.counters.compared_plain_us = int(self.floor.compared_plain_s * 1e6)
 

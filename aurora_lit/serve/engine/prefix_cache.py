@@ -26,7 +26,7 @@ from aurora_lit.kernels.native import KEY_BLOCK
 from aurora_lit.models.interface import Target
 from aurora_lit.models.kv_cache import KVCache, copy_blocks, state_blocks, state_pool
 from aurora_lit.request import Scope
-from aurora_lit.serve.speculation.drafter import Drafter
+from aurora_lit.serve.speculation.sources.drafter import Drafter
 
 _P = ParamSpec("_P")
 

@@ -7,7 +7,7 @@
 A *row* is one sequence's part of a pass. A decoding row has the last committed token in column 0 and its proposals, a
 chain or a tree, in the columns after it. A prompt row is a chunk of a prompt. Rows of both kinds share one pass.
 
-Left out: who proposes (serve/speculation/proposer.py), and which token the target chooses at a column
+Left out: who proposes (serve/speculation/propose.py), and which token the target chooses at a column
 (modules/sampling/choice.py).
 """
 
@@ -24,6 +24,33 @@ from aurora_lit.kernels.suffix_index import is_remembered
 from aurora_lit.modules.sampling.tree import accepted_path, common_prefix_length, first_choices
 from aurora_lit.request import PLANS, Source
 from aurora_lit.serve.engine.sequence import RunningSequence
+
+SIBLING_TOKENS = 3
+"""Most other likely tokens that are considered beside each token of a weighed chain."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpeculationLimits:
+    """The most that may be proposed for a sequence in a round."""
+
+    draft_tokens: int
+    """Longest chain; 0: there is no draft."""
+    copied_tokens: int
+    """0: nothing is copied."""
+    sibling_tokens: int = 0
+    """Beside each token of a chain; 0: chains are not weighed."""
+    adaptive: bool = True
+    """False: always the most."""
+
+    @property
+    def weighed_tokens(self) -> int:
+        """Most tokens of a weighed chain and beside it."""
+        return weighed_tokens(self.draft_tokens, self.sibling_tokens)
+
+
+def weighed_tokens(draft_tokens: int, sibling_tokens: int) -> int:
+    """Most tokens of a sequence that are proposed of a weighed chain; 0 without siblings, when nothing is weighed."""
+    return 2 * draft_tokens if sibling_tokens else 0
 
 
 class CopiedNode(NamedTuple):
@@ -176,10 +203,12 @@ class PromptRow:
     tokens: list[int]
 
 
-@dataclass(kw_only=True, slots=True)
-class ProposingTimes:
-    """What making a round's proposals took, in seconds."""
+@dataclass(slots=True)
+class ProposedRound:
+    """What is proposed in a round, and what making that took in seconds."""
 
+    proposals: list[Proposal] = field(default_factory=list)
+    """One for each sequence."""
     all_s: float = 0.0
     """All of it, even if there was nothing to propose."""
     looking_s: float = 0.0
@@ -198,7 +227,8 @@ class RoundPlan:
     prompts: list[PromptRow]
     expected_s: float
     """What the pass and the commit are expected to take without the prompts, in seconds."""
-    proposing: ProposingTimes = field(default_factory=ProposingTimes)
+    proposed: ProposedRound = field(default_factory=ProposedRound)
+    """What the decoding rows were made of."""
     copied_prefix: bool = False
     """Making the plan took the time of copying a prompt's prefix from another slot."""
     wants_speculation: bool = field(kw_only=True)

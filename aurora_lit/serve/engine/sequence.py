@@ -51,7 +51,7 @@ class RunningSequence:
     draft_versions: dict[str, None] = field(default_factory=dict)
     """Draft versions that have proposed for it, in order (an ordered set)."""
     memory_part: int = 0
-    """What it may read of the traffic memory, and writes to when it ends (serve/speculation/traffic_memory.py); 0:
+    """What it may read of the traffic memory, and writes to when it ends (serve/speculation/sources/memory.py); 0:
     nothing."""
     prompt_logprobs: list[TokenLogprob | None] = field(default_factory=list)
     domain: str = ""

@@ -15,8 +15,8 @@ from aurora_lit.config import copied_tokens
 from aurora_lit.kernels.native import KEY_BLOCK
 from aurora_lit.request import Request, SharedBy
 from aurora_lit.serve.engine.prefix_cache import Prefix, PrefixCache
+from aurora_lit.serve.engine.round_plan import SIBLING_TOKENS, weighed_tokens
 from aurora_lit.serve.engine.sequence import RunningSequence
-from aurora_lit.serve.speculation.planner import SIBLING_TOKENS, weighed_tokens
 from aurora_lit.settings import EngineSettings, MemorySettings
 
 _MIN_PREFIX = 16

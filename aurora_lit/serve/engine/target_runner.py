@@ -25,7 +25,7 @@ from aurora_lit.models.native_target import NativeTarget
 from aurora_lit.serve.engine.round_plan import DecodingRow, PromptRow, RoundPlan
 from aurora_lit.serve.engine.token_choice import draws_of
 from aurora_lit.serve.engine.trace_recorder import TraceRecorder
-from aurora_lit.serve.speculation.drafter import Drafter
+from aurora_lit.serve.speculation.sources.drafter import Drafter
 
 
 class States(NamedTuple):

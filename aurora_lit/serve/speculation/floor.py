@@ -1,6 +1,6 @@
 """Never slower than plain decoding: speculation is judged by what it took, and turned off where it lost.
 
-The planner predicts; this file keeps accounts. For each kind of round (number of sequences; greedy or sampled; with the
+Prices predict; this file keeps accounts. For each kind of round (number of sequences; greedy or sampled; with the
 target's logits or without) it knows what a plain round takes, because one is run now and then. Each speculating round
 adds to a balance what its tokens would have taken in plain rounds, less what it took. The balance is in plain rounds
 and keeps at most MOST_CREDIT; where it has fallen to a debt of `most_debt`, speculation rests for a while. Each further
@@ -18,8 +18,8 @@ which comes more often in a plain round, since the last token has no proposal. O
 prompt, or what it missed while it rested, is charged in parts, over the rounds that come: it is paid once a request,
 and would be a debt at once.
 
-Left out: what is proposed (serve/speculation/proposer.py) and what it is predicted to gain
-(serve/speculation/planner.py).
+Left out: what is proposed (serve/speculation/propose.py) and what it is predicted to gain
+(serve/speculation/weigh.py).
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from aurora_lit.serve.engine.round_plan import ProposingTimes
+from aurora_lit.serve.engine.round_plan import ProposedRound
 from aurora_lit.serve.engine.sequence import RunningSequence
 
 MOST_CREDIT = 8.0
@@ -179,7 +179,7 @@ class SpeculationFloor:
 
     >>> kind = RoundKind(8, sampled=False)
     >>> copies, drafts = floor.allows(kind)             # may this round propose copies, may the draft propose?
-    >>> floor.observe(kind, seconds=0.012, tokens=11, proposed=True, proposing=ProposingTimes())
+    >>> floor.observe(kind, seconds=0.012, tokens=11, proposed=True, proposing=ProposedRound())
     """
 
     def __init__(self) -> None:
@@ -202,7 +202,7 @@ class SpeculationFloor:
         return Allowed(copying.allows(plain), drafting.allows(plain))
 
     def observe(
-        self, kind: RoundKind, *, seconds: float, tokens: int, proposed: bool, proposing: ProposingTimes
+        self, kind: RoundKind, *, seconds: float, tokens: int, proposed: bool, proposing: ProposedRound
     ) -> None:
         """Add a round in which speculation was wanted.
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import errno
-import hashlib
 import logging
 from collections.abc import Callable
 from functools import partial
@@ -16,9 +15,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from aurora_lit.config import AuroraConfig, draft_folder, resolved_memory
+from aurora_lit.config import AuroraConfig, resolved_memory
 from aurora_lit.drafts.centroid_file import read_centroids
-from aurora_lit.drafts.checkpoint import load_draft, read_config
+from aurora_lit.drafts.checkpoint import load_draft
 from aurora_lit.errors import ConfigError, RingError
 from aurora_lit.grammars.matcher import GrammarCompiler
 from aurora_lit.ipc.learner_status import LEARNER_STATUS_NAME, LearnerStatusPage
@@ -26,7 +25,7 @@ from aurora_lit.ipc.ring import RingWriter
 from aurora_lit.ipc.run_folder import RING_NAME
 from aurora_lit.kernels import native
 from aurora_lit.kernels.build import processor_name
-from aurora_lit.machine import available_bytes, available_cores, give_back_freed_memory, use_threads
+from aurora_lit.machine import available_bytes, give_back_freed_memory, use_threads
 from aurora_lit.models.interface import Target
 from aurora_lit.models.kv_cache import cache_bytes
 from aurora_lit.models.source import cache_root, find_target
@@ -41,8 +40,7 @@ from aurora_lit.serve.engine.prefill import MAX_ROUND_S
 from aurora_lit.serve.engine.slot_allocator import slot_capacity
 from aurora_lit.serve.engine.thread_budget import ThreadBudget, thread_budget
 from aurora_lit.serve.engine.trace_recorder import TraceRecorder
-from aurora_lit.serve.speculation.kept_costs import KeptCosts
-from aurora_lit.serve.speculation.runtime_draft import RuntimeDraft, prepare_draft
+from aurora_lit.serve.speculation.sources.runtime_draft import RuntimeDraft, prepare_draft
 from aurora_lit.serve.worker.learner_signals import ExplorationFollower, LearnerCores
 from aurora_lit.serve.worker.load_models import (
     check_one_process,
@@ -61,8 +59,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-_TIMED_CODE = ("kernels", "models", "modules/sampling", "serve/engine", "serve/speculation")
-"""Folders whose code determines what passes and draft steps cost."""
 _GIB = 1 << 30
 _log = logging.getLogger(__name__)
 
@@ -89,14 +85,12 @@ def build_engine(
     if target is None:
         target = load_serving_target(config)
     observer = None if sink is None else _recorder(config, target, sink)
-    kept_costs, threads = _kept_costs(config, target), thread_budget(target.device)
     engine = _engine(
         config,
         target,
         tokenizer,
         observer=observer,
-        kept_costs=kept_costs,
-        threads=threads,
+        threads=thread_budget(target.device),
         max_round_s=max_round_s,
     )
     return engine, tokenizer
@@ -118,7 +112,6 @@ def build_worker(config: AuroraConfig, run_folder: Path) -> WorkerParts:
         target,
         tokenizer,
         observer=observer if records_traces else None,
-        kept_costs=None if shard is not None else _kept_costs(config, target),
         threads=None if shard is not None else thread_budget(target.device, busy_cores=LearnerCores(page)),
     )
     give_back_freed_memory()  # packing a target needs more for a moment
@@ -132,7 +125,7 @@ def build_worker(config: AuroraConfig, run_folder: Path) -> WorkerParts:
         centroids, version = read_centroids(path, target)
         return DomainAssigner(centroids, version=version)
 
-    exploration = ExplorationFollower(engine.proposer, page)
+    exploration = ExplorationFollower(engine.proposer.draft, page)
 
     def before_round() -> None:
         exploration.follow()
@@ -165,7 +158,6 @@ def _engine(
     tokenizer: Tokenizer | PreTrainedTokenizerBase,
     *,
     observer: TraceRecorder | None,
-    kept_costs: KeptCosts | None = None,
     threads: ThreadBudget | None = None,
     max_round_s: float = MAX_ROUND_S,
 ) -> Engine:
@@ -197,7 +189,6 @@ def _engine(
             max_round_s=max_round_s,
             draft_version=version,
             observer=observer,
-            kept_costs=kept_costs,
             grammars=grammars,
             threads=threads,
         )
@@ -238,23 +229,6 @@ def _check_memory(config: AuroraConfig, target: Target, draft: Eagle3Draft | Non
 
 def _slots(config: AuroraConfig) -> str:
     return f"engine.max_batch_size={config.engine.max_batch_size}, engine.max_seq_len={config.engine.max_seq_len}"
-
-
-def _kept_costs(config: AuroraConfig, target: Target) -> KeptCosts:
-    """Where the costs of this deployment are kept on this machine."""
-    folder = draft_folder(config)
-    code = hashlib.sha256()
-    for path in sorted(path for part in _TIMED_CODE for path in (Path(__file__).parents[2] / part).glob("*.py")):
-        code.update(path.read_bytes())
-    key = {
-        "machine": f"{_processor_of(target.device)}, {native.build_digest()}",  # the kernels' name holds its features
-        "threads": f"{torch.get_num_threads()} on {available_cores()}",
-        "code": code.hexdigest(),
-        "target": f"{find_target(config)} {config.target.precision} {type(target).__name__}",
-        "draft": str(read_config(folder)) if folder is not None and uses_draft(config) else str(uses_draft(config)),
-        "engine": str(dataclasses.asdict(config.engine)),
-    }
-    return KeptCosts(cache_root() / "costs", key=key)
 
 
 def _processor_of(device: torch.device) -> str:

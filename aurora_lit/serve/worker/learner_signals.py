@@ -1,9 +1,9 @@
 """What the engine takes over from the learner's status page between rounds: exploration, and the cores it computes on.
 
-Leaves out exploring itself (serve/speculation/proposer.py), what rounds do with other cores taken
+Leaves out exploring itself (serve/speculation/sources/draft.py), what rounds do with other cores taken
 (serve/engine/thread_budget.py), and how the learner chooses what to ask for (modules/domains/controller.py).
 
-    exploration = ExplorationFollower(engine.proposer, page)
+    exploration = ExplorationFollower(engine.proposer.draft, page)
     exploration.follow()                # between rounds
     LearnerCores(page)()                # 1: a learner computes on one core
 """
@@ -14,21 +14,21 @@ import time
 from collections.abc import Callable
 
 from aurora_lit.ipc.learner_status import STALLED_AFTER_S, LearnerStatusPage
-from aurora_lit.serve.speculation.proposer import Proposer
+from aurora_lit.serve.speculation.sources.draft import DraftSource
 
 _CHECK_EVERY_S = 0.5
 """How often the whole page is read; a single field is read every round."""
 
 
 class ExplorationFollower:
-    """Sets how often the proposer explores as a running learner asks for, otherwise as configured."""
+    """Sets how often the draft explores as a running learner asks for, otherwise as configured."""
 
     def __init__(
-        self, proposer: Proposer, page: LearnerStatusPage, *, monotonic_s: Callable[[], float] = time.monotonic
+        self, source: DraftSource, page: LearnerStatusPage, *, monotonic_s: Callable[[], float] = time.monotonic
     ) -> None:
-        """The proposer's present settings count as the configured ones."""
-        self._proposer, self._page, self._monotonic_s = proposer, page, monotonic_s
-        self._configured = proposer.explore_share
+        """The source's present settings count as the configured ones."""
+        self._source, self._page, self._monotonic_s = source, page, monotonic_s
+        self._configured = source.explore_share
         self._next_check_s = 0.0
 
     def follow(self) -> None:
@@ -40,7 +40,7 @@ class ExplorationFollower:
         learner = self._page.read()
         # The factor is 0 until a learner has written its first report.
         is_asked = learner.pid and learner.heartbeat_age_s <= STALLED_AFTER_S and learner.rate_factor > 0
-        self._proposer.explore_share = learner.explore_share if is_asked else self._configured
+        self._source.explore_share = learner.explore_share if is_asked else self._configured
 
 
 class LearnerCores:

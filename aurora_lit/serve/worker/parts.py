@@ -16,7 +16,7 @@ from aurora_lit.request import Output, Request
 if TYPE_CHECKING:
     from aurora_lit.modules.domains.centroids import DomainAssigner
     from aurora_lit.serve.engine.prefix_cache import PrefixCache
-    from aurora_lit.serve.speculation.traffic_memory import TrafficMemory
+    from aurora_lit.serve.speculation.sources.memory import TrafficMemory
 
 
 class EngineInterface(Protocol):

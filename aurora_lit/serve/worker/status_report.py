@@ -22,7 +22,7 @@ from aurora_lit.serve.worker.domain_counts import DomainCounts
 from aurora_lit.serve.worker.parts import WorkerParts
 
 if TYPE_CHECKING:
-    from aurora_lit.serve.speculation.traffic_memory import TrafficMemory
+    from aurora_lit.serve.speculation.sources.memory import TrafficMemory
     from aurora_lit.serve.worker.live_draft import LiveDraft
 
 _WINDOW_ROUNDS = 2048

@@ -25,8 +25,7 @@ from aurora_lit.modules.sampling.tree import accepted_path
 from aurora_lit.request import Request, Source
 from aurora_lit.serve.engine.round_plan import Proposal
 from aurora_lit.serve.engine.trace_recorder import TraceRecorder
-from aurora_lit.serve.speculation.candidate_tree import with_copies
-from aurora_lit.serve.speculation.copy_planner import LEAST_SURVIVAL
+from aurora_lit.serve.speculation.weigh import LEAST_SURVIVAL, with_copies
 from aurora_lit.traces.record import Trace
 
 pytestmark = pytest.mark.skipif(native.library() is None, reason="there is no memory without kernels")

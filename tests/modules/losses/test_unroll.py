@@ -20,7 +20,7 @@ from aurora_lit.modules.draft.eagle3 import Eagle3Draft
 from aurora_lit.modules.losses.lk import overlap
 from aurora_lit.modules.losses.policy import draft_index
 from aurora_lit.modules.losses.unroll import StepwiseChains
-from aurora_lit.serve.speculation.drafter import Drafter, DraftInputs
+from aurora_lit.serve.speculation.sources.drafter import Drafter, DraftInputs
 
 K = 4
 TEMPERATURES = (1.0, 0.7, 1.5)

@@ -10,17 +10,15 @@ import pytest
 import torch
 from support.tiny_models import VOCAB, make_engine, random_draft, request, run, save_model
 
-from aurora_lit.kernels import native
+from aurora_lit.kernels import native, suffix_index
 from aurora_lit.kernels.suffix_index import NO_COPIES, Copies, LookUp
 from aurora_lit.models.interface import Target
 from aurora_lit.models.loading import load_target
 from aurora_lit.request import Request, Source
 from aurora_lit.serve.engine.round_plan import Proposal
-from aurora_lit.serve.speculation import copy_finder, proposer
-from aurora_lit.serve.speculation.candidate_tree import with_copies
-from aurora_lit.serve.speculation.copy_planner import CopyPlan, CopyPlanner
-from aurora_lit.serve.speculation.costs import CostTable
-from aurora_lit.serve.speculation.drafter import Drafter
+from aurora_lit.serve.speculation import propose
+from aurora_lit.serve.speculation.sources.drafter import Drafter
+from aurora_lit.serve.speculation.weigh import Weigher, with_copies
 
 REFRAIN = (7, 8, 9, 10, 11, 12) * 4
 MEMORY = {"memory_scope": "domain"}
@@ -108,13 +106,11 @@ def test_copies_beside_what_the_draft_proposes(
         added.append(len(proposal.tokens) - len(drafted.tokens))
         return proposal
 
-    monkeypatch.setattr(proposer, "with_copies", merge)
-    monkeypatch.setattr(CopyPlanner, "choose", lambda self, survivals, rates, **_: CopyPlan([0] * len(rates), 100.0))
+    monkeypatch.setattr(propose, "with_copies", merge)
+    monkeypatch.setattr(Weigher, "copies", lambda self, survivals, rates, **_: [0] * len(rates))
+    monkeypatch.setattr(Weigher, "speed", lambda *_: 0.0)
     engine = make_engine(target, random_draft(target), copied_tokens=15, branches=True, adaptive=True, **MEMORY)
-    engine.floor, engine.planner.updates_costs = None, False
-    engine.costs.target = CostTable()
-    for size, width in itertools.product(range(1, 5), range(1, 33)):
-        engine.costs.target.set_initial(size, width, 0.01)
+    engine.floor = None
     requests = [request(str(i), prompt, max_tokens=30, **kind) for i, prompt in enumerate(prompts())]
     plain = run(make_engine(target), requests)
     for _ in range(2):
@@ -165,7 +161,7 @@ def test_a_sequence_without_copies_is_looked_up_ever_more_rarely(
         finds = len(lengths) == 12
         return [Copies([1], [0], [0.9], [0]) if finds else NO_COPIES for _ in rows.slots]
 
-    monkeypatch.setattr(copy_finder, "look_up_copies", find)
+    monkeypatch.setattr(suffix_index, "look_up", find)
     run(engine, [request("a", (3, 4, 5), max_tokens=124, temperature=0.0, ignore_eos=True)])
     steps = [after - before for before, after in itertools.pairwise(lengths)]
     if not adaptive:
@@ -185,7 +181,7 @@ def test_sequences_without_copies_are_looked_up_in_the_same_rounds(
         asked[-1] += len(rows.slots)
         return [NO_COPIES] * len(rows.slots)
 
-    monkeypatch.setattr(copy_finder, "look_up_copies", find_nothing)
+    monkeypatch.setattr(suffix_index, "look_up", find_nothing)
     engine = make_engine(target, copied_tokens=8, adaptive=True)
     engine.floor = None
     for number in range(3):

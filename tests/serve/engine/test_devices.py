@@ -12,12 +12,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from support import copies_in_python
 from support.fake_device import fake_device
 from support.tiny_models import VOCAB, Answer, make_engine, random_draft, request, run, save_model
 
 from aurora_lit.config import load_config
 from aurora_lit.errors import SourceError
-from aurora_lit.kernels import native
+from aurora_lit.kernels import native, suffix_index
 from aurora_lit.models.interface import CPU
 from aurora_lit.models.loading import load_target
 from aurora_lit.request import Request
@@ -64,8 +65,12 @@ def device() -> Iterator[torch.device]:
 
 @pytest.fixture(autouse=True)
 def torch_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The CPU's answers are computed in torch too; on the device this must change nothing."""
+    """The CPU's answers are computed in torch too; on the device this must change nothing.
+
+    Copies are still found, as beside a GPU: by their reference, since nothing else is native here.
+    """
     monkeypatch.setattr(native, "library", lambda: None)
+    monkeypatch.setattr(suffix_index, "look_up", copies_in_python.look_up)
 
 
 def answers(folder: Path, requests: list[Request], device: torch.device, **options: object) -> dict[str, Answer]:
@@ -106,7 +111,7 @@ def test_a_prefix_that_has_left_its_slot_is_kept_on_the_device(folder: Path) -> 
 
 @pytest.mark.slow
 def test_costs_are_measured_on_the_device(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("_PASSES", "_ENOUGH"):  # once is enough to see where
+    for name in ("_FIRST_CALLS", "_CALLS", "_CALLS_OF_ONE"):  # once is enough to see where
         monkeypatch.setattr(calibration, name, 1)
     there = answers(folder, GREEDY, CPU, max_draft_tokens=0)
     with fake_device() as device:

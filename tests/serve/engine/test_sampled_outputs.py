@@ -24,7 +24,7 @@ from aurora_lit.models.loading import load_target
 from aurora_lit.modules.draft.eagle3 import Eagle3Draft
 from aurora_lit.request import Request
 from aurora_lit.serve.engine.engine import Engine
-from aurora_lit.serve.speculation.proposer import Proposer
+from aurora_lit.serve.speculation.sources.draft import DraftSource
 
 needs_kernels = pytest.mark.skipif(native.library() is None, reason="torch's own sums depend on the batch")
 PRECISIONS = [
@@ -160,13 +160,13 @@ def test_the_draft_predicts_sampled_tokens_better_with_the_targets_noise(
         return engine.counters.accepted / engine.counters.proposed
 
     with_noise = acceptance()
-    shared = Proposer._noise
+    shared = DraftSource._noise
 
-    def other_noise(self: Proposer, *args: Any) -> ColumnDraws | None:
+    def other_noise(self: DraftSource, *args: Any) -> ColumnDraws | None:
         noise = shared(self, *args)
         return None if noise is None else noise._replace(keys=[key + 1000 for key in noise.keys])
 
-    monkeypatch.setattr(Proposer, "_noise", other_noise)
+    monkeypatch.setattr(DraftSource, "_noise", other_noise)
     assert with_noise > 1.3 * acceptance()
 
 

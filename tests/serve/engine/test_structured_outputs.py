@@ -165,16 +165,16 @@ def test_no_proposal_that_the_grammar_forbids_reaches_the_target(case: Case, mon
     assert forced > 30, "0,0 is"
 
 
-def test_what_is_cut_counts_as_rejected_for_the_planners(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_cut_counts_as_rejected_for_the_draft(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     engine, drafted = case.engine(), Counter[bool]()
-    observe = engine.planner.observe
+    observe = engine.proposer.draft.rates.observe
 
     def observed(sequence: Any, proposal: Any, *, path: Any, **outcome: Any) -> None:
         drafted[len(proposal.tokens) == 4] += 1
         assert all(0 <= column <= len(proposal.tokens) for column in path)
         observe(sequence, proposal, path=path, **outcome)
 
-    monkeypatch.setattr(engine.planner, "observe", observed)
+    monkeypatch.setattr(engine.proposer.draft.rates, "observe", observed)
     run(engine, requests(30))
     assert drafted[True] > 30
     assert not drafted[False], "all of what was drafted"
@@ -388,10 +388,10 @@ def test_nothing_is_proposed_where_the_grammar_takes_no_proposals(case: Case, mo
     propose = engine.proposer.propose
 
     def noted(*args: Any, **kwargs: Any) -> Any:
-        proposals, times = propose(*args, **kwargs)
-        made.extend(proposal.tokens for proposal in proposals)
-        assert times.looking_s == times.drafting_s == 0.0
-        return proposals, times
+        proposed = propose(*args, **kwargs)
+        made.extend(proposal.tokens for proposal in proposed.proposals)
+        assert proposed.looking_s == proposed.drafting_s == 0.0
+        return proposed
 
     monkeypatch.setattr(engine.proposer, "propose", noted)
     answers = run(engine, asked)

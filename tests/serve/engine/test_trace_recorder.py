@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import itertools
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -22,8 +21,7 @@ from aurora_lit.request import Request, Source
 from aurora_lit.serve.engine.engine import Engine
 from aurora_lit.serve.engine.target_runner import Columns
 from aurora_lit.serve.engine.trace_recorder import TraceRecorder
-from aurora_lit.serve.speculation.copy_planner import CopyPlan, CopyPlanner
-from aurora_lit.serve.speculation.costs import CostTable
+from aurora_lit.serve.speculation.weigh import Weigher
 from aurora_lit.traces.record import Trace, check, from_bytes, to_bytes
 
 LENGTHS = (5, 1, 23, 9, 12, 7)
@@ -372,14 +370,12 @@ def test_copies_that_continue_what_was_drafted_are_no_proposals_of_the_draft(
     models: TinyModels, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where columns cost nothing, the draft's chain goes on with what the memory holds of the same answer."""
-    monkeypatch.setattr(CopyPlanner, "choose", lambda self, survivals, rates, **_: CopyPlan([0] * len(rates), 100.0))
+    monkeypatch.setattr(Weigher, "copies", lambda self, survivals, rates, **_: [0] * len(rates))
+    monkeypatch.setattr(Weigher, "speed", lambda *_: 0.0)
     traces: list[Trace] = []
     copying = {"copied_tokens": 15, "lookup": False, "memory_scope": "domain"}
     engine = models.engine(traces, adaptive=True, max_draft_tokens=3, **copying)
-    engine.floor, engine.planner.updates_costs = None, False
-    engine.costs.target = CostTable()
-    for size, width in itertools.product(range(1, 5), range(1, 33)):
-        engine.costs.target.set_initial(size, width, 0.01)
+    engine.floor = None
     for _ in range(2):
         traces.clear()
         answers = run(engine, models.requests())

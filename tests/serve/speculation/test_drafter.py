@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -13,16 +12,15 @@ import torch
 from support.tiny_models import VOCAB, Answer, make_engine, random_draft, request, save_model
 
 from aurora_lit.kernels import native
-from aurora_lit.kernels.draft_steps import Drafted
 from aurora_lit.kernels.matmul import ColumnDraws
 from aurora_lit.models.interface import Target
 from aurora_lit.models.loading import load_target
+from aurora_lit.serve.engine.round_plan import SpeculationLimits
 from aurora_lit.serve.engine.sequence import RunningSequence
-from aurora_lit.serve.speculation import proposer as proposer_module
-from aurora_lit.serve.speculation.costs import READ_IN_A_STEP, Costs
-from aurora_lit.serve.speculation.drafter import Drafter, DraftInputs
-from aurora_lit.serve.speculation.planner import _PROBE_EVERY, SpeculationLimits, SpeculationPlanner
-from aurora_lit.serve.speculation.proposer import _LEAST_CATCH_UP, Proposer
+from aurora_lit.serve.speculation.costs import Costs
+from aurora_lit.serve.speculation.sources.draft import _LEAST_CATCH_UP, DraftSource
+from aurora_lit.serve.speculation.sources.drafter import Drafter, DraftInputs
+from aurora_lit.serve.speculation.weigh import Weigher
 
 LENGTH = 700
 PRECISIONS = ["fp32", pytest.param("bf16", marks=pytest.mark.skipif(native.library() is None, reason="no kernels"))]
@@ -143,58 +141,16 @@ def test_what_a_round_may_catch_up_with_is_shared_by_its_sequences() -> None:
     read: dict[int, int] = {}
 
     class Reader:
+        def num_uncached(self, slot: int, _length: int) -> int:
+            return (70, 60, 20)[slot]
+
         def catch_up(self, slot: int, length: int, *, most: int) -> int:
             read[slot] = most
             return most
 
-    planner = SpeculationPlanner(SpeculationLimits(draft_tokens=4, copied_tokens=0), Costs(ragged=True))
-    planner.costs.prefill_position_s = 0.001
-    proposer = Proposer(cast(Any, Reader()), planner, tokens_SL=torch.zeros(1, 1), max_catch_up_s=0.1)
+    limits = SpeculationLimits(draft_tokens=4, copied_tokens=0)
+    source = DraftSource(cast(Any, Reader()), Weigher(limits, costs := Costs(ragged=True)), max_catch_up_s=0.1)
+    costs.prefill_position_s = 0.001
     sequences = [RunningSequence(request=request(str(i), [1]), slot=i, prompt_length=1, length=99) for i in range(3)]
-    assert proposer._caught_up(sequences, [0, 1, 2], {0: 70, 1: 60, 2: 20}) == ([1, 2], 20)
+    assert source._caught_up(sequences, [0, 1, 2]) == ([1, 2], 100)
     assert read == {0: 20}
-
-
-def test_a_draft_that_was_slow_for_a_while_is_measured_again_by_probes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each reads a prompt first. Both are timed apart, so that each follows the machine. The clock is counted here."""
-    now, position_s, step_s = 0.0, 2e-5, 0.001
-
-    class Timed:
-        is_native = True
-
-        def __init__(self) -> None:
-            self.uncached = 0
-
-        def num_uncached(self, _slot: int, _length: int) -> int:
-            return self.uncached
-
-        def catch_up(self, _slot: int, _length: int, *, most: int) -> int:
-            self._take(position_s * most)
-            self.uncached -= most
-            return most
-
-        def propose(self, inputs: DraftInputs, **_how: object) -> Drafted:
-            self._take(step_s + position_s * (self.uncached - READ_IN_A_STEP))
-            return Drafted([[5]] * len(inputs.slots), None, [[1.0] * len(inputs.slots)])
-
-        def _take(self, seconds: float) -> None:
-            nonlocal now
-            now += seconds
-
-    monkeypatch.setattr(proposer_module, "time", SimpleNamespace(perf_counter=lambda: now))
-    costs = Costs(ragged=True)
-    costs.prefill_position_s = 1e-5
-    costs.chain.set_initial(1, 1, 3 * step_s)  # as it was
-    costs.target.set_initial(1, 1, 0.01)
-    costs.target.set_initial(1, 2, 0.014)
-    drafter, planner = Timed(), SpeculationPlanner(SpeculationLimits(draft_tokens=1, copied_tokens=0), costs)
-    proposer = Proposer(cast(Any, drafter), planner, tokens_SL=torch.zeros(1, 1))
-    sequence = RunningSequence(request=request("a", [1], max_tokens=900), slot=0, prompt_length=1, length=99)
-    probes = 0
-    for _ in range(30 * _PROBE_EVERY):
-        drafter.uncached = 150
-        ((proposal,), _) = proposer.propose([sequence])
-        probes += bool(proposal.tokens)
-    assert 20 <= probes <= 30
-    assert costs.draft_s(1, 1) == pytest.approx(step_s, rel=0.1)
-    assert costs.catch_up_position_s == pytest.approx(position_s, rel=0.1)

@@ -14,7 +14,7 @@ from aurora_lit.models.interface import Target
 from aurora_lit.models.loading import load_target
 from aurora_lit.modules.draft.eagle3 import Eagle3Draft
 from aurora_lit.request import Output
-from aurora_lit.serve.speculation.drafter import Drafter
+from aurora_lit.serve.speculation.sources.drafter import Drafter
 
 PROMPT = (3, 14, 15, 9, 26)
 
@@ -112,18 +112,18 @@ def test_exploring_samples_from_the_draft_at_the_exploration_temperature(
 
 def test_rounds_that_explore_do_not_change_the_acceptance_rate(target: Target) -> None:
     engine = make_engine(target, random_draft(target), explore_share=1.0)
-    before = engine.planner.mean_rate(sampled=False)
+    before = engine.proposer.draft.rates.mean_rate(sampled=False)
     run(engine, [request("a", PROMPT, max_tokens=20)])
-    assert engine.planner.mean_rate(sampled=False) == before
+    assert engine.proposer.draft.rates.mean_rate(sampled=False) == before
     plain = make_engine(target, random_draft(target))
     run(plain, [request("a", PROMPT, max_tokens=20)])
-    assert plain.planner.mean_rate(sampled=False) != before
+    assert plain.proposer.draft.rates.mean_rate(sampled=False) != before
 
 
 def test_exploration_may_change_between_rounds(target: Target) -> None:
     engine = make_engine(target, random_draft(target), explore_seed=4)
     run(engine, [request(f"a{n}", [n + 1, 5, 6], max_tokens=8) for n in range(4)])
     assert engine.counters.explored_drafts == 0
-    engine.proposer.explore_share = 1.0
+    engine.proposer.draft.explore_share = 1.0
     run(engine, [request(f"b{n}", [n + 1, 5, 6], max_tokens=8) for n in range(4)])
     assert engine.counters.explored_drafts > 4

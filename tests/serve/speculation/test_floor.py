@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import pytest
 
 from aurora_lit.request import Request, SamplingParams
-from aurora_lit.serve.engine.round_plan import ProposingTimes
+from aurora_lit.serve.engine.round_plan import ProposedRound
 from aurora_lit.serve.engine.sequence import RunningSequence
 from aurora_lit.serve.speculation.floor import (
     FIRST_PATIENCE,
@@ -40,13 +40,13 @@ def observe(
     catch_up_s: float = 0.0,
 ) -> None:
     drafting_s = 1e-3 if drafted else 0.0
-    times = ProposingTimes(all_s=proposing_s, looking_s=looking_s, drafting_s=drafting_s, catching_up_s=catch_up_s)
+    times = ProposedRound(all_s=proposing_s, looking_s=looking_s, drafting_s=drafting_s, catching_up_s=catch_up_s)
     floor.observe(kind, seconds=seconds, tokens=tokens, proposed=speculated, proposing=times)
 
 
 @dataclass(kw_only=True)
 class Environment:
-    """Rounds of one kind, in which the planner would always speculate."""
+    """Rounds of one kind, in which there is always something to propose."""
 
     speedup: float
     kind: RoundKind = GREEDY
@@ -186,7 +186,7 @@ def test_a_preempted_round_does_not_turn_a_winning_floor_off(preempted: str) -> 
 
 
 def test_plain_rounds_are_timed_without_asking_for_them_where_nothing_is_proposed() -> None:
-    """Rounds in which the planner itself proposes nothing are plain ones, and make no others necessary."""
+    """Rounds in which nothing is worth proposing are plain ones, and make no others necessary."""
     floor = SpeculationFloor()
     for _ in range(3):
         assert floor.allows(GREEDY).copies

@@ -11,7 +11,7 @@ from aurora_lit.kernels.suffix_index import is_remembered
 from aurora_lit.request import Source, StructuredOutputsParams
 from aurora_lit.serve.engine.round_plan import CopiedNode, Proposal
 from aurora_lit.serve.engine.sequence import RunningSequence
-from aurora_lit.serve.speculation.grammar_rows import decoding_row, forced_proposal
+from aurora_lit.serve.speculation.sources.grammar import decoding_row, forced_proposal
 
 A, B, C, ZERO, ONE, QUOTE, COMMA, AB = range(len(TOKENS))
 COPIED_CELL = next(cell for cell in range(4096) if not is_remembered(cell))

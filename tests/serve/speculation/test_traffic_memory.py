@@ -11,12 +11,13 @@ from hypothesis import strategies as st
 from support.tiny_models import request
 
 from aurora_lit.ipc.engine_status import EngineCounters
-from aurora_lit.kernels import native
+from aurora_lit.kernels import native, suffix_index
 from aurora_lit.kernels.suffix_index import DOMAIN_BITS, NUM_CELLS, Copies, LookUp
 from aurora_lit.request import SharedBy
 from aurora_lit.serve.engine.sequence import RunningSequence
-from aurora_lit.serve.speculation import traffic_memory
-from aurora_lit.serve.speculation.traffic_memory import TrafficMemory, look_up_copies
+from aurora_lit.serve.speculation.sources import memory as memory_module
+from aurora_lit.serve.speculation.sources.memory import TrafficMemory
+from aurora_lit.serve.speculation.sources.ngram import NgramSource
 
 pytestmark = pytest.mark.skipif(native.library() is None, reason="needs kernels")
 
@@ -75,7 +76,7 @@ def copies_for(memory: TrafficMemory, sequence: RunningSequence, tokens: list[in
         least=1e-6,
         own=False,
     )
-    (copies,) = look_up_copies(tokens_SL, rows, memory=memory)
+    (copies,) = suffix_index.look_up(tokens_SL, rows, memory=memory.index)
     return copies
 
 
@@ -118,7 +119,7 @@ def test_what_a_request_may_see_is_found(asked: list[Asked], shared_by: SharedBy
 
 def test_a_new_domain_takes_the_number_of_the_least_recently_used_one(monkeypatch: pytest.MonkeyPatch) -> None:
     """Clients may send any number of labels; those in use stay apart, and apart from requests without a domain."""
-    monkeypatch.setattr(traffic_memory, "_MAX_DOMAINS", 3)
+    monkeypatch.setattr(memory_module, "_MAX_DOMAINS", 3)
     memory = TrafficMemory(1 << 16, shared_by="domain", counters=EngineCounters())
     asked = Asked(client="", salt="", domain="", store=True, prompt=[1], answer=[2])
 
@@ -135,7 +136,7 @@ def test_a_new_domain_takes_the_number_of_the_least_recently_used_one(monkeypatc
 
 
 def test_keys_are_bounded_and_a_forgotten_one_starts_empty(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(traffic_memory, "_MAX_KEYS", 2)
+    monkeypatch.setattr(memory_module, "_MAX_KEYS", 2)
     memory = TrafficMemory(1 << 16, shared_by="client", counters=EngineCounters())
 
     def ask(client: str) -> list[int]:
@@ -165,8 +166,9 @@ def test_counters() -> None:
     assert memory.counters.memory_answers == 1
     assert memory.index.counts == (7, 0)  # one separates answers
     sequence.length = 2
-    copies_for(memory, sequence, [1, 2])
-    copies_for(memory, sequence, [7, 8])
+    for tokens in ([1, 2], [7, 8]):
+        source = NgramSource(tokens_SL=torch.tensor([tokens]), memory=memory, looks_up=False)
+        source.candidates([sequence], [0], most=4, least=0.05)
     assert (memory.counters.memory_look_ups, memory.counters.memory_hits) == (2, 1)
 
 

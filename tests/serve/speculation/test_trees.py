@@ -13,6 +13,7 @@ import torch
 from support.tiny_models import VOCAB, Answer, make_engine, random_draft, request, run, save_model, trained_draft
 
 from aurora_lit.kernels import native
+from aurora_lit.kernels.draft_steps import Weighing
 from aurora_lit.models.interface import Target
 from aurora_lit.models.kv_cache import KVCache, keys_by_position, values_by_position
 from aurora_lit.models.loading import load_target
@@ -21,7 +22,7 @@ from aurora_lit.request import Request, Source
 from aurora_lit.serve.engine.engine import Engine
 from aurora_lit.serve.engine.trace_recorder import TraceRecorder
 from aurora_lit.serve.speculation.floor import Allowed
-from aurora_lit.serve.speculation.planner import DraftDecision
+from aurora_lit.serve.speculation.weigh import Weigher
 from aurora_lit.traces.record import Trace, check
 
 pytestmark = pytest.mark.skipif(native.library() is None, reason="no C++ compiler, or AURORA_LIT_NATIVE=0")
@@ -152,7 +153,7 @@ def test_layers_that_are_not_fused_propose_chains(models: TinyModels) -> None:
     models.targets["fp32"] = native.in_torch
     try:
         assert not models.targets["fp32"].has_native_decoder
-        assert models.engine(precision="fp32", adaptive=True).planner.limits.sibling_tokens == 0
+        assert models.engine(precision="fp32", adaptive=True).proposer.weigher.limits.sibling_tokens == 0
         engine = models.engine(precision="fp32", branches=False)
         assert {o.num_proposed for a in run(engine, models.requests()).values() for o in a.rounds[:-1]} == {4}
     finally:
@@ -198,25 +199,22 @@ def test_output_is_that_of_plain_decoding(models: TinyModels, kind: str, k: int,
 def weighing_engine(models: TinyModels, monkeypatch: pytest.MonkeyPatch, **changes: Any) -> tuple[Engine, list[int]]:
     """An engine that weighs what it drafts in every round, at one price after the other; and its numbers of rounds."""
     engine = models.engine(**changes, adaptive=True)
-    planner, speeds, counted = engine.planner, itertools.cycle([1e-9, 200.0, 50.0, 1e-9, 1e9]), [0]
+    weigher, speeds, counted = engine.proposer.weigher, itertools.cycle([1e-9, 200.0, 50.0, 1e-9, 1e9]), [0]
 
-    def decide(rates: Any, **_: Any) -> DraftDecision:
+    def draft_weighing(*args: Any, **how: Any) -> Weighing:
         counted[0] += 1
-        return DraftDecision(4, speed=next(speeds))
+        return Weigher.draft_weighing(weigher, *args, **how)._replace(speed=next(speeds))
 
-    monkeypatch.setattr(planner, "decide", decide)
-    monkeypatch.setattr(planner, "pays_for_catching_up", lambda *_, **__: True)
+    monkeypatch.setattr(weigher, "draft_weighing", draft_weighing)
     monkeypatch.setattr(engine.floor, "allows", lambda *_, **__: Allowed(copies=True, drafts=True))
-    monkeypatch.setattr(planner.costs, "round_s", lambda size, counts: 0.001 * (size + 0.5 * sum(counts)))
-    monkeypatch.setattr(planner.costs, "draft_s", lambda size, length: 0.0001 * length)
+    monkeypatch.setattr(weigher.costs, "round_s", lambda size, counts: 0.001 * (size + 0.5 * sum(counts)))
+    monkeypatch.setattr(weigher.costs, "draft_s", lambda size, length: 0.0001 * length)
     return engine, counted
 
 
 def test_passes_of_as_many_columns_as_are_weighed_are_timed_at_the_start(models: TinyModels) -> None:
     """Beyond the longest that is timed, columns would seem to be free."""
     engine = models.engine(adaptive=True)
-    while engine.refine_costs():
-        pass
     assert max(length for size, length, _ in engine.costs.target.all_initial if size == 1) == 9
 
 
@@ -243,15 +241,16 @@ def test_what_is_not_proposed_of_a_weighed_chain_counts_as_far_as_the_answer_tel
     """Every outcome is one that the answer shows: as long as the chain agrees with it, and the first difference."""
     engine, _ = weighing_engine(models, monkeypatch)
     seen: list[tuple[list[bool], int]] = []
-    observe, added = engine.planner.observe, engine.planner.reliability.observe
+    rates = engine.proposer.draft.rates
+    observe, added = rates.observe, rates._add_share
 
     def observed(sequence: Any, proposal: Any, **outcome: Any) -> None:
         if proposal.weighed is not None:
             told: list[bool] = []
             monkeypatch.setattr(
-                engine.planner.reliability,
-                "observe",
-                lambda **of: (told.append(of["accepted"]), added(**of)),
+                rates,
+                "_add_share",
+                lambda share, accepted, **of: (told.append(accepted), added(share, accepted, **of)),
             )
             observe(sequence, proposal, **outcome)
             agreeing = list(itertools.takewhile(bool, map(int.__eq__, proposal.weighed.tokens, outcome["tokens"])))
@@ -263,7 +262,7 @@ def test_what_is_not_proposed_of_a_weighed_chain_counts_as_far_as_the_answer_tel
             assert told == [True] * len(agreeing) + [False] * (len(agreeing) < known)
             seen.append((told, len(proposal.tokens)))
 
-    monkeypatch.setattr(engine.planner, "observe", observed)
+    monkeypatch.setattr(rates, "observe", observed)
     answers = run(engine, models.requests())
     found = [output.tested_choices for answer in answers.values() for output in answer.rounds]
     assert sorted(each for each in found if each) == sorted((len(told), sum(told)) for told, _ in seen)
@@ -345,7 +344,7 @@ def test_a_draft_without_native_steps_may_be_swapped_in(
 ) -> None:
     """Another form of checkpoint, of the same sizes: its layers do not run in native steps."""
     engine = weighing_engine(models, monkeypatch, kind="random")[0] if weighs else models.engine("random")
-    assert engine.planner.limits.sibling_tokens
+    assert engine.proposer.weigher.limits.sibling_tokens
     answers = {r.request_id: Answer() for r in models.requests()}
     for each in models.requests():
         engine.submit(each)

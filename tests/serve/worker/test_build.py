@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import os
-import platform
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -80,31 +79,6 @@ def test_a_target_whose_layers_are_not_native_says_why_at_the_start(
         served = target if folder is None else load_target(folder, precision="bf16")
         build._engine(config, served, tiny_tokenizer(), observer=None)
         assert [record.getMessage().split("families.py has ")[-1] for record in caplog.records] == told
-
-
-def test_costs_are_kept_for_what_they_were_measured_on(
-    target: Target, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    common = [f"target.source={tmp_path / 'target'}", "draft.checkpoint=null"]
-
-    def key(*overrides: str) -> dict[str, str]:
-        return build._kept_costs(load_config(None, [*common, "learn.enabled=false", *overrides]), target)._key
-
-    first = key()
-    monkeypatch.setattr(platform, "node", lambda: "another container")
-    assert key() == first
-    assert key("target.precision=bf16")["target"] != first["target"]
-    assert key("engine.max_draft_tokens=1")["engine"] != first["engine"]
-    threads = torch.get_num_threads()
-    monkeypatch.setattr(torch, "get_num_threads", lambda: threads + 1)
-    assert key()["threads"] != first["threads"]
-    with monkeypatch.context() as other:
-        other.setattr(build, "processor_name", lambda: "another processor")
-        assert key()["machine"] != first["machine"]
-    monkeypatch.setattr(build.native, "build_digest", lambda: "other kernels")
-    assert key()["machine"] != first["machine"]
-    monkeypatch.setattr(Path, "read_bytes", lambda _: b"other code")
-    assert key()["code"] != first["code"]
 
 
 def test_a_named_draft_is_used_where_nothing_learns_and_told_of_where_it_is_not(

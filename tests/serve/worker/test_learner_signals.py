@@ -6,30 +6,25 @@ import os
 import time
 from pathlib import Path
 
-import torch
-
 from aurora_lit.ipc.learner_status import LearnerStatusPage
+from aurora_lit.serve.engine.round_plan import SpeculationLimits
 from aurora_lit.serve.speculation.costs import Costs
-from aurora_lit.serve.speculation.planner import SpeculationLimits, SpeculationPlanner
-from aurora_lit.serve.speculation.proposer import Proposer
+from aurora_lit.serve.speculation.sources.draft import DraftSource
+from aurora_lit.serve.speculation.weigh import Weigher
 from aurora_lit.serve.worker.learner_signals import ExplorationFollower, LearnerCores
 
 
 def test_rounds_explore_as_a_running_learner_asks_and_else_as_configured(tmp_path: Path) -> None:
     page = LearnerStatusPage.create(tmp_path / "page")
-    proposer = Proposer(
-        None,
-        SpeculationPlanner(SpeculationLimits(draft_tokens=0, copied_tokens=0, adaptive=False), Costs(ragged=True)),
-        tokens_SL=torch.zeros(1, 1),
-        explore_share=0.02,
-    )
+    limits = SpeculationLimits(draft_tokens=0, copied_tokens=0, adaptive=False)
+    source = DraftSource(None, Weigher(limits, Costs(ragged=True)), explore_share=0.02)
     now = [0.0]
-    follower = ExplorationFollower(proposer, page, monotonic_s=lambda: now[0])
+    follower = ExplorationFollower(source, page, monotonic_s=lambda: now[0])
 
     def followed() -> float:
         now[0] += 1.0
         follower.follow()
-        return proposer.explore_share
+        return source.explore_share
 
     assert followed() == 0.02, "no learner"
     page.beat()
@@ -39,7 +34,7 @@ def test_rounds_explore_as_a_running_learner_asks_and_else_as_configured(tmp_pat
     assert followed() == 0.25
     page.write(explore_share=0.5)
     follower.follow()
-    assert proposer.explore_share == 0.25, "the page is not read in every round"
+    assert source.explore_share == 0.25, "the page is not read in every round"
     assert followed() == 0.5
     page.write(heartbeat_ns=time.monotonic_ns() - int(20e9))
     assert followed() == 0.02, "it has stalled"

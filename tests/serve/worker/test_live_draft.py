@@ -26,11 +26,11 @@ from aurora_lit.errors import CheckpointError
 from aurora_lit.models.interface import Target
 from aurora_lit.models.loading import load_target
 from aurora_lit.modules.draft.eagle3 import Eagle3Config, Eagle3Draft
-from aurora_lit.request import Output, Request
+from aurora_lit.request import Output, Request, Source
 from aurora_lit.serve.engine.engine import Engine
 from aurora_lit.serve.engine.round_plan import Proposal
-from aurora_lit.serve.speculation.drafter import Drafter, DraftInputs
-from aurora_lit.serve.speculation.runtime_draft import prepare_draft
+from aurora_lit.serve.speculation.sources.drafter import Drafter, DraftInputs
+from aurora_lit.serve.speculation.sources.runtime_draft import prepare_draft
 from aurora_lit.serve.worker.live_draft import LiveDraft
 
 NEW = 40
@@ -303,19 +303,17 @@ def test_with_recompute_the_new_draft_proposes_as_if_it_had_always_served(case: 
 
 def test_a_swap_resets_the_estimates_by_which_the_old_draft_was_given_up(case: ServingCase) -> None:
     engine = make_engine(case.target, random_draft(case.target), max_batch_size=32, max_draft_tokens=3, adaptive=True)
-    for rows in range(1, 33):
-        engine.costs.chain.update(rows, 1, 1.0)
     engine.submit(case.requests[0])
     engine.round()
     (sequence,) = engine._decoding
     for _ in range(200):
-        engine.planner.observe(sequence, Proposal(tokens=[1], num_drafted=1), path=[0], finished=False)
-    assert engine.planner.rate_of(sequence) < 0.1
-    engine.planner._last = 0
-    assert engine.planner.decide([0.0], batch_size=1).length == 0
+        engine.proposer.draft.observe(
+            sequence, Proposal(tokens=[1], source=Source.DRAFT, num_drafted=1), path=[0], finished=False
+        )
+    rates = engine.proposer.draft.rates
+    assert rates.rate_of(sequence) < 0.1
     engine.swap_draft(copy.deepcopy(case.good), version="draft-000001")
-    assert engine.planner.mean_rate(sampled=False) == engine.planner.rate_of(sequence) == 0.5
-    assert engine.planner._last == 3
+    assert rates.mean_rate(sampled=False) == rates.rate_of(sequence) == 0.5
 
 
 class RecordingEngine:

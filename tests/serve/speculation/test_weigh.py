@@ -1,14 +1,20 @@
-"""One tree from the draft's proposals and copies: which nodes it has, and what is learned from its outcome."""
+"""What is worth its column, and one tree from the draft's proposals and copies."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
+import torch
 
 from aurora_lit.kernels.copy_rates import CopyReliability
+from aurora_lit.kernels.draft_steps import SHARE_CLASSES
 from aurora_lit.kernels.suffix_index import NUM_CELLS, Copies
 from aurora_lit.request import Source
-from aurora_lit.serve.engine.round_plan import NO_PROPOSAL, Proposal, WeighedChain
-from aurora_lit.serve.speculation.candidate_tree import chain_of, copied, with_copies
+from aurora_lit.serve.engine.round_plan import NO_PROPOSAL, Proposal, SpeculationLimits, WeighedChain
+from aurora_lit.serve.speculation.costs import Costs
+from aurora_lit.serve.speculation.sources.ngram import most_probable_path
+from aurora_lit.serve.speculation.weigh import LEAST_SURVIVAL, Weigher, copied, with_copies
 
 ALONE, AGREES, AGAINST = 0.5, 0.9, 0.2
 OWN, REMEMBERED = 0, NUM_CELLS // 3
@@ -46,7 +52,7 @@ def test_copies_alone_are_a_chain_or_a_tree() -> None:
 
 
 def test_the_most_probable_path() -> None:
-    assert chain_of(copies([5, 6, 7, 8], [0, 0, 1, 3])).tokens == [5, 7, 8]
+    assert most_probable_path(copies([5, 6, 7, 8], [0, 0, 1, 3])).tokens == [5, 7, 8]
 
 
 def test_where_the_draft_agrees_its_branch_goes_on_with_the_copies() -> None:
@@ -95,3 +101,73 @@ def test_every_node_follows_one_before_it_and_is_proposed_once(least: float) -> 
     parents = proposal.parents or list(range(len(proposal.tokens)))
     assert all(parent < column for column, parent in enumerate(parents, start=1))
     assert len(set(zip(parents, proposal.tokens, strict=True))) == len(parents)
+
+
+# -- what is worth its column --------------------------------------------------------------------------------------
+
+
+def weigher(*, ragged: bool = True, tokens_per_s: float = 100.0, **limits: Any) -> Weigher:
+    """A plain round takes 10 ms, and each further column of all sequences 1 ms; drafting takes 1 ms a token."""
+    costs = Costs(ragged=ragged)
+    for batch_size in (1, 4):
+        for length in (1, 2, 9):
+            costs.target.set_initial(batch_size, length, 0.010 + 0.001 * batch_size * (length - 1))
+            costs.chain.set_initial(batch_size, length, 0.001 * batch_size * length)
+    found = Weigher(SpeculationLimits(**{"draft_tokens": 4, "copied_tokens": 8, **limits}), costs)
+    for batch_size in (1, 4):
+        for _ in range(400):
+            found.observe(batch_size, tokens=1, seconds=1 / tokens_per_s)
+    return found
+
+
+def test_the_price_is_the_tokens_that_the_columns_time_would_bring() -> None:
+    assert weigher().speed(4) == pytest.approx(100.0, rel=1e-4)
+    assert weigher().column_tokens(4) == pytest.approx(0.1, rel=1e-4)
+    assert weigher(tokens_per_s=400.0).column_tokens(4, 3) == pytest.approx(0.4, rel=1e-4)
+    assert weigher(tokens_per_s=50.0).least_survival(4) == LEAST_SURVIVAL
+    assert weigher(tokens_per_s=400.0).least_survival(4) == pytest.approx(0.2, rel=1e-4)
+    assert weigher(adaptive=False).column_tokens(4) == 0.0
+
+
+def test_before_the_first_round_time_is_worth_what_plain_rounds_bring() -> None:
+    costs = Costs(ragged=True)
+    limits = SpeculationLimits(draft_tokens=4, copied_tokens=8)
+    assert Weigher(limits, costs).speed(2) == 0.0
+    costs.target.set_initial(1, 1, 0.010)
+    assert Weigher(limits, costs).speed(1) == pytest.approx(100.0)
+
+
+@pytest.mark.parametrize(("tokens_per_s", "expected"), [(100.0, [3, 1, 0]), (500.0, [2, 0, 0]), (2000.0, [0, 0, 0])])
+def test_copies_of_all_sequences_are_proposed_best_first_while_they_repay_their_columns(
+    tokens_per_s: float, expected: list[int]
+) -> None:
+    survivals = [[0.9, 0.7, 0.3], [0.4, 0.08], [0.06]]
+    assert weigher(tokens_per_s=tokens_per_s).copies(survivals, [0.0] * 3, batch_size=4) == expected
+
+
+def test_of_padded_rows_only_the_longest_costs() -> None:
+    survivals = [[0.9, 0.9], [0.06, 0.06]]
+    assert weigher(ragged=False, tokens_per_s=200.0).copies(survivals, [0.0] * 2, batch_size=4) == [2, 2]
+
+
+def test_copies_that_promise_less_than_the_draft_are_left_to_it() -> None:
+    found = weigher()
+    assert found.copies([[0.6], [0.95, 0.9, 0.9]], [0.9, 0.9], batch_size=4) == [0, 3]
+    assert found.copies([[0.6], [0.95, 0.9, 0.9]], [0.1, 0.1], batch_size=4) == [1, 3]
+
+
+def test_a_copy_may_be_tried_whatever_it_promises() -> None:
+    found = weigher(tokens_per_s=5000.0)
+    assert found.copies([[0.2], [0.3, 0.1]], [0.0, 0.0], batch_size=4, at_least_one=True) == [0, 1]
+
+
+def test_native_steps_get_the_price_and_what_columns_and_levels_take() -> None:
+    acceptance_KC = torch.rand(2, SHARE_CLASSES)
+    found = weigher(sibling_tokens=3).draft_weighing([0.5, 0.7], acceptance_KC, batch_size=4)
+    assert found.speed == pytest.approx(100.0, rel=1e-4)
+    assert found.level_rates == [0.5, 0.7]
+    assert found.prices.acceptance_KC is acceptance_KC
+    assert list(found.prices.columns_s)[:4] == pytest.approx([0.0, 0.001, 0.002, 0.003])
+    assert len(found.prices.columns_s) == 1 + 4 * 8
+    assert len(found.prices.levels_s) == 3
+    assert list(found.prices.levels_s) == pytest.approx([0.001 * (1 + 3 / 3)] * 3)

@@ -1,6 +1,6 @@
 """Prepares a draft to run on this machine: packs its weights, sets up its native calls, and checks its outputs.
 
-Left out: drafting itself (serve/speculation/drafter.py).
+Left out: drafting itself (serve/speculation/sources/drafter.py).
 
 Shapes: T positions, H hidden.
 """

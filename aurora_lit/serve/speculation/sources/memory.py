@@ -4,10 +4,9 @@ Learning by remembering: it needs no training and no pass of the draft, and work
 in memory only, bounded, the oldest forgotten first. What a request may read and write is decided by its key
 (`Request.scope`): sequences of different keys never meet, since the index compares keys exactly.
 
-Left out: the index (kernels/suffix_index.py), and how much of what it finds is proposed
-(serve/speculation/copy_planner.py).
+Left out: the index (kernels/suffix_index.py), and searching it (ngram.py).
 
-Shapes: S slots, L capacity of a slot, R tables of rates, C cells of a table.
+Shapes: L capacity of a slot.
 """
 
 from __future__ import annotations
@@ -17,11 +16,10 @@ from collections import OrderedDict
 import torch
 
 from aurora_lit.ipc.engine_status import EngineCounters
-from aurora_lit.kernels import native, suffix_index
-from aurora_lit.kernels.suffix_index import CONTEXT_TOKENS, DOMAIN_BITS, Copies, LookUp, SuffixMemory, is_remembered
+from aurora_lit.kernels import native
+from aurora_lit.kernels.suffix_index import CONTEXT_TOKENS, DOMAIN_BITS, SuffixMemory
 from aurora_lit.request import Scope, SharedBy
 from aurora_lit.serve.engine.sequence import RunningSequence
-from aurora_lit.serve.speculation import copies_in_python
 from aurora_lit.settings import MemorySettings
 
 NO_MEMORY = MemorySettings(capacity_mb=0, scope="domain")
@@ -86,17 +84,3 @@ class TrafficMemory:
 def can_remember(device: torch.device) -> bool:
     """True if a memory can be searched: that needs kernels and a CPU."""
     return native.library() is not None and device.type == "cpu"
-
-
-def look_up_copies(tokens_SL: torch.Tensor, rows: LookUp, *, memory: TrafficMemory | None) -> list[Copies]:
-    """For each sequence the likeliest copies from itself and, if it may read it, from the memory."""
-    if not can_remember(tokens_SL.device):
-        return copies_in_python.look_up(tokens_SL, rows)
-    if memory is None:
-        return suffix_index.look_up(tokens_SL, rows, memory=None)
-    copies = suffix_index.look_up(tokens_SL, rows, memory=memory.index)
-    for part, found in zip(rows.parts, copies, strict=True):
-        if part:
-            memory.counters.memory_look_ups += 1
-            memory.counters.memory_hits += any(map(is_remembered, found.cells))
-    return copies

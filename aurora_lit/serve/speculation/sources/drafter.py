@@ -9,7 +9,7 @@ For sampled requests the target's own token is the argmax of its log-probabiliti
 (modules/sampling/noise.py). The draft adds the same noise to its own (`ColumnDraws`), so that both tend to choose the
 same token even where many are about as probable.
 
-Left out: how many proposals, and what they cost (serve/speculation/planner.py); what of a weighed chain is worth
+Left out: how many proposals, and what they cost (serve/speculation/weigh.py); what of a weighed chain is worth
 proposing (kernels/csrc/drafting.hpp); verification (serve/engine/round_plan.py).
 
 Shapes: B sequences, T positions, K proposals, H hidden, S slots, L capacity of a slot, F features of a position,
@@ -33,8 +33,7 @@ from aurora_lit.models.interface import Target
 from aurora_lit.models.kv_cache import KVCache, state_pool
 from aurora_lit.modules.draft.eagle3 import Eagle3Draft
 from aurora_lit.modules.sampling.noise import gumbel
-from aurora_lit.serve.speculation.planner import extends_chain
-from aurora_lit.serve.speculation.runtime_draft import RuntimeDraft, prepare_draft, uses_kernels
+from aurora_lit.serve.speculation.sources.runtime_draft import RuntimeDraft, prepare_draft, uses_kernels
 
 _PREFILL_CHUNK_TOKENS = 256
 """Most positions of one forward pass of the draft's prefill."""
@@ -200,35 +199,28 @@ class Drafter:
         *,
         num_steps: int,
         noise: ColumnDraws | None = None,
-        min_gains: Sequence[float] | None = None,
         with_logprobs: bool = False,
     ) -> Drafted:
-        """Draft a chain of up to `num_steps` tokens for each sequence.
+        """Draft a chain of `num_steps` tokens for each sequence.
 
-        `min_gains`: what each further step must promise to be run (`min_gains` of the planner).
         `with_logprobs`: also return the tokens' log-probabilities; without native steps, so it takes longer.
         """
         if self.is_native and not with_logprobs:
-            return self._draft_levels(inputs, noise=noise, num_levels=num_steps, min_gains=min_gains)
+            return self._draft_levels(inputs, noise=noise, num_levels=num_steps)
         hidden_BH = self.prefill(inputs)
         slots_B = torch.tensor(inputs.slots, device=self._tokens_SL.device)
         starts_B = torch.tensor(inputs.lengths, device=slots_B.device) - 1
         tokens: list[torch.Tensor] = []
         logprobs: list[torch.Tensor] = []
         values: list[torch.Tensor] = []
-        survival = [1.0] * len(inputs.lengths)
-        while True:
-            step = len(tokens)
+        for step in range(num_steps):
+            if step:
+                hidden_BH = self.forward(tokens[-1][:, None], hidden_BH[:, None], slots_B, starts_B + step - 1)[:, 0]
             normed_BH = self.draft.norm(hidden_BH)  # once for both heads
             token_B, logprob_B = self._choose(self.draft.lm_head(normed_BH).float(), noise, step)
             tokens.append(token_B)
             logprobs.append(logprob_B)
             values.append(self.draft.value_head(normed_BH).squeeze(-1))
-            if step + 1 == num_steps:
-                break
-            if min_gains is not None and not extends_chain(values[-1].tolist(), survival, min_gains[step]):
-                break
-            hidden_BH = self.forward(tokens[-1][:, None], hidden_BH[:, None], slots_B, starts_B + step)[:, 0]
         chains = torch.stack(tokens, dim=1).tolist()
         return Drafted(chains, None, torch.stack(values).tolist(), torch.stack(logprobs, dim=1).tolist())
 
