@@ -54,6 +54,8 @@ class Passes:
     def __init__(self, target: Target, *, rows: int, capacity: int) -> None:
         self._target = target
         self._kv_cache: KVCache = target.make_kv_cache(num_slots=rows, capacity=capacity)
+        for states in (*self._kv_cache.keys_SGCQPE, *self._kv_cache.values_SGMDE):
+            states.normal_()  # what was never written is read from one page of zeros
         self._nanoseconds = torch.zeros(len(PASS_PARTS), dtype=torch.int64)
         if isinstance(target, NativeTarget):
             target.decoder.nanoseconds = self._nanoseconds
