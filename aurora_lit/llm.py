@@ -26,6 +26,7 @@ from pydantic import ValidationError
 
 from aurora_lit.config import load_config
 from aurora_lit.errors import AuroraError, RequestError
+from aurora_lit.models.fim import fim_marks
 from aurora_lit.models.sampling_defaults import default_sampling
 from aurora_lit.request import SamplingParams, StructuredOutputsParams, TokenLogprob
 from aurora_lit.serve.http.answer_stream import AnswerStream, TextDelta
@@ -127,6 +128,7 @@ class LLM:
             vocab_size=self._engine.vocab_size,
             longest_token=longest_token(self._tokenizer),
         )
+        self._fim_marks = fim_marks(self._tokenizer)
         self._numbers = itertools.count()
         self._lock = threading.RLock()
         """Held during a call. Reentrant, so that a signal handler may close what its own thread uses."""
@@ -219,7 +221,12 @@ class LLM:
         more = {"logprobs": params.logprobs, "cache_salt": asked.get("cache_salt")}
         body = _body(CompletionRequest, params, prompt=content, **more)
         prepared = prepare_completion(
-            body, call_id=self._call_id(), tokenizer=self._tokenizer, limits=self._limits, default_tokens=None
+            body,
+            call_id=self._call_id(),
+            tokenizer=self._tokenizer,
+            limits=self._limits,
+            marks=self._fim_marks,
+            default_tokens=None,
         )
         return content if isinstance(content, str) else None, prepared
 

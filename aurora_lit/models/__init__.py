@@ -11,6 +11,7 @@ progress.py. Start with interface.py. The files, each importing only those above
     sampling_defaults.py  what requests leave out: a model's own temperature, top-p and the like
     chat_template.py   renders chat templates as transformers does
     tokenizer.py       the tokenizer as serving uses it, kept so that it loads without transformers
+    fim.py             the tokens by which a family marks a hole to be filled
     kv_cache.py        the KV cache: one slot for each running sequence
     attention.py       causal attention over the cache or over whole sequences, as transformers' attention interface
     interface.py       what an engine may ask of a target

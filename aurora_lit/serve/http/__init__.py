@@ -12,16 +12,19 @@ May import: models/tokenizer.py, tool_calls/, ipc/. Start with routes.py. The fi
     structured_fields.py  their fields for structured outputs
     tool_fields.py    their fields for tools, calls and results
     message_fields.py  their fields for a conversation: messages, and how the prompt is rendered
+    fim_prompt.py     the prompt of a hole in a file: its parts in their order, and what is cut
     schema.py         request bodies: every field and its range; no field is silently ignored
+    fim_schema.py     the bodies of the routes that fill holes only
     tool_use.py       what tools mean for a request's prompt, grammar and answer
     tokenize.py       checked body → Call: chat template, tokens, limits
     stream_events.py  chunks → server-sent events, filled up to a fixed size; the clock that sends them
     choices.py        what deltas with text make of a choice: log-probabilities, tool calls, counts
     responses.py      OpenAI's responses: of a chat and of a text completion, whole and in chunks
+    infill_response.py  llama.cpp's response to POST /infill
     errors.py         every error as OpenAI's error body
     channel.py        the sockets to the engine worker, as LitServe's transport and request queue
     worker_client.py  a call in the HTTP process: sent, awaited, cancelled
-    routes.py         the two routes that generate
+    routes.py         the four routes that generate
     token_routes.py   POST /tokenize and /detokenize
     status.py         the status pages as JSON
     history.py        what the live page shows of the past

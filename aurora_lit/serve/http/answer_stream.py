@@ -1,17 +1,19 @@
 """The engine worker's deltas to text: one call's choices, each cut where a stop string is completed.
 
 The worker does not look for stop strings, so it goes on with a choice until it is told that one was completed. What it
-sends in the meantime is dropped here: the client gets what it would get if the worker had stopped at once. Leaves out
+sends in the meantime is dropped here: the client gets what it would get if the worker had stopped at once. The same
+holds of indentation and of time, by which a client may end what is filled into a hole. Leaves out
 how tokens become text (serve/http/detokenizer.py), and the message to the worker (serve/http/worker_client.py).
 
     answer = AnswerStream(tokenizer, call.requests)
     deltas, stopped = answer.add(deltas_of_a_round)
-    # deltas: the same with text; stopped: choices that a stop string has ended, for the worker to cancel
+    # deltas: the same with text; stopped: choices that were ended here, for the worker to cancel
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -31,6 +33,10 @@ class AnswerOptions(NamedTuple):
     """Deltas have `token_texts`."""
     grammar_field: str = ""
     """Of the body: where the answers' grammar comes from; "" without one."""
+    min_indent: int = 0
+    """An answer ends before a line, after its first, that has fewer spaces and tabs at its beginning."""
+    most_s: float | None = None
+    """An answer with a line break ends so long after its first token."""
 
 
 DEFAULT_OPTIONS = AnswerOptions()
@@ -44,6 +50,10 @@ class TextDelta(Delta):
     """Whole characters that later tokens cannot change; may be empty although there are new tokens."""
     token_texts: tuple[str, ...] | None = None
     """`text` by the token that completed each character; None: not asked for."""
+    stop_string: str = ""
+    """The one that has ended the choice."""
+    arrived_s: float = 0.0
+    """By the clock of the stream."""
 
 
 class Addition(NamedTuple):
@@ -52,7 +62,7 @@ class Addition(NamedTuple):
     deltas: tuple[TextDelta, ...]
     """Of the choices that have not ended before."""
     stopped: tuple[int, ...]
-    """Indices of the choices that a stop string has ended, and that the worker still works on."""
+    """Indices of the choices that were ended here, and that the worker still works on."""
 
 
 class AnswerStream:
@@ -63,9 +73,14 @@ class AnswerStream:
         tokenizer: Tokenizer,
         requests: Sequence[Request],
         options: AnswerOptions = DEFAULT_OPTIONS,
+        *,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """requests: those of the call, in its order."""
-        self._options = options
+        """requests: those of the call, in its order. clock: seconds."""
+        self._options, self._clock = options, clock
+        self._first_s = dict[int, float]()
+        """By choice: when its first token arrived."""
+        self._with_line_break = set[int]()
         self._texts = [
             TextStream(
                 tokenizer,
@@ -74,24 +89,28 @@ class AnswerStream:
                 min_tokens=params.min_tokens,
                 keeps_stop=params.include_stop_str_in_output,
                 skips_special_tokens=params.skip_special_tokens,
+                min_indent=options.min_indent,
             )
             for request, params in ((request, request.params) for request in requests)
         ]
         self._keeps_stop = [request.params.include_stop_str_in_output for request in requests]
-        self._has_stop = [bool(request.params.stop) for request in requests]
+        self._may_stop = [bool(request.params.stop) or options.min_indent > 0 for request in requests]
         self._unfinished = set(range(len(requests)))
 
     def add(self, deltas: Sequence[Delta]) -> Addition:
         """Add one round's deltas.
 
         Raises RequestError if a choice failed because its grammar could not be followed, RuntimeError if one without a
-        grammar failed. One that a stop string has ended first has not failed.
+        grammar failed. One that was ended here first has not failed.
         """
         added, stopped = [], []
+        now_s = self._clock()
         for delta in deltas:
-            if delta.index not in self._unfinished:  # a stop string has ended it, and the worker did not know yet
+            if delta.index not in self._unfinished:  # it was ended here, and the worker did not know yet
                 continue
             texts, num_tokens, finish_reason = self._decode(delta)
+            if finish_reason is None and self._is_late(delta, texts, now_s):
+                texts, finish_reason = _with_rest(texts, self._texts[delta.index]), "length"
             if finish_reason == "error":  # and no stop string came before, in the same round
                 field = self._options.grammar_field
                 if not field:
@@ -116,12 +135,23 @@ class AnswerStream:
                     draft_versions=delta.draft_versions,
                     domain=delta.domain,
                     num_cached_tokens=delta.num_cached_tokens,
+                    stop_string=self._texts[delta.index].stop_string,
+                    arrived_s=now_s,
                 )
             )
         return Addition(tuple(added), tuple(stopped))
 
+    def _is_late(self, delta: Delta, texts: Sequence[str], now_s: float) -> bool:
+        """True if the choice has used up its time, and a line is complete."""
+        if self._options.most_s is None or not delta.token_ids:
+            return False
+        first_s = self._first_s.setdefault(delta.index, now_s)
+        if any("\n" in text for text in texts):
+            self._with_line_break.add(delta.index)
+        return delta.index in self._with_line_break and now_s - first_s > self._options.most_s
+
     def _decode(self, delta: Delta) -> tuple[list[str], int, str | None]:
-        """New text, number of tokens that count, and finish reason: the engine's, or "stop" at a stop string.
+        """New text, number of tokens that count, and finish reason: the engine's, "stop" at a stop string, or "length".
 
         The text is in one piece, or by token if it is asked for, or if a stop string is looked for.
         """
@@ -129,15 +159,20 @@ class AnswerStream:
         # The token that ended the answer counts as a token, but is no part of the text unless that is asked for.
         hides_last = delta.finish_reason == "stop" and not self._keeps_stop[delta.index]
         visible = token_ids[:-1] if hides_last else token_ids
-        if not (self._has_stop[delta.index] or self._options.by_token):
+        if not (self._may_stop[delta.index] or self._options.by_token):
             texts = [stream.push(visible)]
         else:
             texts = []
             for position, token_id in enumerate(visible):  # one at a time, to find the one that completes a stop string
                 texts.append(stream.push((token_id,)))
                 if stream.stopped:
-                    return texts, position + 1, "stop"
+                    return texts, position + 1, "stop" if stream.stop_string else "length"
             texts += [""] * (len(token_ids) - len(visible))
         if delta.finish_reason is not None:
-            texts = [*texts[:-1], "".join(texts[-1:]) + stream.finish()]
+            texts = _with_rest(texts, stream)
         return texts, len(token_ids), delta.finish_reason
+
+
+def _with_rest(texts: Sequence[str], stream: TextStream) -> list[str]:
+    """The texts of a stream's last tokens, with what was held back."""
+    return [*texts[:-1], "".join(texts[-1:]) + stream.finish()]

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, model_validator
 from pydantic_core import PydanticKnownError
 
 from aurora_lit.errors import RequestError
@@ -28,6 +28,28 @@ class Strict(BaseModel):
                 param="body",
             )
         return body
+
+
+def is_text(value: str) -> bool:
+    """False for half of a surrogate pair, which JSON may hold and no tokenizer reads."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+NO_TEXT = "half of a surrogate pair is no text; send whole characters"
+
+
+def _check_text(value: str) -> str:
+    if not is_text(value):
+        raise ValueError(NO_TEXT)
+    return value
+
+
+WholeText = Annotated[str, AfterValidator(_check_text)]
+"""A text that a tokenizer can read."""
 
 
 def at_most(num_entries: int) -> BeforeValidator:

@@ -69,6 +69,10 @@ class Choice:
         self.domain = ""
         self.num_cached = 0
         """Prompt tokens that the prefix cache had."""
+        self.stop_string = ""
+        """The one that has ended it."""
+        self._arrivals_s: tuple[float, float] | None = None
+        """Of its first and its last tokens."""
 
     @property
     def stated_reason(self) -> str | None:
@@ -76,6 +80,30 @@ class Choice:
         is_cut_off = self._tool_reader is not None and self._tool_reader.is_in_call  # by a stop string in the arguments
         has_called = bool(self.tool_calls) and not is_cut_off
         return "tool_calls" if has_called and self.finish_reason == "stop" else self.finish_reason
+
+    @property
+    def num_accepted(self) -> int:
+        """Accepted proposals, as far as they count in the histogram."""
+        return sum(accepted * rounds for accepted, rounds in enumerate(self.histogram))
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        """Of its prompt, cached ones included."""
+        return len(self._request.prompt_ids)
+
+    def timings(self, *, started_s: float) -> Json:
+        """Tokens and times of prompt and answer, under llama.cpp's names; the prompt's time includes waiting.
+
+        started_s: when the request was accepted, by the clock of its stream.
+        """
+        first_s, last_s = self._arrivals_s or (started_s, started_s)
+        num_drafted = {"draft_n": self.num_proposed, "draft_n_accepted": self.num_accepted} if self.num_proposed else {}
+        return {
+            "cache_n": self.num_cached,
+            **_speed("prompt", self.num_prompt_tokens - self.num_cached, first_s - started_s),
+            **_speed("predicted", self.num_tokens, last_s - first_s),
+            **num_drafted,
+        }
 
     def add(self, deltas: Sequence[TextDelta]) -> Added:
         """Add its deltas of a round, or of several."""
@@ -93,6 +121,10 @@ class Choice:
                     sources += zip(delta.token_texts, delta.accepted_from + owns, strict=False)
             self.draft_versions, self.domain = delta.draft_versions, delta.domain
             self.num_cached = delta.num_cached_tokens
+            self.stop_string = delta.stop_string
+            if delta.token_ids:
+                first_s = self._arrivals_s[0] if self._arrivals_s else delta.arrived_s
+                self._arrivals_s = (first_s, delta.arrived_s)
             if delta.finish_reason is not None:
                 self.finish_reason = "length" if self._prepared.drop_output else delta.finish_reason
             self.begun = True
@@ -142,6 +174,16 @@ class Choice:
                     parts.append({"index": piece.number, "function": {"arguments": ""}})
                 parts[-1]["function"]["arguments"] += piece.text
         return parts
+
+
+def _speed(name: str, num_tokens: int, seconds: float) -> Json:
+    ms = 1000 * seconds
+    return {
+        f"{name}_n": num_tokens,
+        f"{name}_ms": ms,
+        f"{name}_per_token_ms": ms / num_tokens if num_tokens else 0.0,
+        f"{name}_per_second": num_tokens / seconds if seconds > 0 else 0.0,
+    }
 
 
 def _with_top(known: Sequence[TokenLogprob | None], num_top: int) -> tuple[TokenLogprob | None, ...]:

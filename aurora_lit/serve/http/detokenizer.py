@@ -1,11 +1,11 @@
-"""Token ids to text, while the tokens are generated: whole characters only, cut before stop strings.
+"""Token ids to text, while the tokens are generated: whole characters only, cut before what is to end it.
 
 Left out: stop *tokens* and end of text (serve/engine/sequence.py), several choices and their ends
 (serve/http/answer_stream.py), and the format of responses (serve/http/responses.py).
 
     stream = TextStream(tokenizer, stop=("\\n\\n",))
     stream.push([1, 2])        # the text that later tokens cannot change any more, perhaps ""
-    stream.stopped             # True once a stop string was completed: no text follows
+    stream.stopped             # True once a stop string or a line has ended it: no text follows
     stream.finish()            # the text held back for a stop string, after the last token
 """
 
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import codecs
 import json
+import re
 from collections.abc import Sequence
 
 from aurora_lit.models.tokenizer import Tokenizer, special_ids
@@ -22,6 +23,10 @@ _CONTEXT_TOKENS = 5
 """Decoded again together with new tokens: in some tokenizers the space before a token depends on its left neighbour."""
 _CHARACTER_TOKENS = 4
 """Tokens that one character may be made of."""
+_INDENTED = re.compile(r"\r?\n([ \t]*)(?=[^ \t])")
+"""A line break, and the whole indentation of the line after it."""
+_OPEN_LINE = re.compile(r"(?:\r?\n[ \t]*|\r)?\Z")
+"""The same at the end of a text, as far as it is known."""
 _WINDOW_TOKENS = 32
 """The window is cut beyond this length even inside a broken character: a model may emit nothing but broken bytes."""
 
@@ -42,12 +47,14 @@ class TextStream:
         min_tokens: int = 0,
         keeps_stop: bool = False,
         skips_special_tokens: bool = True,
+        min_indent: int = 0,
     ) -> None:
         """Create an empty stream, to be fed from the first generated token on.
 
         follows: tokens whose text goes before, since some decoders leave out a space at the beginning of a text.
         min_tokens: stop strings that so many tokens complete do not count. keeps_stop: the stop string that ends the
-        text is part of it. skips_special_tokens: they give no text.
+        text is part of it. skips_special_tokens: they give no text. min_indent: the text ends before the first line
+        break that is followed by fewer spaces and tabs; an empty line has none.
         """
         self._tokenizer, self._skips_special_tokens = tokenizer, skips_special_tokens
         self._stop, self._keeps_stop = tuple(stop), keeps_stop
@@ -60,7 +67,11 @@ class TextStream:
             self._add_in_parts(follows[-_WINDOW_TOKENS:])
         self._held = ""
         """Text that may be the start of a stop string."""
+        self._min_indent, self._indent = min_indent, ""
+        """The last line's indentation so far, after its line break, while nothing else of that line is known."""
         self.stopped = False
+        self.stop_string = ""
+        """The one that has ended the text; "": none."""
 
     def push(self, token_ids: Sequence[int]) -> str:
         """Add tokens. Returns the new text that later tokens cannot change."""
@@ -68,11 +79,16 @@ class TextStream:
             return ""
         self._num_tokens += len(token_ids)
         fresh = self._add_in_parts(token_ids)
-        return self._cut(fresh) if self._stop else fresh
+        if self._stop:
+            fresh = self._cut(fresh)
+        return self._cut_line(fresh) if self._min_indent else fresh
 
     def finish(self) -> str:
-        """End the stream. Returns the text that was held back for a stop string; an incomplete character is dropped."""
+        """End the stream. Returns the text that was held back; an incomplete character is dropped."""
         held, self._held = self._held, ""
+        if self._min_indent:
+            held = self._cut_line(held)
+            held, self._indent = held + self._indent, ""
         return held
 
     def _add_in_parts(self, token_ids: Sequence[int]) -> str:
@@ -126,10 +142,25 @@ class TextStream:
         if ends and self._num_tokens > self._min_tokens:
             self.stopped, self._held = True, ""
             end, begin = min(ends)
+            self.stop_string = pending[begin:end]
             return pending[: end if self._keeps_stop else begin]
         keep = _stop_prefix_length(pending, self._stop)
         self._held = pending[len(pending) - keep :]
         return pending[: len(pending) - keep]
+
+    def _cut_line(self, fresh: str) -> str:
+        pending = self._indent + fresh
+        self._indent = ""
+        for line in _INDENTED.finditer(pending):
+            if len(line[1]) < self._min_indent:
+                self.stopped, self.stop_string = True, ""
+                return pending[: line.start()]
+        if self.stopped:  # by a stop string, so that nothing follows
+            return pending
+        is_open = _OPEN_LINE.search(pending)
+        assert is_open is not None, "it may be empty"
+        self._indent = is_open[0]
+        return pending[: is_open.start()]
 
 
 def _stop_prefix_length(text: str, stop: Sequence[str]) -> int:

@@ -114,7 +114,7 @@ def _document(app: FastAPI, *, needs_key: bool) -> None:
                 operation["responses"]["503"] = {**success, "description": "Not now; status says why"}
             elif path == "/metrics":
                 success["content"] = {"text/plain": text}
-            elif method == "post" and path.startswith("/v1/"):
+            elif method == "post" and (path.startswith("/v1/") or path == "/infill"):
                 success["content"]["text/event-stream"] = text
         return schema
 

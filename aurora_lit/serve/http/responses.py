@@ -20,12 +20,14 @@ from aurora_lit.request import TokenLogprob
 from aurora_lit.serve.http.answer_stream import TextDelta
 from aurora_lit.serve.http.choices import Choice, Entry, Origin
 from aurora_lit.serve.http.detokenizer import TokenDecoder
+from aurora_lit.serve.http.stream_events import DONE
 from aurora_lit.serve.http.tokenize import Prepared
 
 Json = dict[str, Any]
 _ENTRY_DEPTH = 5
 """Levels around a token's log-probabilities: response, choices, choice, logprobs, content."""
-_encoder = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+encode = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode
+"""A value as JSON without spaces."""
 
 
 class ResponseBuilder(ABC):
@@ -33,6 +35,8 @@ class ResponseBuilder(ABC):
 
     _OBJECT: ClassVar[str]
     _CHUNK_OBJECT: ClassVar[str]
+    END: ClassVar[str] = DONE
+    """What follows the last event of a stream."""
 
     def __init__(
         self,
@@ -266,7 +270,7 @@ def _written(value: Any, *, depth: int) -> Iterator[str]:
     """`value` as JSON, in the parts that are `depth` levels inside; iterators are written as lists."""
     if depth and isinstance(value, dict):
         for number, (name, inner) in enumerate(value.items()):
-            yield f"{',' if number else '{'}{_encoder.encode(name)}:"
+            yield f"{',' if number else '{'}{encode(name)}:"
             yield from _written(inner, depth=depth - 1)
         yield "}" if value else "{}"
     elif depth and isinstance(value, (list, Iterator)):
@@ -276,7 +280,7 @@ def _written(value: Any, *, depth: int) -> Iterator[str]:
             yield from _written(inner, depth=depth - 1)
         yield "]"
     else:
-        yield _encoder.encode(value)
+        yield encode(value)
 
 
 def _by_token(known: TokenLogprob | None, token_decoder: TokenDecoder) -> Json | None:

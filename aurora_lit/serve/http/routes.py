@@ -1,4 +1,4 @@
-"""The two POST routes: one call from checked body to response, as a stream of server-sent events or in one piece.
+"""The routes that generate: one call from checked body to response, as a stream of server-sent events or in one piece.
 
 Leaves out the GET routes, registration of routes (serve/http/spec.py) and authorisation (serve/api.py).
 """
@@ -12,6 +12,7 @@ import time
 import uuid
 from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Mapping
+from functools import partial
 from types import MappingProxyType
 from typing import Any
 
@@ -20,14 +21,17 @@ from fastapi.responses import Response
 
 from aurora_lit.errors import RequestError
 from aurora_lit.ipc.engine_status import EngineStatusPage
+from aurora_lit.models.fim import fim_marks
 from aurora_lit.models.tokenizer import Tokenizer
 from aurora_lit.serve.http.answer_stream import TextDelta
 from aurora_lit.serve.http.detokenizer import TokenDecoder
 from aurora_lit.serve.http.errors import error_event
+from aurora_lit.serve.http.fim_schema import FimRequest, InfillRequest
+from aurora_lit.serve.http.infill_response import InfillResponse
 from aurora_lit.serve.http.metrics import ServerMetrics
 from aurora_lit.serve.http.responses import ChatResponse, ResponseBuilder, TextResponse
-from aurora_lit.serve.http.schema import ChatRequest, CompletionRequest, StreamOptions
-from aurora_lit.serve.http.stream_events import DONE, EventStream, SendClock, StreamShape, event
+from aurora_lit.serve.http.schema import ChatRequest, CompletionRequest, Sampling, StreamOptions
+from aurora_lit.serve.http.stream_events import EventStream, SendClock, StreamShape, event
 from aurora_lit.serve.http.tokenize import (
     Limits,
     Prepared,
@@ -87,30 +91,47 @@ class GenerationRoutes:
         self._model, self._worker_client, self._metrics, self._status = model, worker_client, metrics, status
         self._tokenizer, self._token_decoder = tokenizer, TokenDecoder(tokenizer)
         self._stream_shape, self._default_sampling = stream_shape, default_sampling
-        self._longest_token = longest_token(tokenizer)
+        self._longest_token, self._fim_marks = longest_token(tokenizer), fim_marks(tokenizer)
         self._pseudonyms = ClientPseudonyms()
 
     async def chat(self, body: ChatRequest, request: Request) -> Response:
         """POST /v1/chat/completions."""
-        return await self._answer(body, request, prepare_chat, num_prompts=1, id_prefix="chatcmpl")
+        return await self._answer(body, request, prepare_chat, ChatResponse, id_prefix="chatcmpl")
 
     async def complete(self, body: CompletionRequest, request: Request) -> Response:
         """POST /v1/completions."""
-        return await self._answer(body, request, prepare_completion, num_prompts=len(body.prompts), id_prefix="cmpl")
+        prepare = partial(prepare_completion, marks=self._fim_marks)
+        return await self._answer(body, request, prepare, TextResponse, num_prompts=len(body.prompts), id_prefix="cmpl")
+
+    async def fill(self, body: FimRequest, request: Request) -> Response:
+        """POST /v1/fim/completions; the answer has the form of a chat's."""
+        prepare = partial(prepare_completion, marks=self._fim_marks, default_tokens=None)
+        return await self._answer(body, request, prepare, ChatResponse, id_prefix="fim")
+
+    async def infill(self, body: InfillRequest, request: Request) -> Response:
+        """POST /infill."""
+        prepare = partial(prepare_completion, marks=self._fim_marks, default_tokens=None)
+        response = partial(InfillResponse, body=body, started_s=time.monotonic())
+        return await self._answer(body, request, prepare, response, id_prefix="infill", choices_field="n_cmpl")
 
     async def _answer(
         self,
-        body: ChatRequest | CompletionRequest,
+        body: Sampling,
         request: Request,
         prepare: Callable[..., Prepared],
+        builder: Callable[..., ResponseBuilder],
         *,
-        num_prompts: int,
+        num_prompts: int = 1,
         id_prefix: str,
+        choices_field: str = "n",
     ) -> Response:
         check_model(body.model, served=self._model)
         body = body.with_defaults(self._default_sampling)
         latencies = _LatencyRecorder(self._metrics)
-        with self._worker_client.places(num_prompts=num_prompts, num_choices=body.num_choices):
+        places = self._worker_client.places(
+            num_prompts=num_prompts, num_choices=body.num_choices, choices_field=choices_field
+        )
+        with places:
             prepared = await asyncio.to_thread(
                 prepare,
                 body,
@@ -119,9 +140,9 @@ class GenerationRoutes:
                 limits=self._limits(),
                 client=self._pseudonym(body, request),
             )
-        return await self._respond(body, prepared, request, latencies)
+        return await self._respond(body, prepared, builder, request, latencies)
 
-    def _pseudonym(self, body: ChatRequest | CompletionRequest, request: Request) -> str:
+    def _pseudonym(self, body: Sampling, request: Request) -> str:
         return self._pseudonyms.of(user=body.user, address=request.client.host if request.client else None)
 
     def _limits(self) -> Limits:
@@ -130,14 +151,14 @@ class GenerationRoutes:
 
     async def _respond(
         self,
-        body: ChatRequest | CompletionRequest,
+        body: Sampling,
         prepared: Prepared,
+        builder: Callable[..., ResponseBuilder],
         request: Request,
         latencies: _LatencyRecorder,
     ) -> Response:
         check_logprobs(body, prepared)
         options = body.stream_options or StreamOptions()
-        builder = ChatResponse if isinstance(body, ChatRequest) else TextResponse
         response = builder(
             prepared,
             created=int(time.time()),
@@ -202,7 +223,7 @@ class GenerationRoutes:
                 else:
                     message = message_of(deltas)
                 if response.finished:
-                    yield message + DONE
+                    yield message + response.END
                     return
                 if message:
                     yield message

@@ -2,20 +2,21 @@
 
 No field is silently ignored: an unsupported one is refused by name, unless its value means "not used" (NEUTRAL).
 Structured outputs, tools and conversations have files of their own (structured_fields.py, tool_fields.py,
-message_fields.py). Leaves out checks that need a tokenizer or the model's limits (serve/http/tokenize.py) and the
-wording of error bodies (serve/http/errors.py).
+message_fields.py), and so have the bodies of the routes that only fill holes (fim_schema.py). Leaves out checks that
+need a tokenizer or the model's limits (serve/http/tokenize.py) and the wording of error bodies (serve/http/errors.py).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, Self, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 
 from pydantic import Field, WithJsonSchema, model_validator
 
 from aurora_lit.errors import RequestError
 from aurora_lit.request import MAX_DOMAIN_CHARACTERS, SamplingParams
-from aurora_lit.serve.http.body import Strict, at_most, drop_neutral, shorten
+from aurora_lit.serve.http.body import Strict, WholeText, at_most, drop_neutral, shorten
+from aurora_lit.serve.http.fim_prompt import Hole
 from aurora_lit.serve.http.message_fields import Messages, Templated
 from aurora_lit.serve.http.structured_fields import Structured
 from aurora_lit.serve.http.tool_fields import ToolChoosing, Tools
@@ -109,6 +110,9 @@ class Sampling(Structured):
     prompt_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     cache_salt: Annotated[str, Field(min_length=1, max_length=MAX_SALT_CHARACTERS)] | None = None
 
+    TOKEN_LIMITS: ClassVar[tuple[str, ...]] = ("max_tokens", "max_completion_tokens")
+    """The fields that limit an answer's length."""
+
     @model_validator(mode="before")
     @classmethod
     def _drop_neutral_fields(cls, body: Any) -> Any:
@@ -168,6 +172,23 @@ class Sampling(Structured):
     def num_choices(self) -> int:
         """Number of choices per prompt."""
         return 1 if self.n is None else self.n
+
+    @property
+    def is_watched(self) -> bool:
+        """True if something looks at the answers before they end."""
+        return bool(self.stream or self.stop)
+
+    @property
+    def token_limit(self) -> tuple[str, int | None]:
+        """The name under which the request gives max_tokens, and its value; None if it does not.
+
+        Raises RequestError if it gives two names, and they differ.
+        """
+        given = [(name, value) for name in self.TOKEN_LIMITS if (value := getattr(self, name)) is not None]
+        if len({value for _, value in given}) > 1:
+            both = " and ".join(f"{name}={value}" for name, value in given)
+            raise RequestError(f"{both} differ; send one of them", param=given[-1][0])
+        return given[-1] if given else (self.TOKEN_LIMITS[0], None)
 
     def sampling_params(
         self, *, max_tokens: int, vocab_size: int, logprobs: int | None, echoed_logprobs: int | None = None
@@ -252,6 +273,7 @@ class CompletionRequest(Sampling):
     """POST /v1/completions."""
 
     prompt: PromptText | Prompts[PromptText] | Prompts[TokenId] | Prompts[Prompts[TokenId]]
+    suffix: WholeText | None = None
     max_tokens: Annotated[int, Field(ge=0, lt=_INT64)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=0, lt=_INT64)] | None = None
     logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
@@ -272,13 +294,23 @@ class CompletionRequest(Sampling):
                 raise RequestError(f"{name}=0 is only for echo=true; use 1 or more", param=name)
         return self
 
+    @model_validator(mode="after")
+    def _check_suffix(self) -> CompletionRequest:
+        if self.suffix and self.echo:
+            raise RequestError("suffix cannot be combined with echo=true; leave one of them out", param="suffix")
+        if self.suffix and not all(isinstance(prompt, Hole) for prompt in self.prompts):
+            raise RequestError("suffix needs a prompt of text; token ids have their marks already", param="suffix")
+        return self
+
     @property
-    def prompts(self) -> list[str] | list[list[int]]:
-        """One entry per prompt."""
+    def prompts(self) -> list[str | list[int] | Hole]:
+        """One entry per prompt; with a suffix what goes before and after a hole."""
         prompt: Any = self.prompt
         if isinstance(prompt, str) or (prompt and isinstance(prompt[0], int)):
-            return [prompt]
-        return list(prompt)
+            prompt = [prompt]
+        if not self.suffix:
+            return list(prompt)
+        return [Hole(prefix=each, suffix=self.suffix) if isinstance(each, str) else each for each in prompt]
 
 
 class TokenizeRequest(Templated):
@@ -303,19 +335,6 @@ class DetokenizeRequest(Strict):
 
     model: str | None = None
     tokens: Annotated[list[TokenId], Field(fail_fast=True)]
-
-
-def token_limit(body: ChatRequest | CompletionRequest) -> tuple[str, int | None]:
-    """The name under which a request gives max_tokens, and its value; None if it does not.
-
-    Raises RequestError if it gives both names, and they differ.
-    """
-    old, new = body.max_tokens, body.max_completion_tokens
-    if old is not None and new is not None and old != new:
-        raise RequestError(
-            f"max_tokens={old} and max_completion_tokens={new} differ; send one of them", param="max_completion_tokens"
-        )
-    return ("max_tokens", old) if new is None else ("max_completion_tokens", new)
 
 
 def _or(value: T | None, default: T) -> T:

@@ -3,7 +3,7 @@
 Leaves out what a generation request does (serve/http/routes.py), who may call a route (serve/api.py) and the processes
 (serve/server.py).
 
-    POST /v1/chat/completions  /v1/completions  /tokenize  /detokenize
+    POST /v1/chat/completions  /v1/completions  /v1/fim/completions  /infill  /tokenize  /detokenize
     GET /v1/models  /v1/models/NAME  /v1/aurora/status  /metrics
     GET /v1/aurora/events                            with server.page (serve/http/live_page.py)
     GET /health  /ready                              open: these two need no API key, and neither do the page's files
@@ -82,6 +82,8 @@ class AuroraSpec(LitSpec):  # type: ignore[misc]
         )
         self.add_endpoint("/v1/chat/completions", generation.chat, ["POST"])
         self.add_endpoint("/v1/completions", generation.complete, ["POST"])
+        self.add_endpoint("/v1/fim/completions", generation.fill, ["POST"])
+        self.add_endpoint("/infill", generation.infill, ["POST"])
         tokens = TokenRoutes(model=self._model, tokenizer=tokenizer, status=self._status_page)
         self.add_endpoint("/tokenize", tokens.tokenize, ["POST"])
         self.add_endpoint("/detokenize", tokens.detokenize, ["POST"])

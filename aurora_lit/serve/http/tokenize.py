@@ -19,13 +19,16 @@ from tokenizers import Tokenizer as BackendTokenizer
 from aurora_lit.errors import RequestError
 from aurora_lit.grammars.definition import fault_of, names_special_tokens
 from aurora_lit.ipc.messages import Call
+from aurora_lit.models.fim import FimMarks
 from aurora_lit.models.tokenizer import Tokenizer, tokenizer_json
 from aurora_lit.request import Request, SamplingParams
 from aurora_lit.serve.http.answer_stream import DEFAULT_OPTIONS, AnswerOptions
-from aurora_lit.serve.http.body import shorten
+from aurora_lit.serve.http.body import NO_TEXT, is_text, shorten
 from aurora_lit.serve.http.detokenizer import decode
+from aurora_lit.serve.http.fim_prompt import Hole, HolePrompt, lay_out
+from aurora_lit.serve.http.fim_schema import FimRequest, InfillRequest
 from aurora_lit.serve.http.message_fields import Message, Templated
-from aurora_lit.serve.http.schema import ChatRequest, CompletionRequest, Sampling, token_limit
+from aurora_lit.serve.http.schema import ChatRequest, CompletionRequest, Sampling
 from aurora_lit.serve.http.tool_fields import Tool
 from aurora_lit.serve.http.tool_use import ToolUse, template_tools, tool_use, turns_of
 from aurora_lit.tool_calls.formats import in_first_user_turn
@@ -36,6 +39,9 @@ MAX_LOGPROBS_OF_CALL = 1 << 20
 """Alternatives included: each takes some ten microseconds and 300 bytes when the response is built."""
 _TOKENS_OF_OPEN_ANSWER = 2048
 """As so many tokens an answer counts there at most whose request names no max_tokens: few use up a long context."""
+_TOKENS_OF_HOLE = 256
+"""A prompt with a hole is cut so that an answer whose request names no maximum has as much room, if a quarter of the
+context is more."""
 _naming_tokenizers = WeakKeyDictionary[Tokenizer, LLTokenizer]()
 """llguidance's, by the tokenizers that they were made of."""
 _making_tokenizer = threading.Lock()
@@ -75,6 +81,8 @@ class Prepared:
     """Alternatives per token of the prompt, whose log-probabilities the response has; None: it has none."""
     tools: ToolUse | None = None
     """How the answers may call tools; None: they call none."""
+    was_cut: bool = False
+    """A prompt with a hole has not all that was sent."""
 
 
 def prepare_chat(
@@ -148,23 +156,30 @@ def render(messages: Sequence[Message], how: Templated, *, tools: Sequence[Tool]
 
 
 def prepare_completion(
-    body: CompletionRequest,
+    body: CompletionRequest | FimRequest | InfillRequest,
     *,
     call_id: str,
     tokenizer: Tokenizer,
     limits: Limits,
+    marks: FimMarks | None = None,
     client: str = "",
     default_tokens: int | None = DEFAULT_COMPLETION_TOKENS,
 ) -> Prepared:
-    """Tokenize each prompt, or check its ids. client: see `Request`.
+    """Tokenize each prompt, or check its ids; a hole is laid out. client: see `Request`.
 
-    default_tokens: max_tokens of a body without it; None: the rest of the context. Raises RequestError if a prompt is
-    empty or too long.
+    marks: of a model that fills holes. default_tokens: max_tokens of a body without it; None: the rest of the context.
+    Raises RequestError if a prompt is empty or too long, or has a hole that the model cannot fill.
     """
     if not body.prompts:
         raise RequestError("prompt is an empty list; send at least one prompt", param="prompt")
-    ids, texts = [], []
+    ids, texts, was_cut = [], [], False
     for prompt in body.prompts:
+        if isinstance(prompt, Hole):
+            check_text(prompt.prefix, param="prompt")
+            prompt_ids, is_cut = _lay_out(prompt, marks, body, limits, default_tokens)
+            was_cut |= is_cut
+            ids.append(prompt_ids)
+            continue
         if not prompt:
             raise RequestError("prompt is empty; send text or token ids", param="prompt")
         if isinstance(prompt, str):
@@ -181,28 +196,51 @@ def prepare_completion(
     params = []
     for prompt_ids in ids:
         max_tokens = _check_length(len(prompt_ids), body, limits, default=default_tokens, param="prompt")
-        params.append(
-            body.sampling_params(
-                max_tokens=max(1, max_tokens),
-                vocab_size=limits.vocab_size,
-                logprobs=body.logprobs,
-                echoed_logprobs=body.logprobs if body.echo else None,
-            )
+        options = body.sampling_params(
+            max_tokens=max(1, max_tokens),
+            vocab_size=limits.vocab_size,
+            logprobs=body.logprobs,
+            echoed_logprobs=body.logprobs if body.echo else None,
         )
+        if marks is not None and marks.marks_hole(prompt_ids):
+            options = replace(options, stop_token_ids=(*options.stop_token_ids, *sorted(marks.stops)))
+        params.append(options)
     _check_structure(body, tokenizer, limits)
     return Prepared(
         call=_call(call_id, ids, params, body, client),
         prompt_texts=tuple(texts) if body.echo else (),
         num_prompt_tokens=sum(map(len, ids)),
         num_choices=body.num_choices,
-        drop_output=token_limit(body)[1] == 0,
+        drop_output=body.token_limit[1] == 0,
         options=AnswerOptions(
             continues_prompt=True,
             by_token=bool(body.return_token_sources),
             grammar_field=body.structure[0] if body.structure else "",
+            min_indent=(body.n_indent or 0) if isinstance(body, InfillRequest) else 0,
+            most_s=body.most_s if isinstance(body, InfillRequest) else None,
         ),
         prompt_logprobs=body.prompt_logprobs,
+        was_cut=was_cut,
     )
+
+
+def _lay_out(
+    hole: Hole, marks: FimMarks | None, body: Sampling, limits: Limits, default_tokens: int | None
+) -> HolePrompt:
+    """A hole's prompt, with room for the answer. Raises RequestError if the model cannot fill holes."""
+    if marks is None:
+        is_field = isinstance(body, CompletionRequest)
+        asked = "suffix" if is_field else "this route"
+        raise RequestError(
+            f"{asked} needs a model with tokens for fill in the middle, such as Qwen2.5-Coder; this one has none",
+            param="suffix" if is_field else None,
+            code="unsupported_parameter" if is_field else "not_supported",
+            status=400 if is_field else 501,
+        )
+    wanted = body.token_limit[1]
+    if wanted is None:
+        wanted = min(_TOKENS_OF_HOLE, limits.max_seq_len // 4) if default_tokens is None else default_tokens
+    return lay_out(hole, marks, num_tokens=limits.max_seq_len - max(1, wanted))
 
 
 def _encode(
@@ -222,8 +260,8 @@ def _encode(
 
 
 def check_model(name: str | None, *, served: str) -> None:
-    """Raise RequestError for any model but the served one; a request without a model gets that."""
-    if name not in (None, served):
+    """Raise RequestError for any model but the served one; a request without a model, or with "", gets that."""
+    if name not in (None, "", served):
         raise RequestError(
             f"model={shorten(name)} does not exist; this server has {served}",
             param="model",
@@ -232,10 +270,10 @@ def check_model(name: str | None, *, served: str) -> None:
         )
 
 
-def check_logprobs(body: ChatRequest | CompletionRequest, prepared: Prepared) -> None:
+def check_logprobs(body: Sampling, prepared: Prepared) -> None:
     """Raise RequestError if a response would have more log-probabilities than MAX_LOGPROBS_OF_CALL."""
     num_of_answers = num_of_prompts = 0
-    is_open = token_limit(body)[1] is None
+    is_open = body.token_limit[1] is None
     for index, request in enumerate(prepared.call.requests):
         params, num_prompt = request.params, len(request.prompt_ids)
         if params.logprobs is not None:
@@ -260,12 +298,8 @@ def check_logprobs(body: ChatRequest | CompletionRequest, prepared: Prepared) ->
 
 def check_text(text: str, *, param: str) -> None:
     """Raise RequestError for half of a surrogate pair, which JSON may hold and no tokenizer reads."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise RequestError(
-            f"{param}: half of a surrogate pair is no text; send whole characters", param=param
-        ) from error
+    if not is_text(text):
+        raise RequestError(f"{param}: {NO_TEXT}", param=param)
 
 
 def _check_room(num_prompt: int, limits: Limits, *, param: str) -> int:
@@ -284,12 +318,10 @@ def _check_room(num_prompt: int, limits: Limits, *, param: str) -> int:
     return room
 
 
-def _check_length(
-    num_prompt: int, body: ChatRequest | CompletionRequest, limits: Limits, *, default: int | None, param: str
-) -> int:
+def _check_length(num_prompt: int, body: Sampling, limits: Limits, *, default: int | None, param: str) -> int:
     """Most new tokens. Raises RequestError if prompt and answer together exceed the context."""
     room = _check_room(num_prompt, limits, param=param)
-    field, wanted = token_limit(body)
+    field, wanted = body.token_limit
     if wanted is not None and wanted > room:
         raise RequestError(
             f"{field}={shorten(wanted)} is too many: this model's maximum context length is {limits.max_seq_len} "
@@ -364,5 +396,4 @@ def _call(
                     call=name,
                 )
             )
-    is_watched = bool(body.stream) or any(options.stop for options in params)
-    return Call(call_id=call_id, requests=tuple(requests), is_answered_whole=not is_watched)
+    return Call(call_id=call_id, requests=tuple(requests), is_answered_whole=not body.is_watched)

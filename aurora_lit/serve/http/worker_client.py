@@ -115,14 +115,15 @@ class WorkerClient:
             stop_watching()
 
     @contextlib.contextmanager
-    def places(self, *, num_prompts: int, num_choices: int) -> Iterator[None]:
+    def places(self, *, num_prompts: int, num_choices: int, choices_field: str = "n") -> Iterator[None]:
         """Hold a call's places in the queue while it is prepared. RequestError if it does not fit in, now or ever.
 
-        num_choices: of each prompt. `start` takes the places itself: call it before anything else can.
+        num_choices: of each prompt. choices_field: of the body. `start` takes the places itself: call it before
+        anything else can.
         """
         total = num_prompts * num_choices
         if total > self._max_queue:
-            field = "prompt" if num_prompts > 1 else "n"
+            field = "prompt" if num_prompts > 1 else choices_field
             raise RequestError(
                 f"{field}: the request asks for {total} choices, of all prompts together, and server.max_queue is "
                 f"{self._max_queue}; ask for fewer",

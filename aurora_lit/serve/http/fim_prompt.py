@@ -1,0 +1,139 @@
+"""The prompt of a hole in a file: laid out as the model's family has learned it, and cut to what fits.
+
+What stays while a person types comes first, so that the prefix cache has it: the repository's name, other files in the
+order in which they are sent (oldest first), the file, what is before the hole, what is after it. Families that have
+learned it the other way round have what is after the hole first.
+
+What is before the hole keeps its end, what is after it its beginning, and of the other files the newest are kept. A cut
+stays where it is while a person types, or nothing of the next prompt would be known: a text may begin with any line
+between three quarters of the limit and the limit, and begins with the one whose hash is smallest. That line is found
+again in the next request, also if the client itself has cut the text at another place, until it is beyond the limit.
+Other files are cut likewise.
+
+Leaves out the marks (models/fim.py), and the request that the prompt becomes part of (serve/http/tokenize.py).
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from aurora_lit.models.fim import FimMarks
+
+_REPOSITORY = "myproject"
+"""Clients do not send its name; llama.cpp's server writes this one."""
+_CHARACTERS_OF_TOKEN = 16
+"""No more of a text is tokenized than so many characters for each token that fits."""
+_HASHED_TOKENS = 16
+_PARTS = 4
+"""What is after the hole has a quarter of the limit if what is before it fills the rest, and a cut is up to a quarter
+deeper than it must be."""
+
+
+class OtherFile(NamedTuple):
+    """A part of another file."""
+
+    name: str
+    text: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hole:
+    """A hole to be filled."""
+
+    prefix: str
+    """What is before it."""
+    suffix: str
+    """What is after it."""
+    file_name: str = ""
+    """"": the prompt names neither the file nor the repository."""
+    others: tuple[OtherFile, ...] = ()
+    """Newest last; only with a file name."""
+    most_around: int | None = None
+    """Tokens of prefix and suffix together; None: as many as fit."""
+
+
+class HolePrompt(NamedTuple):
+    """A laid out prompt."""
+
+    token_ids: tuple[int, ...]
+    was_cut: bool
+    """Not all that was sent is part of it."""
+
+
+def lay_out(hole: Hole, marks: FimMarks, *, num_tokens: int) -> HolePrompt:
+    """The prompt, of at most so many tokens; if they are too few, of the marks and names alone."""
+    head, name = list[int](), list[int]()
+    if hole.file_name and marks.repository is not None:
+        head = [marks.repository, *marks.encode(f"{_REPOSITORY}\n")]
+    if hole.others or (hole.file_name and marks.file is not None):
+        name = _file_name(hole.file_name, marks)
+    room = max(0, num_tokens - len(marks.begins) - len(head) - len(name) - 3)
+    around = room if hole.most_around is None else min(room, hole.most_around)
+
+    num_characters = around * _CHARACTERS_OF_TOKEN
+    before = marks.encode(hole.prefix[max(0, len(hole.prefix) - num_characters) :])
+    after = marks.encode(hole.suffix[:num_characters], continues=True)
+    kept_after = after[: max(around // _PARTS, around - _in_steps(len(before), around))]
+    kept_before = before[_first_kept_token(before, around - len(kept_after), marks) :]
+
+    others = _others(hole.others, marks, most=room - min(around, _in_steps(len(before) + len(after), around)))
+    was_cut = (
+        max(len(hole.prefix), len(hole.suffix)) > num_characters
+        or len(kept_before) + len(kept_after) < len(before) + len(after)
+        or len(others) < len(hole.others)
+    )
+    files = [*(token for other in others for token in other), *name]
+    if marks.file is None:  # their names are text, and with the files a part of what is before the hole
+        kept_before, files = [*files, *kept_before], []
+    parts = [[marks.prefix, *kept_before], [marks.suffix, *kept_after]]
+    first, second = reversed(parts) if marks.suffix_first else parts
+    end = [] if marks.middle is None else [marks.middle]
+    return HolePrompt((*marks.begins, *head, *files, *first, *second, *end), was_cut)
+
+
+def _file_name(name: str, marks: FimMarks) -> list[int]:
+    """As the family marks it; one without a mark gets a line as Codestral has learned it."""
+    return marks.encode(f"+++++ {name}\n") if marks.file is None else [marks.file, *marks.encode(f"{name}\n")]
+
+
+def _others(files: Sequence[OtherFile], marks: FimMarks, *, most: int) -> list[list[int]]:
+    """The tokens of each file that is kept: the newest, of at most so many tokens in all."""
+    newest_first, totals = list[list[int]](), list[int]()
+    num_characters = 0
+    for file in reversed(files):
+        num_characters += len(file.text)
+        if num_characters > most * _CHARACTERS_OF_TOKEN:
+            break
+        ids = [*_file_name(file.name, marks), *marks.encode(file.text)]
+        total = len(ids) + (totals[-1] if totals else 0)
+        if total > most:
+            break
+        newest_first.append(ids)
+        totals.append(total)
+    num_kept = len(totals)
+    if 0 < num_kept < len(files):
+        numbers = [number for number, total in enumerate(totals, start=1) if total > most - most // _PARTS]
+        num_kept = min(numbers or [num_kept], key=lambda number: _hash(newest_first[number - 1]))
+    return newest_first[:num_kept][::-1]
+
+
+def _in_steps(number: int, limit: int) -> int:
+    """`number`, rounded up to a part of the limit: so that what depends on it seldom changes."""
+    step = max(1, limit // _PARTS)
+    return -(-number // step) * step
+
+
+def _first_kept_token(ids: Sequence[int], most: int, marks: FimMarks) -> int:
+    """Where to cut, so that at most so many tokens are left; see the file's docstring."""
+    if len(ids) <= most:
+        return 0
+    window = range(len(ids) - most, len(ids) - most + most // _PARTS + 1)
+    lines = [at for at in window if marks.ends_line(ids[at - 1])]
+    return min(lines or window, key=lambda at: _hash(ids[at : at + _HASHED_TOKENS]))
+
+
+def _hash(ids: Sequence[int]) -> int:
+    return zlib.crc32(repr(list(ids)).encode())
