@@ -6,7 +6,7 @@
 
 Special tokens in a prompt cause faults: <|crash|> (the engine raises), <|error|> (an Output with an error),
 <|refuse|> (submit raises ValueError), <|toolong|> (submit raises RequestError). With <|client|> the output is the
-request's client. <|end|> is the end of text.
+request's client. <|end|> is the end of text. Marks of fill in the middle are not repeated.
 
 Functions import what is heavy, so that a server's main process has no torch, as in production.
 """
@@ -15,13 +15,13 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from aurora_lit.errors import RequestError
 from aurora_lit.ipc.engine_status import EngineCounters
@@ -37,6 +37,7 @@ SPECIALS = (
     *("<|end|>", "<|user|>", "<|assistant|>", "<|system|>", "<|crash|>", "<|error|>", "<|refuse|>", "<|toolong|>"),
     "<|client|>",
 )
+FIM_MARKS = ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>", "<|repo_name|>", "<|file_sep|>", "<|fim_pad|>")
 _MERGES = ("h e", "l l", "he ll", "hell o", "Ġ w", "o r", "Ġw or", "l d", "Ġwor ld", "Ġ t", "Ġt he")
 _TEMPLATE = (
     "{% for m in messages %}{% if m.content == 'forbidden' %}{{ raise_exception('forbidden content') }}{% endif %}"
@@ -44,8 +45,8 @@ _TEMPLATE = (
 )
 
 
-def tiny_tokenizer() -> PreTrainedTokenizerFast:
-    """Byte-level BPE: 256 bytes, a few merges, the special tokens above."""
+def tiny_tokenizer(marks: Sequence[str] = ()) -> PreTrainedTokenizerFast:
+    """Byte-level BPE: 256 bytes, a few merges, the special tokens above. marks: more added tokens, not special ones."""
     from transformers import PreTrainedTokenizerFast
 
     pieces = [*sorted(pre_tokenizers.ByteLevel.alphabet()), *(merge.replace(" ", "") for merge in _MERGES)]
@@ -55,6 +56,7 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens(list(SPECIALS))
+    tokenizer.add_tokens([AddedToken(mark, special=False, normalized=False) for mark in marks])
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>", chat_template=_TEMPLATE)
 
 
@@ -79,6 +81,8 @@ class FakeOptions:
     """How long the server outlives a dead worker."""
     build_error: str = ""
     """Building the worker raises this."""
+    fills_holes: bool = False
+    """Its tokenizer has the marks of fill in the middle."""
 
 
 @dataclass(kw_only=True)
@@ -93,7 +97,8 @@ class FakeEngine:
 
     def __init__(self, options: FakeOptions | None = None) -> None:
         self._options = options or FakeOptions()
-        self._tokenizer = tokenizer = tiny_tokenizer()
+        self._tokenizer = tokenizer = tiny_tokenizer(FIM_MARKS if self._options.fills_holes else ())
+        self._marks = {tokenizer.convert_tokens_to_ids(mark) for mark in FIM_MARKS if self._options.fills_holes}
         self._special = {name: tokenizer.convert_tokens_to_ids(name) for name in SPECIALS}
         self.eos_token_ids = frozenset({self._special["<|end|>"]})
         self.vocab_size = len(tokenizer)
@@ -137,6 +142,7 @@ class FakeEngine:
             del self._waiting[request_id]
             says_client = self._special["<|client|>"] in request.prompt_ids
             script = self._tokenizer.encode(request.client or "nobody") if says_client else request.prompt_ids
+            script = [token_id for token_id in script if token_id not in self._marks] or [self._special["<|end|>"]]
             self._running[request_id] = _Running(request=request, script=itertools.cycle(script))
             self.counters.prompt_tokens += len(request.prompt_ids)
         if self._running:
@@ -193,9 +199,9 @@ def prepare_nothing(config: object) -> None:
     """Backend.prepare without a model."""
 
 
-def load_tiny_tokenizer(config: object) -> PreTrainedTokenizerFast:
+def load_tiny_tokenizer(config: object, *, options: FakeOptions) -> PreTrainedTokenizerFast:
     """Backend.load_tokenizer."""
-    return tiny_tokenizer()
+    return tiny_tokenizer(FIM_MARKS if options.fills_holes else ())
 
 
 def build_fake_worker(config: object, run_folder: object, *, options: FakeOptions) -> WorkerParts:

@@ -195,7 +195,7 @@ def serve_fake(arguments: dict[str, Any]) -> None:
     backend = Backend(
         prepare=prepare_nothing,
         build_worker=functools.partial(build_fake_worker, options=options),
-        load_tokenizer=load_tiny_tokenizer,
+        load_tokenizer=functools.partial(load_tiny_tokenizer, options=options),
         learner_command=functools.partial(fake_learner, behaviour=arguments["learner"]),
     )
     try:

@@ -38,8 +38,7 @@ class InfillResponse(ResponseBuilder):
     def _chunks_of(self, choice: Choice, deltas: Sequence[TextDelta]) -> Iterator[Json]:
         added = choice.add(deltas)
         if added.text:
-            tokens = [token_id for delta in deltas for token_id in delta.token_ids]
-            yield {**self._head(choice, added.text), "tokens": tokens, "stop": False}
+            yield {**self._head(choice, added.text), "stop": False}
         if choice.finish_reason:
             yield self._answer(choice, "")
 
@@ -48,6 +47,7 @@ class InfillResponse(ResponseBuilder):
         return {
             "index": choice.index,
             "content": text,
+            "tokens": [],  # as in llama.cpp without return_tokens
             "id_slot": -1 if self._body.id_slot is None else self._body.id_slot,
             "tokens_predicted": choice.num_tokens,
             "tokens_evaluated": choice.num_prompt_tokens,

@@ -219,3 +219,66 @@ def test_the_text_by_token_is_the_text(options, tokens_per_round, end):
                 num_pieces += len(delta.token_texts)
             assert all(delta.token_texts is None for delta in expected)
     assert num_pieces > 8
+
+
+INDENTED = [
+    # (text, fewest spaces and tabs, what is kept)
+    ("a\n    b\nc", 4, "a\n    b"),
+    ("a\n    b\n   c", 4, "a\n    b"),
+    ("a\n\tb\n\t\tc\nd", 1, "a\n\tb\n\t\tc"),
+    ("a\r\n  b\r\nc", 2, "a\r\n  b"),
+    ("a\n\n  b", 2, "a"),  # an empty line has no indentation
+    ("\n  a\n b", 2, "\n  a"),
+    ("a\n  b\n", 2, "a\n  b\n"),  # nobody knows what follows
+    ("a\n  b\n ", 2, "a\n  b\n "),
+    ("a\nb", 0, "a\nb"),
+    ("a\n  b;c\nd", 2, "a\n  b"),  # a stop string comes first
+]
+
+
+@pytest.mark.parametrize("size", [1, 3, 50])
+@pytest.mark.parametrize(("whole", "min_indent", "kept"), INDENTED)
+def test_a_line_that_is_indented_less_ends_an_answer(whole, min_indent, kept, size):
+    (request,) = requests_of("x", stop=(";",))
+    stream = AnswerStream(TOKENIZER, [request], AnswerOptions(min_indent=min_indent))
+    ids = TOKENIZER.encode(whole)
+    found = ""
+    for at in range(0, len(ids), size):
+        is_last = at + size >= len(ids)
+        (delta,), stopped = stream.add(
+            [Delta(index=0, token_ids=tuple(ids[at : at + size]), finish_reason="length" if is_last else None)]
+        )
+        found += delta.text
+        assert kept.startswith(found), "what is cut off is not sent before"
+        if delta.finish_reason:
+            break
+    assert found == kept
+    ended_by = ";" if ";" in whole else ""
+    assert (delta.finish_reason, delta.stop_string) == ("stop" if ended_by else "length", ended_by)
+    assert stopped == (() if is_last else (0,))
+
+
+def test_time_ends_an_answer_only_after_a_line_break_and_counts_from_the_first_token():
+    now = [100.0]
+    requests = requests_of("x", "y")
+    stream = AnswerStream(TOKENIZER, requests, AnswerOptions(most_s=1.0), clock=lambda: now[0])
+    seen = {0: "", 1: ""}
+
+    def add(at_s, *texts):
+        now[0] = at_s
+        deltas, stopped = stream.add(
+            [Delta(index=index, token_ids=tuple(TOKENIZER.encode(text))) for index, text in texts]
+        )
+        for delta in deltas:
+            seen[delta.index] += delta.text
+            assert delta.arrived_s == at_s
+        return [delta.finish_reason for delta in deltas], stopped
+
+    assert add(200.0, (0, "a")) == ([None], ())
+    assert add(200.9, (0, "b\n"), (1, "c\n")) == ([None, None], ())
+    assert add(201.5, (0, "d"), (1, "e")) == (["length", None], (0,))
+    assert add(202.0, (0, "never"), (1, "f")) == (["length"], (1,))
+    assert seen == {0: "ab\nd", 1: "c\nef"}
+    stream = AnswerStream(TOKENIZER, requests[:1], AnswerOptions(most_s=1.0), clock=lambda: now[0])
+    assert [add(at_s, (0, "a"))[0] for at_s in (0.0, 5.0, 9.0)] == [[None]] * 3
+    assert add(9.5, (0, "\n"))[0] == ["length"]

@@ -12,14 +12,16 @@ import httpx
 import pytest
 from fastapi import FastAPI
 from starlette.requests import Request
-from support.fake_engine import tiny_tokenizer
+from support.fake_engine import FIM_MARKS, tiny_tokenizer
 from support.fake_server import MODEL, FakeServer
 
 from aurora_lit.errors import RequestError
 from aurora_lit.ipc.engine_status import EngineStatusPage, WorkerState
 from aurora_lit.serve.api import AuroraAPI
 from aurora_lit.serve.http.errors import install_error_handlers
+from aurora_lit.serve.http.fim_schema import NEUTRAL_IN_INFILL, FimRequest, InfillRequest
 from aurora_lit.serve.http.routes import GenerationRoutes
+from aurora_lit.serve.http.schema import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 from aurora_lit.serve.http.stream_events import StreamShape
 from aurora_lit.serve.http.token_routes import TokenRoutes
 from aurora_lit.serve.http.worker_client import WorkerClient
@@ -27,7 +29,7 @@ from aurora_lit.settings import AuroraConfig, ServerSettings
 
 KEY = "sekret-ключах"
 """Clients write it in UTF-8. The last byte of х is white space in Latin-1."""
-CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
+CHAT, TEXT, FILL, INFILL = "/v1/chat/completions", "/v1/completions", "/v1/fim/completions", "/infill"
 JSON = {"Content-Type": "application/json"}
 HELLO = [{"role": "user", "content": "hello"}]
 
@@ -38,6 +40,10 @@ def chat(**fields):
 
 def text(**fields):
     return {"model": MODEL, "prompt": "hello", "max_tokens": 4, **fields}
+
+
+def infill(**fields):
+    return {"input_prefix": "hello", "input_suffix": "", "n_predict": 4, **fields}
 
 
 def message(**fields):
@@ -118,11 +124,36 @@ VALUES_OF_TEXT = {
     "max_tokens": [0],
     "messages": [HELLO],
     "n": [9],
-    "prompt": ["", [], ["a", ""], [[]], None, "\udfff", [276], "hello " * 200, ["a", *"b" * 8]],
+    "prompt": ["", [], ["a", ""], [[]], None, "\udfff", [282], "hello " * 200, ["a", *"b" * 8]],
     "structured_outputs": [{}, {"regex": "a", "choice": ["a"]}],
-    "suffix": ["tail"],
+    "suffix": [7, "\ud800"],
     "tools": [[TOOL]],
     "top_logprobs": [3],
+}
+VALUES_OF_FILL = {
+    "echo": [None],
+    "logprobs": [1],
+    "max_tokens": [200],  # more than the context
+    "min_tokens": [5],
+    "n": [9],
+    "prompt": ["\ud800", [1]],
+    "random_seed": [8],  # and seed is 7
+    "suffix": ["\ud800"],
+}
+VALUES_OF_INFILL = {
+    "input_extra": [[{"text": "a"}] * 1025],
+    "input_prefix": ["\ud800", None],
+    "input_suffix": ["\ud800"],
+    "lora": [[{"id": 0, "scale": 0.5}]],
+    "max_tokens": [4],
+    "n": [1],
+    "n_cmpl": [9],
+    "n_predict": [200],
+    "prompt": ["\ud800", ["a"]],
+    "prompt_logprobs": [1],
+    "return_token_sources": [True],
+    "stream_options": [{"include_usage": True}],
+    **{name: ["something else"] for name in NEUTRAL_IN_INFILL},
 }
 OTHERS = [
     # (path, body, param)
@@ -171,6 +202,15 @@ OTHERS = [
     (TEXT, text(guided_json=IN_DEPTH), "guided_json.properties.a.items"),
     (TEXT, text(guided_choice=[1]), "guided_choice[0]"),
     (TEXT, text(prompt_logprobs=1, stream=True), "prompt_logprobs"),
+    (TEXT, text(suffix="tail", echo=True), "suffix"),
+    (TEXT, text(suffix="tail", prompt=[5]), "suffix"),
+    (TEXT, text(suffix="tail", prompt=["a", "\ud800"]), "prompt"),
+    (INFILL, infill(input_extra=[{"text": "a"}, {"filename": "b"}]), "input_extra[1].text"),
+    (INFILL, infill(input_extra=[{"text": "\ud800"}]), "input_extra[0].text"),
+    (INFILL, infill(input_extra=[{"text": "a", "filename": 5}]), "input_extra[0].filename"),
+    (INFILL, infill(input_extra=[{"text": "a", "mood": 5}]), "input_extra[0].mood"),
+    (INFILL, infill(samplers=["top_k", "mirostat"]), "samplers[1]"),
+    (INFILL, infill(response_fields=[5]), "response_fields[0]"),
     (TEXT, text(prompt=[1, "a"]), "prompt[1]"),
     (TEXT, text(prompt=[-1]), "prompt[0]"),
     (TEXT, text(prompt=[[1], [10**30]]), "prompt[1][0]"),
@@ -215,7 +255,7 @@ UNREAD = [
 @pytest.fixture(scope="module")
 def post(tmp_path_factory):
     """Sends a body to the routes that take one, in this process; returns the response."""
-    tokenizer = tiny_tokenizer()
+    tokenizer = tiny_tokenizer(FIM_MARKS)
     status = EngineStatusPage.create(tmp_path_factory.mktemp("run") / "status")
     status.write(state=WorkerState.READY, max_seq_len=128, vocab_size=len(tokenizer), max_draft_tokens=2)
     worker_client = WorkerClient(status=status, max_queue=8, tokenizer=tokenizer)
@@ -224,7 +264,7 @@ def post(tmp_path_factory):
     generation = GenerationRoutes(**shared, worker_client=worker_client, metrics=metrics, stream_shape=shape)
     tokens = TokenRoutes(**shared)
     app = FastAPI()
-    routes = {CHAT: generation.chat, TEXT: generation.complete}
+    routes = {CHAT: generation.chat, TEXT: generation.complete, FILL: generation.fill, INFILL: generation.infill}
     for path, route in {**routes, "/tokenize": tokens.tokenize, "/detokenize": tokens.detokenize}.items():
         app.add_api_route(path, route, methods=["POST"])
     install_error_handlers(app, on_error=lambda status: None, needs_key=False)
@@ -239,7 +279,12 @@ def post(tmp_path_factory):
 def test_a_bad_body_is_refused_under_the_name_of_its_field(post):
     cases = [
         (path, make(**{name: value}), name)
-        for path, make, values in ((CHAT, chat, VALUES_OF_CHAT), (TEXT, text, VALUES_OF_TEXT))
+        for path, make, values in (
+            (CHAT, chat, VALUES_OF_CHAT),
+            (TEXT, text, VALUES_OF_TEXT),
+            (FILL, lambda **fields: text(**{"seed": 7, **fields}), VALUES_OF_FILL),
+            (INFILL, infill, VALUES_OF_INFILL),
+        )
         for name, each in values.items()
         for value in each
     ]
@@ -247,6 +292,53 @@ def test_a_bad_body_is_refused_under_the_name_of_its_field(post):
         check_error(post(path, json.dumps(body)), 400, param)
     for path, body in ((CHAT, chat()), ("/tokenize", {"prompt": "a"}), ("/detokenize", {"tokens": [1]})):
         check_error(post(path, json.dumps({**body, "model": "gpt-4"})), 404, "model")
+
+
+BODIES = {
+    CHAT: (ChatRequest, chat()),
+    TEXT: (CompletionRequest, text()),
+    FILL: (FimRequest, text()),
+    INFILL: (InfillRequest, infill()),
+    "/tokenize": (TokenizeRequest, {"prompt": "a"}),
+    "/detokenize": (DetokenizeRequest, {"tokens": [1]}),
+}
+VALUES_BY_TYPE = {"boolean": True, "integer": 1, "number": 1.5, "string": "a", "array": ["a"], "object": {"a": "b"}}
+
+
+def wrong_values(schema, definitions):
+    """Values that a field's schema excludes: of each type that it does not have, and beyond each of its limits."""
+    branches = [definitions[b["$ref"].split("/")[-1]] if "$ref" in b else b for b in schema.get("anyOf", [schema])]
+    kinds = {kind for branch in branches for kind in ([branch["type"]] if "type" in branch else VALUES_BY_TYPE)}
+    kinds |= {"integer"} if "number" in kinds else set()
+    yield from (value for kind, value in VALUES_BY_TYPE.items() if kind not in kinds)
+    for branch in branches:
+        for limit, beyond in (("minimum", -1), ("exclusiveMinimum", 0), ("maximum", 1), ("exclusiveMaximum", 0)):
+            if limit in branch:
+                yield branch[limit] + beyond
+        for limit, more in (("maxLength", "a"), ("maxItems", ["a"])):
+            if limit in branch and not (limit == "maxItems" and branch.get("items") is None):
+                yield more * (branch[limit] + 1)
+        if "maxProperties" in branch:
+            yield {str(number): "a" for number in range(branch["maxProperties"] + 1)}
+        if "enum" in branch or "const" in branch:
+            yield "none of them"
+
+
+@pytest.mark.parametrize("path", BODIES)
+def test_what_the_schema_excludes_is_refused_under_the_name_of_its_field(path, post):
+    kind, body = BODIES[path]
+    schema = kind.model_json_schema()
+    num_cases = 0
+    for name, field in schema["properties"].items():
+        for value in wrong_values(field, schema.get("$defs", {})):
+            response = post(path, json.dumps({**body, name: value}))
+            assert response.status_code == 400, (name, value)
+            param = response.json()["error"]["param"]
+            assert param.partition("[")[0].partition(".")[0] == name, (name, value, param)
+            num_cases += 1
+        if name in schema.get("required", ()):
+            check_error(post(path, json.dumps({key: body[key] for key in body if key != name})), 400, name)
+    assert num_cases > 4 * len(schema["properties"])
 
 
 def test_an_error_says_what_would_be_right(post):
