@@ -16,6 +16,7 @@ from support import ROOT
 
 from aurora_lit.errors import RequestError
 from aurora_lit.serve.http.body import Strict
+from aurora_lit.serve.http.fim_schema import FimRequest, InfillRequest
 from aurora_lit.serve.http.message_fields import NEUTRAL_IN_MESSAGE, Message
 from aurora_lit.serve.http.schema import NEUTRAL, ChatRequest
 
@@ -120,6 +121,13 @@ def test_null_is_the_default_of_every_field_that_may_be_left_out() -> None:
     assert refusal(stream=True, stream_options={"include_usage": None, "continuous_usage_stats": None}) == ""
     call = {"id": "a", "type": None, "function": {"name": "f", "arguments": "{}"}}
     assert refusal(messages=[{"role": "assistant", "tool_calls": [call]}]) == ""
+
+
+def test_the_own_fields_of_the_routes_that_fill_holes_are_described() -> None:
+    text = (ROOT / "docs" / "editors.md").read_text()
+    for kind, section in ((InfillRequest, "POST /infill"), (FimRequest, "POST /v1/fim/completions")):
+        shown = re.findall(r"`(\w+)`", text.split(f"\n## {section}\n")[1].split("\n## ")[0])
+        assert kind.model_fields.keys() - ChatRequest.model_fields.keys() - {*shown} == set()
 
 
 def test_every_field_of_openais_package_has_a_row() -> None:
