@@ -320,6 +320,7 @@ def test_openapi_describes_requests_and_errors(server):
         "/v1/completions",
         "/tokenize",
         "/detokenize",
+        "/props",
         "/v1/models",
         "/v1/models/{name}",
         "/v1/aurora/status",

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from aurora_lit.errors import RequestError
@@ -171,6 +171,32 @@ class AnswerStream:
         if delta.finish_reason is not None:
             texts = _with_rest(texts, stream)
         return texts, len(token_ids), delta.finish_reason
+
+
+def by_token(deltas: Sequence[TextDelta]) -> list[TextDelta]:
+    """The same in one delta a token, as far as the text by token is known; the first of a round's has its counts."""
+    pieces = list[TextDelta]()
+    for delta in deltas:
+        texts, last = delta.token_texts or (), len(delta.token_ids) - 1
+        if len(texts) != last + 1 or last < 1:
+            pieces.append(delta)
+            continue
+        pieces += [
+            replace(
+                delta,
+                text=texts[at],
+                token_texts=texts[at : at + 1],
+                token_ids=delta.token_ids[at : at + 1],
+                logprobs=None if delta.logprobs is None else delta.logprobs[at : at + 1],
+                prompt_logprobs=delta.prompt_logprobs if at == 0 else None,
+                num_proposed=delta.num_proposed if at == 0 else 0,
+                num_accepted=delta.num_accepted if at == 0 else 0,
+                accepted_from=delta.accepted_from[at : at + 1],
+                finish_reason=delta.finish_reason if at == last else None,
+            )
+            for at in range(last + 1)
+        ]
+    return pieces
 
 
 def _with_rest(texts: Sequence[str], stream: TextStream) -> list[str]:

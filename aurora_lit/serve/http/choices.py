@@ -116,7 +116,7 @@ class Choice:
             if not self._prepared.drop_output:
                 text += delta.text
                 logprobs += self._add_tokens(delta)
-                if delta.token_texts is not None:
+                if self._prepared.options.by_token and delta.token_texts is not None:
                     owns = (Source.TARGET,) * len(delta.token_texts)
                     sources += zip(delta.token_texts, delta.accepted_from + owns, strict=False)
             self.draft_versions, self.domain = delta.draft_versions, delta.domain
@@ -153,7 +153,7 @@ class Choice:
         if delta.num_proposed:
             self.histogram[min(delta.num_accepted, len(self.histogram) - 1)] += 1
             self.num_proposed += delta.num_proposed
-            self.num_from_memory += delta.accepted_from.count(Source.MEMORY)
+        self.num_from_memory += delta.accepted_from.count(Source.MEMORY)
         entries: list[Entry] = [(known.token_id, known) for known in delta.logprobs or ()]
         self.logprobs += entries
         return entries

@@ -23,7 +23,7 @@ from aurora_lit.errors import RequestError
 from aurora_lit.ipc.engine_status import EngineStatusPage
 from aurora_lit.models.fim import fim_marks
 from aurora_lit.models.tokenizer import Tokenizer
-from aurora_lit.serve.http.answer_stream import TextDelta
+from aurora_lit.serve.http.answer_stream import TextDelta, by_token
 from aurora_lit.serve.http.detokenizer import TokenDecoder
 from aurora_lit.serve.http.errors import error_event
 from aurora_lit.serve.http.fim_schema import FimRequest, InfillRequest
@@ -41,7 +41,7 @@ from aurora_lit.serve.http.tokenize import (
     prepare_chat,
     prepare_completion,
 )
-from aurora_lit.serve.http.worker_client import ClientDisconnected, PendingCall, WorkerClient
+from aurora_lit.serve.http.worker_client import ClientDisconnected, PendingCall, Slot, WorkerClient
 
 _CLIENT_CLOSED_REQUEST = 499  # the status that proxies log for it; the client does not receive it
 
@@ -110,6 +110,9 @@ class GenerationRoutes:
 
     async def infill(self, body: InfillRequest, request: Request) -> Response:
         """POST /infill."""
+        slot = self._slot(body, request)
+        if slot is not None and body.n_predict != 0:  # which is a warm-up, and no keystroke
+            self._worker_client.replace(slot)
         prepare = partial(prepare_completion, marks=self._fim_marks, default_tokens=None)
         response = partial(InfillResponse, body=body, started_s=time.monotonic())
         return await self._answer(body, request, prepare, response, id_prefix="infill", choices_field="n_cmpl")
@@ -175,14 +178,21 @@ class GenerationRoutes:
             for reason in response.finish_reasons:
                 self._metrics.finish(reason or ("error" if failed else "abort"))
 
-        pending = self._worker_client.start(prepared.call, request, prepared.options, on_close=on_close)
+        needs_tokens = prepared.options.by_token or self._sends_by_token(body, options)
+        pending = self._worker_client.start(
+            prepared.call,
+            request,
+            prepared.options._replace(by_token=needs_tokens),
+            on_close=on_close,
+            slot=self._slot(body, request),
+        )
         is_streaming = False
         try:
             # Wait for the first deltas even for a stream: a call that fails before them gets a proper HTTP status.
             first = await _next_deltas(pending, clock, latencies)
             if body.stream:
                 is_streaming = True
-                events = self._events(response, pending, latencies, clock, first, options)
+                events = self._events(body, response, pending, latencies, clock, first, options)
                 return EventStream(events, on_end=pending.close)
             response.add(first)
             while not response.finished:
@@ -195,8 +205,25 @@ class GenerationRoutes:
         text = await asyncio.to_thread(response.full_json) if response.has_logprobs else response.full_json()
         return Response(text, media_type="application/json")
 
+    def _sends_by_token(self, body: Sampling, options: StreamOptions) -> bool:
+        """True if a stream has an event for each token: editors count a completion's events and stop between them.
+
+        Not where tokens are hidden by a clock or by padding: the events of a round would tell their number.
+        """
+        shape = self._stream_shape
+        is_open = not shape.interval_s and not shape.padding_for(options)
+        return bool(body.stream) and not isinstance(body, ChatRequest) and is_open
+
+    def _slot(self, body: Sampling, request: Request) -> Slot | None:
+        """What `POST /infill` requests that replace each other have in common; None: nothing replaces this one."""
+        if not isinstance(body, InfillRequest) or body.id_slot is None or body.id_slot < 0:
+            return None
+        address = request.client.host if request.client else ""
+        return Slot(address, request.headers.get("authorization", ""), body.id_slot)
+
     async def _events(
         self,
+        body: Sampling,
         response: ResponseBuilder,
         pending: PendingCall,
         latencies: _LatencyRecorder,
@@ -210,8 +237,11 @@ class GenerationRoutes:
         """
         padding_bytes = self._stream_shape.padding_for(options)
 
+        splits = self._sends_by_token(body, options)
+
         def message_of(deltas: tuple[TextDelta, ...]) -> str:
-            chunks = response.chunks(deltas)
+            parts = [[each] for each in by_token(deltas)] if splits else [deltas]
+            chunks = [chunk for part in parts for chunk in response.chunks(part)]
             if response.finished and options.include_usage:
                 chunks.append(response.usage_chunk())
             return "".join(event(chunk, padding_bytes=padding_bytes) for chunk in chunks)

@@ -4,7 +4,7 @@ Leaves out what a generation request does (serve/http/routes.py), who may call a
 (serve/server.py).
 
     POST /v1/chat/completions  /v1/completions  /v1/fim/completions  /infill  /tokenize  /detokenize
-    GET /v1/models  /v1/models/NAME  /v1/aurora/status  /metrics
+    GET /v1/models  /v1/models/NAME  /props  /v1/aurora/status  /metrics
     GET /v1/aurora/events                            with server.page (serve/http/live_page.py)
     GET /health  /ready                              open: these two need no API key, and neither do the page's files
     GET /docs  /redoc  /openapi.json                 open as well: FastAPI's, which describe the routes
@@ -53,6 +53,8 @@ class AuroraSpec(LitSpec):  # type: ignore[misc]
         self.api_path = "/v1/chat/completions"
         self._model, self._max_queue = model_name(config), config.server.max_queue
         self._created, self._drain_s = int(time.time()), config.server.drain_s
+        self._num_slots, self._source = config.engine.max_batch_size, config.target.source
+        self._chat_template = str(tokenizer.chat_template or "")
         self._needs_key = config.server.api_key is not None
         self._status_page = EngineStatusPage.open(run_folder / STATUS_NAME)
         self._learner_page = LearnerStatusPage.open(run_folder / LEARNER_STATUS_NAME)
@@ -89,6 +91,7 @@ class AuroraSpec(LitSpec):  # type: ignore[misc]
         self.add_endpoint("/detokenize", tokens.detokenize, ["POST"])
         self.add_endpoint("/v1/models", self.models, ["GET"])
         self.add_endpoint("/v1/models/{name:path}", self.one_model, ["GET"])
+        self.add_endpoint("/props", self.props, ["GET"])
         self.add_endpoint("/v1/aurora/status", self.status, ["GET"])
         self.add_endpoint("/metrics", self.prometheus, ["GET"])
 
@@ -157,6 +160,22 @@ class AuroraSpec(LitSpec):  # type: ignore[misc]
             )
         return JSONResponse(self._model_card())
 
+    async def props(self) -> JSONResponse:
+        """What llama.cpp's clients ask of a server: its context, its slots and its chat template."""
+        max_seq_len = self._status_page.read().max_seq_len
+        settings = {"n_ctx": max_seq_len, "params": self._default_sampling}
+        return JSONResponse(
+            {
+                "default_generation_settings": settings,
+                "total_slots": self._num_slots,
+                "model_alias": self._model,
+                "model_path": self._source,
+                "chat_template": self._chat_template,
+                "modalities": {"vision": False, "audio": False},
+                "build_info": "aurora-lit",
+            }
+        )
+
     async def status(self) -> JSONResponse:
         """The state of engine, ring, ranks and learner."""
         return JSONResponse(self._report())
@@ -180,11 +199,13 @@ class AuroraSpec(LitSpec):  # type: ignore[misc]
         return Response(self._metrics.render(), media_type=CONTENT_TYPE)
 
     def _model_card(self) -> dict[str, Any]:
+        max_seq_len = self._status_page.read().max_seq_len
         return {
             "id": self._model,
             "object": "model",
             "created": self._created,
             "owned_by": "aurora-lit",
-            "max_model_len": self._status_page.read().max_seq_len,
+            "max_model_len": max_seq_len,
+            "meta": {"n_ctx_train": max_seq_len},  # where llama.cpp's clients read how long a prompt may be
             "default_sampling_params": self._default_sampling,
         }

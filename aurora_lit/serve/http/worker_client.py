@@ -28,7 +28,7 @@ import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from types import FrameType
-from typing import Any
+from typing import Any, NamedTuple
 
 from fastapi import Request
 from litserve.utils import ResponseBufferItem
@@ -45,6 +45,14 @@ _CHECK_HEARTBEAT_S = 1.0
 _WORKER_DEAD = Failure(message="the engine worker died; the server must be restarted", code="engine_dead", status=503)
 _SHUTTING_DOWN = Failure(message="the server is shutting down", code="shutting_down", status=503)
 _log = logging.getLogger(__name__)
+
+
+class Slot(NamedTuple):
+    """Of requests with the same one, a newer replaces those whose answers have not begun."""
+
+    address: str
+    authorization: str
+    id_slot: int
 
 
 class ClientDisconnected(Exception):
@@ -153,6 +161,7 @@ class WorkerClient:
         options: AnswerOptions = DEFAULT_OPTIONS,
         *,
         on_close: Callable[[bool], None],
+        slot: Slot | None = None,
     ) -> PendingCall:
         """Send a call to the worker. `on_close` runs once at its end, with True if the call failed.
 
@@ -164,6 +173,7 @@ class WorkerClient:
         self._check_room(len(call.requests))
         answer = AnswerStream(self._tokenizer, call.requests, options)
         pending = PendingCall(self, self._spec, call, answer, on_close)
+        pending.slot = slot
         pending.watcher = asyncio.create_task(pending.close_when_client_disconnects(request))
         self._disconnect_watchers.add(pending.watcher)
         pending.watcher.add_done_callback(self._disconnect_watchers.discard)
@@ -205,6 +215,13 @@ class WorkerClient:
     def remove_pending(self, call_id: str) -> None:
         """Drop further updates of a call."""
         self._pending_calls.pop(call_id, None)
+
+    def replace(self, slot: Slot) -> None:
+        """End the calls of a slot whose answers have not begun; what was read of their prompts stays known."""
+        for pending in list(self._pending_calls.values()):
+            if pending.slot == slot and not pending.has_begun:
+                message = "a newer request with the same id_slot has taken this one's place"
+                pending.end(RequestError(message, param="id_slot", code="replaced", status=409))
 
     def _fail_all(self, failure: Failure) -> None:
         for pending in self._pending_calls.values():
@@ -253,6 +270,9 @@ class PendingCall:
         self.arrived_s = 0.0
         """When what `next` returned last had arrived; a client that reads slowly takes it later."""
         self._has_news, self._closed = asyncio.Event(), asyncio.Event()
+        self.slot: Slot | None = None
+        self.has_begun = False
+        """True after its first update."""
         self.watcher: asyncio.Task[None] | None = None
         """Closes the call when the client disconnects."""
         worker_client.add_pending(call.call_id, self)
@@ -293,8 +313,16 @@ class PendingCall:
         self._worker_client.num_sequences -= num_choices
 
     def _add(self, update: tuple[TextDelta, ...] | RequestError) -> None:
+        self.has_begun = True
         self._updates.append((time.monotonic(), update))
         self._has_news.set()
+
+    def end(self, error: RequestError) -> None:
+        """Give up the call: `next` raises the error, and the worker drops its requests."""
+        self._worker_client.remove_pending(self._call.call_id)
+        self._cancel((self._call.call_id, CANCEL))
+        self._end(self._num_unfinished)
+        self._add(error)
 
     async def next(self) -> tuple[TextDelta, ...]:
         """The next round's deltas. Raises RequestError if the call failed, ClientDisconnected if the client left."""

@@ -143,6 +143,24 @@ def test_the_last_prompt_token_is_always_computed(target: Target, draft: Eagle3D
     assert recorded.engine.counters.cached_tokens == 40
 
 
+@pytest.mark.parametrize(("store", "chunks", "cached"), [(True, 1, 16), (True, 2, 32), (False, 2, 0), (True, 0, 0)])
+def test_what_was_read_of_a_cancelled_prompt_is_kept_for_the_next_request(
+    target: Target, draft: Eagle3Draft, store: bool, chunks: int, cached: int
+) -> None:
+    """Not with `store: false`; one that waits leaves nothing."""
+    plain = RecordedEngine(target, draft, prefix_cache_mb=0).serve(make_request("next", 1))
+    recorded = RecordedEngine(target, draft, max_batch_size=1, prefill_chunk_tokens=16)
+    engine = recorded.engine
+    engine.submit(make_request("left", 1, store=store))
+    for _ in range(chunks):
+        assert engine.round() == []
+    assert sum(sequence.prefilled for sequence in engine._prefill.sequences) == 16 * chunks
+    engine.cancel("left")
+    assert not engine.has_work
+    assert recorded.serve(make_request("next", 1)) == plain
+    assert engine.counters.cached_tokens == cached
+
+
 def test_a_prefix_is_copied_only_between_requests_with_the_same_salt(target: Target, draft: Eagle3Draft) -> None:
     """In the same slot, beside it, after it, and together."""
     plain = RecordedEngine(target, draft, prefix_cache_mb=0).serve(make_request("a", 1), make_request("b", 2, 3))

@@ -13,7 +13,7 @@ from openai.types.chat import ChatCompletionChunk
 from support.fake_engine import tiny_tokenizer
 
 from aurora_lit.request import TokenLogprob
-from aurora_lit.serve.http.answer_stream import TextDelta
+from aurora_lit.serve.http.answer_stream import TextDelta, by_token
 from aurora_lit.serve.http.detokenizer import TokenDecoder
 from aurora_lit.serve.http.responses import ChatResponse, ResponseBuilder, TextResponse, _top_by_text
 from aurora_lit.serve.http.schema import ChatRequest, CompletionRequest
@@ -93,6 +93,19 @@ def test_rounds_sent_together_say_the_same_in_one_chunk_for_each_choice(
         indices = [chunk["choices"][0]["index"] for chunk in contents]
         assert len(set(indices)) == len(indices)
     assert len(got) < len(wanted)
+
+
+def test_a_token_an_event_says_the_same_as_a_round_an_event() -> None:
+    by_round, single = builder("text"), builder("text")
+    wanted = [chunk for deltas in ROUNDS for chunk in by_round.chunks(deltas)]
+    rounds = [[replace(each, token_texts=tuple(each.text)) for each in deltas] for deltas in ROUNDS]
+    got = [chunk for deltas in rounds for piece in by_token(deltas) for chunk in single.chunks([piece])]
+    for index in range(2):
+        text, _, reasons = said(got, index)
+        assert (text, reasons) == said(wanted, index)[::2]
+    assert (single.usage(), single.metrics()) == (by_round.usage(), by_round.metrics())
+    assert all(len(chunk["choices"][0]["logprobs"]["tokens"]) == 1 for chunk in got[2:] if chunk["choices"][0]["text"])
+    assert sum(bool(chunk["choices"][0]["text"]) for chunk in got) == len("abcdefghij")
 
 
 def test_cached_tokens_are_those_of_each_prompts_first_choice() -> None:

@@ -2,6 +2,7 @@
 
 import asyncio
 import time
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -14,7 +15,7 @@ from aurora_lit.ipc.messages import CANCEL, Call, CancelRequest, Delta, Failure
 from aurora_lit.request import Request, SamplingParams
 from aurora_lit.serve.http import worker_client as worker_client_module
 from aurora_lit.serve.http.channel import RESPONSES_UID
-from aurora_lit.serve.http.worker_client import ClientDisconnected, WorkerClient
+from aurora_lit.serve.http.worker_client import ClientDisconnected, Slot, WorkerClient
 
 TOKENIZER = tiny_tokenizer()
 CALL = Call(call_id="c", requests=(Request(request_id="c-0", prompt_ids=(1,), params=SamplingParams(max_tokens=1)),))
@@ -306,3 +307,32 @@ async def test_a_server_that_was_suspended_gives_its_worker_time(worker_client, 
             await pending.next()
         assert caught.value.code == "engine_dead"
         pending.close()
+
+
+@in_loop
+async def test_a_newer_request_of_a_slot_replaces_those_that_have_not_begun(worker_client, spec):
+    def start(name, slot):
+        call = replace(CALL, call_id=name)
+        return worker_client.start(call, FakeClient(), on_close=lambda failed: None, slot=slot)
+
+    own = Slot("10.0.0.7", "key", 0)
+    old = start("old", own)
+    other = start("other", own._replace(id_slot=1))
+    with pytest.raises(RequestError, match="queue is full"):
+        start("early", own)
+    worker_client.replace(own)
+    new = start("new", own)  # in the place of the old one
+    with pytest.raises(RequestError) as caught:
+        await old.next()
+    assert (caught.value.status, caught.value.code, caught.value.param) == (409, "replaced", "id_slot")
+    old.close()
+    assert [message for name, message in spec.sent if name == "old"][1:] == [CANCEL]
+    deliver(spec, (("new", (Delta(index=0, token_ids=(2,)),)),))
+    worker_client.replace(own)  # it has begun, so it goes on
+    deliver(spec, (("new", (Delta(index=0, token_ids=(3,), finish_reason="length"),)),))
+    assert [(await new.next())[0].token_ids for _ in range(2)] == [(2,), (3,)]
+    assert ("other", CANCEL) not in spec.sent
+    assert worker_client.num_sequences == 1
+    for pending in (new, other):
+        pending.close()
+    assert worker_client.num_sequences == 0
