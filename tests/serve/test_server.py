@@ -313,11 +313,32 @@ def test_an_error_before_the_first_token_has_a_status_even_in_a_stream(server):
     assert "as asked" in response.json()["error"]["message"]
 
 
+def test_props_tell_llama_cpps_clients_the_context(server):
+    told, models = (httpx.get(f"{server.url}{path}").json() for path in ("/props", "/v1/models"))
+    (card,) = models["data"]
+    assert told["default_generation_settings"]["n_ctx"] == card["max_model_len"] == card["meta"]["n_ctx_train"] > 0
+    assert told["total_slots"] > 0
+    assert told["model_alias"] == MODEL
+    assert told["modalities"] == {"vision": False, "audio": False}
+
+
+def test_a_streamed_completion_has_an_event_for_each_token(server):
+    body = {"model": MODEL, "prompt": "abcdefgh", "max_tokens": 6, "stream": True}
+    lines = httpx.post(f"{server.url}/v1/completions", json=body).text.split("\n\n")
+    chunks = [json.loads(line.removeprefix("data: ")) for line in lines if line.startswith("data: {")]
+    whole = httpx.post(f"{server.url}/v1/completions", json={**body, "stream": False}).json()
+    texts = [chunk["choices"][0]["text"] for chunk in chunks]
+    assert "".join(texts) == whole["choices"][0]["text"]
+    assert len(texts) == whole["usage"]["completion_tokens"]
+
+
 def test_openapi_describes_requests_and_errors(server):
     schema = httpx.get(f"{server.url}/openapi.json").json()
     assert set(schema["paths"]) == {
         "/v1/chat/completions",
         "/v1/completions",
+        "/v1/fim/completions",
+        "/infill",
         "/tokenize",
         "/detokenize",
         "/props",
