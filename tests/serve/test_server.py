@@ -313,6 +313,18 @@ def test_an_error_before_the_first_token_has_a_status_even_in_a_stream(server):
     assert "as asked" in response.json()["error"]["message"]
 
 
+@pytest.mark.parametrize(("given", "kept"), [("editor-7", True), ("a b", False), ("x" * 129, False), (None, False)])
+def test_every_response_has_a_request_id(server, given, kept):
+    headers = {} if given is None else {"x-request-id": given}
+    answers = [httpx.get(f"{server.url}{path}", headers=headers) for path in ("/health", "/v1/models", "/nothing")]
+    body = {"model": MODEL, "prompt": "ab", "max_tokens": 1, "stream": True}
+    answers += [httpx.post(f"{server.url}/v1/completions", json=each, headers=headers) for each in (body, {})]
+    assert [answer.status_code for answer in answers] == [200, 200, 404, 200, 400]
+    ids = [answer.headers["x-request-id"] for answer in answers]
+    assert all((one == given) is kept and 0 < len(one) <= 128 for one in ids)
+    assert len(set(ids)) == (1 if kept else len(ids))
+
+
 def test_props_tell_llama_cpps_clients_the_context(server):
     told, models = (httpx.get(f"{server.url}{path}").json() for path in ("/props", "/v1/models"))
     (card,) = models["data"]
