@@ -8,12 +8,12 @@ are replaced. Leaves out routes (serve/http/spec.py), and watching and ending th
 from __future__ import annotations
 
 import gc
+import logging
 import re
 import secrets
 import signal
 import threading
 import time
-import uuid
 from collections.abc import Awaitable, Callable, Sequence
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -23,10 +23,9 @@ from fastapi import Depends
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from litserve import LitAPI, LitServer
 from litserve.loops import LitLoop
-from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from aurora_lit.config import AuroraConfig
 from aurora_lit.errors import RequestError
@@ -35,12 +34,12 @@ from aurora_lit.models.tokenizer import Tokenizer
 from aurora_lit.serve.http.body import shorten
 from aurora_lit.serve.http.channel import HTTPChannel
 from aurora_lit.serve.http.errors import MAX_BODY_BYTES
+from aurora_lit.serve.http.request_ids import RequestIds, name_request
 from aurora_lit.serve.http.spec import OPEN_PATHS, AuroraSpec
 
 _AFTER_DRAIN_S = 2.0  # for sending the error events to requests that drain_s has cut off
 _LOCAL_NAMES = ("127.0.0.1", "localhost", "[::1]", "host.docker.internal", "")
 """What the header Host may say, beside a port; "" if there is none. Docker Desktop's name for its host is nobody's."""
-_REQUEST_ID = re.compile(r"[!-~]{1,128}")
 _bearer = HTTPBearer(auto_error=False)
 Credentials = Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)]
 
@@ -113,28 +112,6 @@ class Guard:
         await self._app(scope, receive, send)
 
 
-class RequestIds:
-    """Middleware: every response has the request's `x-request-id`, or a new one if that is none that can be logged."""
-
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer one request."""
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        given = Headers(scope=scope).get("x-request-id", "")
-        request_id = given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
-
-        async def send_with_id(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                MutableHeaders(scope=message)["x-request-id"] = request_id
-            await send(message)
-
-        await self._app(scope, receive, send_with_id)
-
-
 class AuroraServer(LitServer):  # type: ignore[misc]
     """LitServe's server over engine processes that were started before it."""
 
@@ -164,6 +141,8 @@ class AuroraServer(LitServer):  # type: ignore[misc]
         explain: Any = self.app.exception_handlers[RequestError]
         self.app.add_middleware(Guard, check=api.check, explain=explain)
         self.app.add_middleware(RequestIds)  # around the guard, whose errors have one too
+        for handler in logging.getLogger().handlers:
+            handler.addFilter(name_request)
 
     def _init_manager(self, num_api_servers: int) -> Any:
         """In place of a process that holds queues: the sockets, and nothing to shut down."""

@@ -21,6 +21,7 @@ May import: models/tokenizer.py, tool_calls/, ipc/. Start with routes.py. The fi
     choices.py        what deltas with text make of a choice: log-probabilities, tool calls, counts
     responses.py      OpenAI's responses: of a chat and of a text completion, whole and in chunks
     infill_response.py  llama.cpp's response to POST /infill
+    request_ids.py    x-request-id: a request's name in its response and in the log
     errors.py         every error as OpenAI's error body
     channel.py        the sockets to the engine worker, as LitServe's transport and request queue
     worker_client.py  a call in the HTTP process: sent, awaited, cancelled

@@ -22,10 +22,10 @@ class InfillResponse(ResponseBuilder):
     _OBJECT = _CHUNK_OBJECT = ""
     END = ""
 
-    def __init__(self, *arguments: Any, body: InfillRequest, started_s: float, **options: Any) -> None:
-        """body: what was asked for. started_s: when it was accepted, by the clock of `TextDelta.arrived_s`."""
+    def __init__(self, *arguments: Any, body: InfillRequest, **options: Any) -> None:
+        """body: what was asked for."""
         super().__init__(*arguments, **options)
-        self._body, self._started_s = body, started_s
+        self._body = body
 
     def full_json(self) -> str:
         """The answer, or an array if there are several.

@@ -3,7 +3,7 @@
 No I/O and no clock. Leaves out what deltas make of a choice (serve/http/choices.py), and how a chunk becomes a
 server-sent event (serve/http/stream_events.py).
 
-    response = ChatResponse(prepared, created=1764000000, model="m", token_decoder=decoder, max_draft_tokens=4)
+    response = ChatResponse(prepared, created=1764000000, model="m", token_decoder=…, max_draft_tokens=4, started_s=…)
     for deltas in rounds:
         chunks = response.chunks(deltas)    # for a stream; a request without stream calls response.add(deltas)
     response.full_json()                    # the response to a request without stream
@@ -46,11 +46,16 @@ class ResponseBuilder(ABC):
         model: str,
         token_decoder: TokenDecoder,
         max_draft_tokens: int,
+        started_s: float,
         usage_in_every_chunk: bool = False,
     ) -> None:
-        """created: seconds since 1970. max_draft_tokens: most tokens that a round can accept."""
+        """created: seconds since 1970. max_draft_tokens: most tokens that a round can accept.
+
+        started_s: when the request was accepted, by the clock of `TextDelta.arrived_s`.
+        """
         self._prepared, self._token_decoder = prepared, token_decoder
         self._max_draft_tokens, self._usage_in_every_chunk = max_draft_tokens, usage_in_every_chunk
+        self._started_s = started_s
         requests = prepared.call.requests
         self._wants_logprobs = requests[0].params.logprobs is not None
         self.has_logprobs = self._wants_logprobs or prepared.prompt_logprobs is not None
@@ -92,7 +97,7 @@ class ResponseBuilder(ABC):
         """
         head = {**self._identity, "object": self._OBJECT}
         choices = (self._full_choice(choice, self._first_of_prompt(choice)) for choice in self._choices)
-        rest = {"usage": self.usage(), "metrics": self.metrics(), **self._more()}
+        rest = {"usage": self.usage(), "metrics": self.metrics(), **self._timings(), **self._more()}
         return "".join(_written({**head, "choices": choices, **rest}, depth=_ENTRY_DEPTH))
 
     def usage_chunk(self) -> Json:
@@ -148,6 +153,11 @@ class ResponseBuilder(ABC):
         """What a full response has beside its choices."""
         return {}
 
+    def _timings(self) -> Json:
+        """`timings` as in llama.cpp; a response with several choices has none."""
+        only = self._choices[0] if len(self._choices) == 1 else None
+        return {} if only is None else {"timings": only.timings(started_s=self._started_s)}
+
     def _first_of_prompt(self, choice: Choice) -> Choice:
         return self._choices[choice.index - choice.index % self._prepared.num_choices]
 
@@ -168,6 +178,7 @@ class ResponseBuilder(ABC):
         known = self._logprobs(choice, logprobs) if logprobs else None
         rest = {"logprobs": known, "finish_reason": finish_reason, **self._sources(sources)}
         extra = {"usage": self.usage()} if self._usage_in_every_chunk else {}
+        extra |= self._timings() if finish_reason is not None else {}
         return {**self._chunk_head(), "choices": [{"index": choice.index, **content, **rest}], **extra}
 
     def _sources(self, sources: Sequence[Origin]) -> Json:

@@ -31,7 +31,7 @@ from aurora_lit.serve.http.infill_response import InfillResponse
 from aurora_lit.serve.http.metrics import ServerMetrics
 from aurora_lit.serve.http.responses import ChatResponse, ResponseBuilder, TextResponse
 from aurora_lit.serve.http.schema import ChatRequest, CompletionRequest, Sampling, StreamOptions
-from aurora_lit.serve.http.stream_events import EventStream, SendClock, StreamShape, event
+from aurora_lit.serve.http.stream_events import COMMENT, COMMENT_EVERY_S, EventStream, SendClock, StreamShape, event
 from aurora_lit.serve.http.tokenize import (
     Limits,
     Prepared,
@@ -114,7 +114,7 @@ class GenerationRoutes:
         if slot is not None and body.n_predict != 0:  # which is a warm-up, and no keystroke
             self._worker_client.replace(slot)
         prepare = partial(prepare_completion, marks=self._fim_marks, default_tokens=None)
-        response = partial(InfillResponse, body=body, started_s=time.monotonic())
+        response = partial(InfillResponse, body=body)
         return await self._answer(body, request, prepare, response, id_prefix="infill", choices_field="n_cmpl")
 
     async def _answer(
@@ -168,6 +168,7 @@ class GenerationRoutes:
             model=self._model,
             token_decoder=self._token_decoder,
             max_draft_tokens=self._status.read().max_draft_tokens,
+            started_s=latencies.started_s,
             usage_in_every_chunk=bool(options.continuous_usage_stats),
         )
         clock = SendClock(self._stream_shape.interval_s if body.stream else 0.0)
@@ -188,8 +189,9 @@ class GenerationRoutes:
         )
         is_streaming = False
         try:
-            # Wait for the first deltas even for a stream: a call that fails before them gets a proper HTTP status.
-            first = await _next_deltas(pending, clock, latencies)
+            # Wait for the first deltas even for a stream: a call that fails soon gets a proper HTTP status.
+            waits = not body.stream or await pending.arrives_within(COMMENT_EVERY_S)
+            first = await _next_deltas(pending, clock, latencies) if waits else ()
             if body.stream:
                 is_streaming = True
                 events = self._events(body, response, pending, latencies, clock, first, options)
@@ -219,7 +221,8 @@ class GenerationRoutes:
         if not isinstance(body, InfillRequest) or body.id_slot is None or body.id_slot < 0:
             return None
         address = request.client.host if request.client else ""
-        return Slot(address, request.headers.get("authorization", ""), body.id_slot)
+        first_line = body.input_prefix.partition("\n")[0]
+        return Slot(address, request.headers.get("authorization", ""), body.id_slot, first_line)
 
     async def _events(
         self,
@@ -257,6 +260,8 @@ class GenerationRoutes:
                     return
                 if message:
                     yield message
+                while not await pending.arrives_within(COMMENT_EVERY_S):
+                    yield COMMENT
                 deltas = await _next_deltas(pending, clock, latencies)
         except RequestError as error:
             self._metrics.refuse(error.status)
@@ -281,7 +286,7 @@ class _LatencyRecorder:
 
     def __init__(self, metrics: ServerMetrics) -> None:
         self._metrics = metrics
-        self._started = time.monotonic()
+        self.started_s = time.monotonic()
         self._last_token_s: dict[int, float] = {}
         """By choice: when its last token arrived."""
 
@@ -295,7 +300,7 @@ class _LatencyRecorder:
                 continue
             before = self._last_token_s.get(index)
             if before is None:
-                self._metrics.first_token.observe(at_s - self._started)
+                self._metrics.first_token.observe(at_s - self.started_s)
             else:
                 for _ in range(num_tokens):
                     self._metrics.between_tokens.observe((at_s - before) / num_tokens)
@@ -305,4 +310,4 @@ class _LatencyRecorder:
     def end(self) -> None:
         """Record the time up to the call's last token."""
         last_s = max(self._last_token_s.values(), default=time.monotonic())
-        self._metrics.whole_request.observe(last_s - self._started)
+        self._metrics.whole_request.observe(last_s - self.started_s)

@@ -33,6 +33,9 @@ OBFUSCATION_BYTES = 512
 """Chunks are filled to multiples of this if a request asks for it and the server has no size of its own."""
 DONE = "data: [DONE]\n\n"
 """The event that ends a stream."""
+COMMENT = ": waiting\n\n"
+"""What a stream sends when there is nothing to send, so that nobody on the way takes it for dead; clients ignore it."""
+COMMENT_EVERY_S = 10.0
 SLOW_READER_S = 60.0
 """A stream ends whose client has so much unread for this time that no message can be sent."""
 _END = '"}'

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import contextvars
 import logging
 import signal
 import time
@@ -53,6 +54,8 @@ class Slot(NamedTuple):
     address: str
     authorization: str
     id_slot: int
+    first_line: str
+    """Of what is before the hole: it stands for the file's name, which clients do not send."""
 
 
 class ClientDisconnected(Exception):
@@ -261,7 +264,7 @@ class PendingCall:
     ) -> None:
         """Use `WorkerClient.start`."""
         self._worker_client, self._spec, self._call, self._on_close = worker_client, spec, call, on_close
-        self._answer = answer
+        self._answer, self._context = answer, contextvars.copy_context()
         self._num_unfinished = len(call.requests)
         """Requests that the worker still works on, as far as is known."""
         self._client_disconnected = self._has_failed = False
@@ -298,7 +301,7 @@ class PendingCall:
             self._add(error)
             return
         except Exception as error:  # raised from here, it would make LitServe stop to deliver responses at all
-            _log.exception("call %s failed", self._call.call_id)
+            self._context.run(_log.exception, "call %s failed", self._call.call_id)
             self._add(RequestError(f"the request failed: {error}", code="engine_error", status=500))
             return
         for index in stopped:
@@ -323,6 +326,14 @@ class PendingCall:
         self._cancel((self._call.call_id, CANCEL))
         self._end(self._num_unfinished)
         self._add(error)
+
+    async def arrives_within(self, seconds: float) -> bool:
+        """Wait so long for the next update; True once `next` need not wait, for the client may have left too."""
+        if not (self._updates or self._client_disconnected):
+            self._has_news.clear()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._has_news.wait(), seconds)
+        return bool(self._updates) or self._client_disconnected
 
     async def next(self) -> tuple[TextDelta, ...]:
         """The next round's deltas. Raises RequestError if the call failed, ClientDisconnected if the client left."""

@@ -20,6 +20,7 @@ from aurora_lit.serve.http.schema import ChatRequest, CompletionRequest
 from aurora_lit.serve.http.tokenize import Limits, longest_token, prepare_chat, prepare_completion
 
 TOKENIZER = tiny_tokenizer()
+DECODER = TokenDecoder(TOKENIZER)
 
 
 def builder(kind: Literal["chat", "text"], **fields: Any) -> ResponseBuilder:
@@ -33,7 +34,7 @@ def builder(kind: Literal["chat", "text"], **fields: Any) -> ResponseBuilder:
         text = CompletionRequest(**{"prompt": "hello", "n": 2, "logprobs": 0, "echo": True, **fields})
         prepared = prepare_completion(text, call_id="c", tokenizer=TOKENIZER, limits=limits)
     made = ChatResponse if kind == "chat" else TextResponse
-    return made(prepared, created=0, model="m", token_decoder=TokenDecoder(TOKENIZER), max_draft_tokens=2)
+    return made(prepared, created=0, model="m", token_decoder=DECODER, max_draft_tokens=2, started_s=0.0)
 
 
 def delta(index: int, text: str, *, accepted: int, finish_reason: str | None = None) -> TextDelta:
@@ -153,7 +154,7 @@ def calling() -> ResponseBuilder:
         "tools": [{"type": "function", "function": {"name": "f"}}],
     }
     prepared = prepare_chat(ChatRequest(**asked), call_id="c", tokenizer=TOKENIZER, limits=limits)
-    return ChatResponse(prepared, created=0, model="m", token_decoder=TokenDecoder(TOKENIZER), max_draft_tokens=2)
+    return ChatResponse(prepared, created=0, model="m", token_decoder=DECODER, max_draft_tokens=2, started_s=0.0)
 
 
 def full(made: ResponseBuilder) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from support.fake_engine import tiny_tokenizer
 
 from aurora_lit.errors import RequestError
 from aurora_lit.ipc.engine_status import EngineStatusPage, WorkerState
-from aurora_lit.ipc.messages import Call, Delta
+from aurora_lit.ipc.messages import CANCEL, Call, Delta, Failure
 from aurora_lit.request import Request, SamplingParams, TokenLogprob
 from aurora_lit.serve.http import routes, worker_client
 from aurora_lit.serve.http.answer_stream import TextDelta
@@ -90,6 +90,53 @@ def test_log_probabilities_are_written_in_another_thread(
     assert choice["logprobs"]["token_logprobs"] == [None, -0.5]
     assert threads
     assert threading.get_ident() not in threads
+
+
+class LateSpec(Spec):
+    """Each call is answered, or fails, after a while."""
+
+    def __init__(self, *, fails: bool) -> None:
+        super().__init__()
+        self._fails = fails
+
+    def _answer(self, item: Any) -> None:
+        if item[1] is CANCEL:
+            return
+        delta = Delta(index=0, token_ids=(TOKEN,), finish_reason="length")
+        update = Failure(message="broken", code="engine_error") if self._fails else (delta,)
+        router = self.response_buffer[RESPONSES_UID].response_queue
+        asyncio.get_running_loop().call_later(0.3, router.append, [((item[0], update),), "OK"])
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_stream_shows_life_while_it_waits(fails: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What fails only then is an event, since the response has begun."""
+    monkeypatch.setattr(routes, "COMMENT_EVERY_S", 0.05)
+    status = EngineStatusPage.create(tmp_path / "status")
+    status.write(state=WorkerState.READY, max_seq_len=64, vocab_size=len(TOKENIZER))
+    status.beat()
+    client = WorkerClient(status=status, max_queue=4, tokenizer=TOKENIZER)
+    client.connect(LateSpec(fails=fails))
+    learner: Any = None
+    generation = GenerationRoutes(
+        model="m",
+        tokenizer=TOKENIZER,
+        worker_client=client,
+        metrics=ServerMetrics(model="m", status=status, learner=learner, ring=learner),
+        status=status,
+        stream_shape=StreamShape(),
+    )
+    request: Any = SimpleNamespace(client=None, receive=receive)
+
+    async def answer() -> list[str]:
+        body = CompletionRequest(prompt=[TOKEN], max_tokens=1, stream=True)
+        response: Any = await generation.complete(body, request)
+        return [part async for part in response.body_iterator]
+
+    *waiting, last = asyncio.run(answer())
+    assert len(waiting) >= 3
+    assert set(waiting) == {": waiting\n\n"}
+    assert ("broken" in last, '"text":"hello"' in last) == (fails, not fails)
 
 
 def test_both_routes_fill_in_what_a_request_leaves_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

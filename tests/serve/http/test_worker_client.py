@@ -315,7 +315,7 @@ async def test_a_newer_request_of_a_slot_replaces_those_that_have_not_begun(work
         call = replace(CALL, call_id=name)
         return worker_client.start(call, FakeClient(), on_close=lambda failed: None, slot=slot)
 
-    own = Slot("10.0.0.7", "key", 0)
+    own = Slot("10.0.0.7", "key", 0, "")
     old = start("old", own)
     other = start("other", own._replace(id_slot=1))
     with pytest.raises(RequestError, match="queue is full"):
