@@ -21,6 +21,7 @@ _INITIAL_RATES = (
     (0.30, 0.60, 0.70, 0.73, 0.80, 0.85, 0.90, 0.94),
     (0.25, 0.45, 0.70, 0.78, 0.84, 0.88, 0.91, 0.92),
     (0.50, 0.84, 0.87, 0.90, 0.92, 0.94, 0.95, 0.96),
+    (0.40, 0.63, 0.82, 0.90, 0.94, 0.96, 0.97, 0.98),
 )
 """For each kind and class of lengths, how often a node was accepted to which all occurrences lead, before any was
 verified. Measured on SmolLM2-135M, greedy (docs/results/traffic-memory.md)."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 import ctypes
 import weakref
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -26,14 +27,17 @@ MIN_ANSWER_TOKENS = 4
 """Shorter answers are not remembered: proposals save little there."""
 MAX_MATCH = 16
 """Number of agreeing tokens beyond which they are not compared."""
-KINDS = ("lookup", "memory", "both")
-"""Where a node's occurrences are: earlier in the sequence, in the memory, or in both."""
+KINDS = ("lookup", "memory", "both", "place")
+"""Where a node's occurrences are: earlier in the sequence or in its prediction, in the memory, or in both; or one of
+them is where the answer is now in the text that it repeats."""
 LENGTH_CLASSES = (1, 2, 3, 4, 5, 7, 10, 16)
 """Numbers of agreeing tokens from which on acceptance is counted separately."""
 SHARE_CLASSES = (0.0, 0.25, 0.5, 0.75, 1.0)
 """Shares of the occurrences that go on with the node's token, likewise."""
 COUNT_CLASSES = (1, 2, 4, 8)
-"""Numbers of occurrences, likewise."""
+"""Numbers of occurrences, likewise. Of a place: how far from where it was expected, and its share is always 1."""
+GAP_CLASSES = (0, 1, 5, 17)
+"""These distances, in tokens."""
 NUM_CELLS = len(KINDS) * len(LENGTH_CLASSES) * len(SHARE_CLASSES) * len(COUNT_CLASSES)
 """A cell is a combination of kind and classes: what is known about a node before it is verified."""
 _CELLS_OF_KIND, _MEMORY = NUM_CELLS // len(KINDS), KINDS.index("memory")
@@ -56,6 +60,16 @@ class Copies(NamedTuple):
 NO_COPIES = Copies([], [], [], [])
 
 
+@dataclass(slots=True)
+class Place:
+    """Where an answer was in the text that it repeats: its prediction, or else its prompt."""
+
+    next: int = -1
+    """Position of the token that was to come next; -1: nowhere yet."""
+    length: int = 0
+    """Of the sequence at that time, in tokens."""
+
+
 class LookUp(NamedTuple):
     """What is looked up for some sequences."""
 
@@ -74,7 +88,13 @@ class LookUp(NamedTuple):
     least: float
     """Smallest survival of a node."""
     own: bool = True
-    """False: nothing is copied from within the sequences."""
+    """False: nothing is copied from within the sequences, nor from their texts."""
+    texts: Sequence[torch.Tensor | None] = ()
+    """What each is predicted to say, int64 on the CPU; None, or no entries: nothing."""
+    prompts: Sequence[int] = ()
+    """Their numbers of prompt tokens."""
+    places: Sequence[Place] = ()
+    """Theirs, which are brought up to date; with `prompts`. No entries: none is known."""
 
 
 def is_remembered(cell: int) -> bool:
@@ -140,7 +160,8 @@ class _Call(ctypes.Structure):
         ("own", ctypes.c_int64),
         ("committed", ctypes.c_void_p),
         ("committed_slot", ctypes.c_int64),
-        *((name, ctypes.c_void_p) for name in ("slots", "lengths", "most", "parts", "tables", "rates")),
+        *((name, ctypes.c_void_p) for name in ("slots", "lengths", "most", "parts", "tables")),
+        *((name, ctypes.c_void_p) for name in ("texts", "text_lengths", "prompts", "places", "placed", "rates")),
         ("least", ctypes.c_float),
         *((name, ctypes.c_void_p) for name in ("num_nodes", "tokens", "parents", "survivals", "cells")),
     )
@@ -154,7 +175,15 @@ def look_up(tokens_SL: torch.Tensor, rows: LookUp, *, memory: SuffixMemory | Non
     library = native.library()
     assert library is not None
     B, widest = len(rows.slots), max(rows.most)
-    numbers = (ctypes.c_int64 * (5 * B))(*rows.slots, *rows.lengths, *rows.most, *rows.parts, *rows.tables)
+    texts = rows.texts or [None] * B
+    numbers = (ctypes.c_int64 * (10 * B))(
+        *(*rows.slots, *rows.lengths, *rows.most, *rows.parts, *rows.tables),
+        *(0 if text is None else text.data_ptr() for text in texts),
+        *(0 if text is None else len(text) for text in texts),
+        *(rows.prompts or [0] * B),
+        *([place.next for place in rows.places] or [-1] * B),
+        *([place.length for place in rows.places] or [0] * B),
+    )
     base, row = ctypes.addressof(numbers), 8 * B
     counts = (ctypes.c_int64 * B)()
     found = (ctypes.c_int64 * (3 * B * widest))()
@@ -166,7 +195,7 @@ def look_up(tokens_SL: torch.Tensor, rows: LookUp, *, memory: SuffixMemory | Non
         rows.own,
         tokens_SL.data_ptr(),
         tokens_SL.stride(0),
-        *(base + index * row for index in range(5)),
+        *(base + index * row for index in range(10)),
         rows.rate_RC.data_ptr(),
         rows.least,
         ctypes.addressof(counts),
@@ -176,6 +205,8 @@ def look_up(tokens_SL: torch.Tensor, rows: LookUp, *, memory: SuffixMemory | Non
         out + 2 * column,
     )
     library.aurora_look_up_copies(ctypes.byref(call), None if memory is None else memory.pointer)
+    for b, place in enumerate(rows.places):
+        place.next, place.length = numbers[8 * B + b], numbers[9 * B + b]
     size = B * widest
     copies = []
     for b, count in enumerate(counts):

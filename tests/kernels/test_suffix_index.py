@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,7 +15,8 @@ from support.suffix_memory import SuffixMemoryInPython
 
 from aurora_lit.errors import ConfigError
 from aurora_lit.kernels import native, suffix_index
-from aurora_lit.kernels.suffix_index import DOMAIN_BITS, MAX_MATCH, NUM_CELLS, Copies, LookUp, SuffixMemory
+from aurora_lit.kernels.copy_rates import CopyReliability
+from aurora_lit.kernels.suffix_index import DOMAIN_BITS, MAX_MATCH, NUM_CELLS, Copies, LookUp, Place, SuffixMemory
 
 pytestmark = pytest.mark.skipif(native.library() is None, reason="needs kernels")
 
@@ -70,8 +72,18 @@ def test_native_trees_are_those_of_the_reference(texts: list[Any], rows: list[li
         "least": data.draw(st.sampled_from([0.01, 0.3, 0.6, 0.85, 0.94])),
         "own": data.draw(st.booleans()),
     }
-    found = suffix_index.look_up(table_of(rows), LookUp(**arguments), memory=memory)
-    expected = copies_in_python.look_up(table_of(rows), LookUp(**arguments), memory=reference)
+    if data.draw(st.booleans()):
+        arguments["texts"] = [torch.tensor(text) if (text := data.draw(TOKENS)) else None for _ in rows]
+    places = []
+    if data.draw(st.booleans()):
+        arguments["prompts"] = [data.draw(st.integers(0, length)) for length in arguments["lengths"]]
+        places = [
+            Place(data.draw(st.integers(-1, 30)), data.draw(st.integers(0, length))) for length in arguments["lengths"]
+        ]
+    ours, theirs = ([replace(place) for place in places] for _ in range(2))
+    found = suffix_index.look_up(table_of(rows), LookUp(**arguments, places=ours), memory=memory)
+    expected = copies_in_python.look_up(table_of(rows), LookUp(**arguments, places=theirs), memory=reference)
+    assert ours == theirs
     for native_copies, copies in zip(found, expected, strict=True):
         assert native_copies.survivals == pytest.approx(copies.survivals, rel=1e-4)
         if len(set(copies.survivals)) == len(copies.survivals):  # else equal ones may be ordered otherwise
@@ -95,6 +107,71 @@ def test_copies_from_within_a_sequence(tokens: list[int], following: list[int]) 
     (copies,) = look_up([tokens], most=[5])
     assert copies.tokens == following
     assert copies.parents == list(range(len(following)))
+
+
+def rounds_of(source: list[int], answer: list[int], *, predicted: bool) -> list[int]:
+    """Tokens of each round, if of 15 candidates all that are right are accepted, and one token comes after them."""
+    prompt = [9000, *([] if predicted else source), 9001]
+    tokens = [*prompt, *answer]
+    tokens_SL = torch.tensor([tokens])
+    place, at, rounds = Place(0, len(prompt)) if predicted else Place(), len(prompt), []
+    text = torch.tensor(source) if predicted else None
+    while at < len(tokens):
+        one = LookUp(
+            [0], [at], [15], [0], [0], torch.full((1, NUM_CELLS), 0.9), 1e-3, True, [text], [len(prompt)], [place]
+        )
+        (copies,) = suffix_index.look_up(tokens_SL, one, memory=None)
+        column, count = 0, 1
+        for node, (token, parent) in enumerate(zip(copies.tokens, copies.parents, strict=True), start=1):
+            if parent == column and at + count <= len(tokens) - 1 and token == tokens[at + count - 1]:
+                column, count = node, count + 1
+        rounds.append(count)
+        at += count
+    return rounds
+
+
+LINES = [[line * 100 + 1, 5, line * 100 + 2, 6, line * 100 + 3, 7] for line in range(1, 30)]
+"""Of six tokens, the last ones the same in all: so that a line's end alone does not tell where it is."""
+
+
+@pytest.mark.parametrize("predicted", [True, False])
+@pytest.mark.parametrize(
+    ("at", "removed", "inserted"),
+    [
+        (12, 0, [7001, 5, 7002, 7]),
+        (12, 3, []),
+        (12, 1, [7001, 5, 7002, 7]),
+        (0, 1, [7001]),
+        (28, 1, []),
+        (12, 0, [7001]),
+    ],
+)
+def test_after_a_difference_copying_goes_on_at_once(
+    predicted: bool, at: int, removed: int, inserted: list[int]
+) -> None:
+    """What is new costs a round a token; then one more where lines were left out, which nothing announces."""
+    source = [token for line in LINES for token in line]
+    new = [*(token for line in LINES[:at] for token in line), *inserted]
+    answer = [*new, *(token for line in LINES[at + removed :] for token in line)]
+    most = 2 + (0 if predicted else 2) + len(inserted) + (len(answer) + 15) // 16
+    rounds = rounds_of(source, answer, predicted=predicted)
+    assert sum(rounds) == len(answer)
+    assert len(rounds) <= most
+    assert not predicted or len(rounds_of(source, source, predicted=True)) == (len(source) + 15) // 16
+
+
+def test_of_the_same_tokens_those_nearest_to_the_place_are_copied() -> None:
+    """A token is inserted before one that occurs in three places."""
+    source = [1, 2, 3, 50, 51, 8, 90, 61, 8, 70, 71, 8, 60, 91]
+    prompt = [9, *source, 9]
+    tokens = [*prompt, 1, 2, 3, 50, 51, 99, 8]
+    after_51 = Place(6, len(prompt) + 5)
+    rates = CopyReliability().rate_RC
+    (copies,) = look_up([tokens], prompts=[len(prompt)], places=[after_51], rate_RC=rates)
+    assert copies.tokens[0] == 90
+    (copies,) = look_up([tokens], rate_RC=rates)
+    assert set(copies.tokens[:3]) == {60, 70, 90}
+    assert len(set(copies.survivals[:3])) == 1, "one as likely as the other"
 
 
 def test_occurrences_that_go_on_differently_fork() -> None:

@@ -7,6 +7,9 @@
 // a few writes, forgetting the oldest ones is overwriting them, and nothing is allocated after the start. The sequence's
 // own tokens are scanned, which takes about a nanosecond a token.
 //
+// An answer that repeats a text with small differences, its prediction or something in its prompt, has a *place* there.
+// After a difference one agreeing token near it says more than elsewhere, so it is found again without waiting for more.
+//
 // A sequence is remembered for a *part*, which says who may read it and, in its last DOMAIN_BITS bits, of which domain it
 // is (serve/speculation/sources/memory.py). Who may read is compared exactly, not by a hash. What a sequence's own domain
 // has remembered is preferred: other occurrences count only if more tokens agree.
@@ -22,19 +25,26 @@ namespace {
 
 // Sizes that kernels/suffix_index.py knows too.
 constexpr int MAX_MATCH = 16;
-constexpr int NUM_KINDS = 3, NUM_LENGTHS = 8, NUM_SHARES = 5, NUM_COUNTS = 4;
+constexpr int NUM_KINDS = 4, NUM_LENGTHS = 8, NUM_SHARES = 5, NUM_COUNTS = 4;
 
 constexpr int ORDERS[] = {8, 4, 2, 1}, NUM_ORDERS = 4;
 constexpr int MAX_OWN = 16, MAX_REMEMBERED = 32, MAX_WALKED = 96;
+constexpr int64_t PLACE_BACK = 16, PLACE_AHEAD = 128;  // how far from its last place a sequence is looked for
+constexpr int START_MATCH = 4;  // that a text and an answer both begin counts as so many agreeing tokens
+constexpr int FIRM_MATCH = 2;   // agreeing tokens from which on a place near the last one counts as the new one,
+constexpr int FAR_MATCH = 8;    // and from which on, or so many more than near it, one anywhere does
 constexpr int DOMAIN_BITS = 12;  // of a part; the others say who may read it
+constexpr int PLACE_KIND = 3;
 constexpr int32_t SEPARATOR = -1;  // before every inserted sequence
 
 // An earlier occurrence of the last `length` tokens.
 struct Occurrence {
   uint64_t next;  // position of the token that followed
   int32_t length;
-  bool own;   // in the sequence itself
-  bool near;  // in the sequence itself, or in one of the same domain
+  bool own;   // in the sequence itself or in its text
+  bool near;  // that, or in a sequence of the same domain
+  bool given = false;  // in a text that is given with the sequence
+  int gap = -1;        // of the sequence's place: how far it is from where it was expected, in classes; -1: elsewhere
 };
 
 inline uint64_t mix(uint64_t x) {
@@ -185,25 +195,53 @@ class SuffixMemory {
   std::mutex mutex_;
 };
 
-// Positions in a sequence that follow the same tokens as its end, latest first. Those after one equal token only go to
-// `single`.
-inline void find_own(const int64_t* tokens, int64_t length, std::vector<Occurrence>& found,
+// A text that a sequence repeats with small differences: its prediction, or else its prompt.
+struct Text {
+  const int64_t* tokens;
+  int64_t count;
+  bool given;  // a prediction, which is no part of the sequence
+};
+
+// Positions in a sequence, or in the text that is given with it, that follow the same tokens as its end, latest first.
+// Those after one equal token only go to `single`.
+inline void find_own(const int64_t* tokens, int64_t length, const Text& text, std::vector<Occurrence>& found,
                      std::vector<Occurrence>& single) {
   if (length < 2) return;
   const int64_t last = tokens[length - 1], second = tokens[length - 2];
-  size_t count = 0;
-  for (int64_t at = length - 1; at >= 1 && count < MAX_OWN; --at) {
-    if (tokens[at - 1] != last) continue;
-    if (at < 2 || tokens[at - 2] != second) {
-      if (single.size() < MAX_OWN) single.push_back({uint64_t(at), 1, true, true});
+  int num_found = 0, num_single = 0;
+  for (int64_t at = text.count - 1; at >= 1 && num_found < MAX_OWN; --at) {
+    if (text.tokens[at - 1] != last) continue;
+    if (at < 2 || text.tokens[at - 2] != second) {
+      if (num_single++ < MAX_OWN) single.push_back({uint64_t(at), 1, true, true, text.given});
       continue;
     }
-    const int64_t most = std::min<int64_t>(MAX_MATCH, at);
+    const int64_t most = std::min<int64_t>(MAX_MATCH, std::min(at, length));
     int64_t n = 2;
-    while (n < most && tokens[at - 1 - n] == tokens[length - 1 - n]) ++n;
-    found.push_back({uint64_t(at), int32_t(n), true, true});
-    ++count;
+    while (n < most && text.tokens[at - 1 - n] == tokens[length - 1 - n]) ++n;
+    found.push_back({uint64_t(at), int32_t(n), true, true, text.given});
+    ++num_found;
   }
+}
+
+// Where an answer is now in the text that it repeats: near its last place `last`, `since` tokens ago, where most tokens
+// before the answer's end agree; of equal ones nearest to where it is expected, as if tokens had only been replaced.
+// Length 0: nowhere near. `said`: tokens of the answer.
+inline Occurrence find_place(const Text& text, const int64_t* end, int64_t said, int64_t last, int64_t since) {
+  Occurrence best{0, 0, true, true, text.given, 0};
+  const int64_t expected = last + since;
+  int64_t nearest = 0;
+  for (int64_t at = std::max<int64_t>(0, last - PLACE_BACK); at < std::min(text.count, last + PLACE_AHEAD); ++at) {
+    const int64_t most = std::min<int64_t>(MAX_MATCH, std::min(at, said));
+    int64_t n = 0;
+    while (n < most && text.tokens[at - 1 - n] == end[-1 - n]) ++n;
+    if (text.given && n == at && n == said) n = std::min<int64_t>(MAX_MATCH, n + START_MATCH);
+    const int64_t gap = std::abs(at - expected);
+    if (n < std::max(1, best.length) || (n == best.length && gap >= nearest)) continue;
+    nearest = gap;
+    best.next = uint64_t(at), best.length = int32_t(n);
+    best.gap = gap == 0 ? 0 : gap <= 4 ? 1 : gap <= 16 ? 2 : 3;
+  }
+  return best;
 }
 
 // -- trees of copies ---------------------------------------------------------------------------------------------------
@@ -211,12 +249,15 @@ inline void find_own(const int64_t* tokens, int64_t length, std::vector<Occurren
 // A look-up for some sequences; _Call in kernels/suffix_index.py.
 struct CopyCall {
   int64_t rows, most_nodes;
-  int64_t own;  // 0: copies come from the memory alone
+  int64_t own;  // 0: copies come from the memory alone, and none from texts
   const int64_t* committed;  // by slot
   int64_t committed_slot;
   const int64_t *slots, *lengths, *most;  // `most`: nodes of a row
   const int64_t* parts;                   // of the memory; 0: it is not asked
   const int64_t* tables;                  // which table of rates
+  const int64_t *texts, *text_lengths;    // predictions: the address of each, 0 for none; and their numbers of tokens
+  const int64_t* prompts;                 // numbers of tokens of the prompts
+  int64_t *places, *placed;  // in the prediction or prompt, -1: none; and the sequence's length when that was known
   const float* rates;                     // [tables][cells]
   float least;                            // smallest survival
   int64_t* num_nodes;
@@ -254,11 +295,15 @@ class CopyTree {
     use_table(call_.tables[row]);
     occurrences_.clear();
     single_.clear();
-    if (call_.own) find_own(tokens_, length_, occurrences_, single_);
+    text_ = {reinterpret_cast<const int64_t*>(call_.texts[row]), call_.text_lengths[row], true};
+    if (!text_.tokens) text_ = {tokens_, call_.prompts[row], false};
+    if (call_.own) find_own(tokens_, length_, {tokens_, length_, false}, occurrences_, single_);
+    if (call_.own && text_.given) find_own(tokens_, length_, text_, occurrences_, single_);
     if (memory_ && call_.parts[row])
       memory_->find(end_of(row), length_, uint64_t(call_.parts[row]), hashes_[row], least_useful_, occurrences_);
     if (occurrences_.empty() || occurrences_[0].length == 1)
       occurrences_.insert(occurrences_.end(), single_.begin(), single_.end());
+    if (call_.own) find_place_of(row);
     int longest = 0, nearest = 0;
     for (const Occurrence& each : occurrences_) {
       longest = std::max(longest, int(each.length));
@@ -267,7 +312,8 @@ class CopyTree {
     members_.clear();
     for (size_t i = 0; i < occurrences_.size(); ++i) {
       const Occurrence& each = occurrences_[i];
-      if (4 * each.length >= 3 * longest && (each.near || each.length > nearest)) members_.push_back(int(i));
+      const bool counts = 4 * each.length >= 3 * longest && (each.near || each.length > nearest);
+      if (counts || each.gap >= 0) members_.push_back(int(i));
     }
     nodes_.clear();
     heap_.clear();
@@ -293,6 +339,25 @@ class CopyTree {
     return call_.committed + call_.slots[row] * call_.committed_slot + call_.lengths[row];
   }
 
+  // Add the sequence's place in its text to the occurrences. It is kept if it is sure, or another one that is.
+  void find_place_of(int64_t row) {
+    Occurrence sure{};
+    if (call_.places[row] >= 0) {
+      const int64_t said = length_ - call_.prompts[row], since = length_ - call_.placed[row];
+      const Occurrence place = find_place(text_, end_of(row), said, call_.places[row], since);
+      if (place.length >= FIRM_MATCH) sure = place;
+      if (place.length) occurrences_.push_back(place);
+    }
+    const int least = sure.length + FAR_MATCH;
+    for (const Occurrence& each : occurrences_)
+      if (each.own && each.gap < 0 && each.given == text_.given && int64_t(each.next) < text_.count &&
+          each.length >= least && each.length > sure.length)
+        sure = each;
+    if (!sure.length) return;
+    call_.places[row] = int64_t(sure.next);
+    call_.placed[row] = length_;
+  }
+
   // Take rates from this table, and find the smallest number of agreeing tokens that can reach the smallest survival.
   void use_table(int64_t table) {
     if (table == table_) return;
@@ -300,7 +365,7 @@ class CopyTree {
     rates_ = call_.rates + table * (NUM_KINDS * NUM_LENGTHS * NUM_SHARES * NUM_COUNTS);
     constexpr int cells = NUM_SHARES * NUM_COUNTS;
     const auto reaches = [&](int length) {
-      for (int kind = 0; kind < NUM_KINDS; ++kind) {
+      for (int kind = 0; kind < PLACE_KIND; ++kind) {
         const float* of = rates_ + (kind * NUM_LENGTHS + length_class(length)) * cells;
         if (*std::max_element(of, of + cells) >= call_.least) return true;
       }
@@ -327,6 +392,7 @@ class CopyTree {
   // period from the occurrence to the end.
   int64_t token_after(const Occurrence& each, int depth) const {
     if (!each.own) return memory_->token(each.next + depth);
+    if (each.given) return int64_t(each.next) + depth < text_.count ? text_.tokens[each.next + depth] : SEPARATOR;
     return tokens_[each.next + depth % (length_ - int64_t(each.next))];
   }
 
@@ -343,15 +409,19 @@ class CopyTree {
       const size_t first = members_.size();
       const int64_t token = followers_[i].token;
       int longest = 0, kinds = 0;
+      int gap = -1;
       for (; i < followers_.size() && followers_[i].token == token; ++i) {
         const Occurrence& each = occurrences_[followers_[i].occurrence];
         longest = std::max(longest, int(each.length));
         kinds |= each.own ? 1 : 2;
+        gap = std::max(gap, each.gap);
         members_.push_back(followers_[i].occurrence);
       }
       const int count = int(members_.size() - first);
-      int cell = (kinds - 1) * NUM_LENGTHS + length_class(std::min(MAX_MATCH, longest + depth));
-      cell = (cell * NUM_SHARES + share_class(count, total)) * NUM_COUNTS + count_class(total);
+      const bool is_place = gap >= 0;
+      int cell = (is_place ? PLACE_KIND : kinds - 1) * NUM_LENGTHS + length_class(std::min(MAX_MATCH, longest + depth));
+      cell = (cell * NUM_SHARES + (is_place ? NUM_SHARES - 1 : share_class(count, total))) * NUM_COUNTS +
+             (is_place ? gap : count_class(total));
       const float reached = survival * rates_[cell];
       if (reached < call_.least) {
         members_.resize(first);
@@ -374,6 +444,7 @@ class CopyTree {
   const CopyCall& call_;
   const SuffixMemory* memory_;
   const int64_t* tokens_ = nullptr;
+  Text text_{};
   const float* rates_ = nullptr;
   int64_t table_ = -1;
   int least_useful_ = 1;
