@@ -38,7 +38,8 @@ from aurora_lit.serve.worker.build import build_engine
 from aurora_lit.serve.worker.call_tracker import CallTracker
 
 Prompt = str | Sequence[int] | Mapping[str, Any]
-"""Text, token ids, or vLLM's {"prompt": text} or {"prompt_token_ids": ids}, which may have a "cache_salt" too."""
+"""Text, token ids, or vLLM's {"prompt": text} or {"prompt_token_ids": ids}, which may have a "cache_salt" too, and a
+"prediction": a text that the answer will probably repeat, so that it comes sooner."""
 Messages = Sequence[Mapping[str, Any]]
 """A conversation: role and content of each turn, as in the body of a chat request."""
 _Body = TypeVar("_Body", bound=Sampling)
@@ -166,13 +167,14 @@ class LLM:
         continue_final_message: bool = False,
         tools: Sequence[Mapping[str, Any]] | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
+        prediction: str | None = None,
     ) -> list[RequestOutput]:
         """Answer one conversation, or several together. sampling_params, use_tqdm: as in `generate`.
 
         add_generation_prompt: the prompt ends with the beginning of an answer. continue_final_message: the answer goes
         on with the last message, which needs add_generation_prompt=False. tools: functions that the model may call, as
         in OpenAI's API; calls are in the answer's text, as the model writes them. chat_template_kwargs: variables of
-        the chat template.
+        the chat template. prediction: a text that each answer will probably repeat, so that it comes sooner.
         """
         each = [messages] if messages and isinstance(messages[0], Mapping) else list(messages)
         how = {
@@ -180,6 +182,7 @@ class LLM:
             "continue_final_message": continue_final_message,
             "tools": tools and [dict(tool) for tool in tools],
             "chat_template_kwargs": chat_template_kwargs and dict(chat_template_kwargs),
+            "prediction": _as_field(prediction),
         }
         with self._lock:
             self._check_open()
@@ -215,10 +218,11 @@ class LLM:
         return list(zip(each, params, strict=True))
 
     def _completion(self, prompt: Prompt, params: SamplingParams) -> tuple[str | None, Prepared]:
-        asked = _keys_of(prompt) if isinstance(prompt, Mapping) else {"prompt": prompt}
+        asked: Mapping[str, Any] = _keys_of(prompt) if isinstance(prompt, Mapping) else {"prompt": prompt}
         content = asked.get("prompt_token_ids", asked.get("prompt"))
         content = content if isinstance(content, str) else list(content or ())
         more = {"logprobs": params.logprobs, "cache_salt": asked.get("cache_salt")}
+        more["prediction"] = _as_field(asked.get("prediction"))
         body = _body(CompletionRequest, params, prompt=content, **more)
         prepared = prepare_completion(
             body,
@@ -322,11 +326,16 @@ class LLM:
 def _keys_of(prompt: Mapping[str, Any]) -> dict[str, Any]:
     """What a prompt in vLLM's form says; None says nothing. Raises RequestError for a key that is not supported."""
     given = {name: value for name, value in prompt.items() if value is not None}
-    for name in given.keys() - {"prompt", "prompt_token_ids", "cache_salt"}:
+    for name in given.keys() - {"prompt", "prompt_token_ids", "cache_salt", "prediction"}:
         raise RequestError(
             f"{name} of a prompt is not supported; leave it out", param=name, code="unsupported_parameter"
         )
     return given
+
+
+def _as_field(prediction: Any) -> dict[str, Any] | None:
+    """As a body has it."""
+    return None if prediction is None else {"type": "content", "content": prediction}
 
 
 def _is_one(prompts: Any) -> bool:

@@ -133,6 +133,9 @@ class Request:
     request_id: str
     prompt_ids: tuple[int, ...]
     params: SamplingParams
+    prediction_ids: tuple[int, ...] = ()
+    """What the answer will probably repeat, with differences: proposed from the first token on, and nothing else. It is
+    no part of the prompt, and never kept."""
     store: bool = True
     """False: the client opted out of storage. No trace is made, and nothing that was computed for it is reused."""
     domain: str = ""

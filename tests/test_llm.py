@@ -185,6 +185,19 @@ def test_a_repeated_prompt_is_read_from_the_prefix_cache_unless_its_salt_keeps_i
     assert answers[0].outputs[0].token_ids == answers[1].outputs[0].token_ids
 
 
+def test_a_prediction_is_proposed_and_changes_nothing(llm: LLM) -> None:
+    chat = [{"role": "user", "content": PROMPTS[0]}]
+    for ask, how in (
+        (lambda **more: llm.generate({"prompt": PROMPTS[0], **more}, GREEDY), {"cache_salt": "p"}),
+        (lambda **more: llm.chat(chat, GREEDY, **more), {}),
+    ):
+        expected = ask(**how)[0].outputs[0]
+        answer = ask(**how, prediction=expected.text)[0].outputs[0]
+        assert answer.token_ids == expected.token_ids
+    with pytest.raises(RequestError, match="n cannot be combined with prediction"):
+        llm.chat(chat, SamplingParams(n=2), prediction="a")
+
+
 def test_each_prompt_may_have_parameters_of_its_own(llm: LLM) -> None:
     params = [SamplingParams(max_tokens=count, temperature=0.0) for count in (1, 5, 3)]
     assert [len(answer.outputs[0].token_ids) for answer in llm.generate(PROMPTS, params)] == [1, 5, 3]
@@ -354,6 +367,7 @@ def test_a_chat_may_say_how_the_template_is_filled(llm: LLM) -> None:
         ([VOCAB], {}, f"prompt: {VOCAB} is no token"),
         ({"prompt": PROMPTS[0], "multi_modal_data": {}}, {}, "multi_modal_data of a prompt is not supported"),
         ({"prompt": PROMPTS[0], "cache_salt": ""}, {}, "cache_salt"),
+        ({"prompt": PROMPTS[0], "prediction": 5}, {}, r"prediction\.content"),
         (PROMPTS[0], {"temperature": 5.0}, "temperature=5.0"),
         (PROMPTS[0], {"max_tokens": 10**6}, "max_tokens=1000000 is too many"),
         (PROMPTS[0], {"structured_outputs": StructuredOutputsParams(regex="(")}, r"structured_outputs\.regex cannot"),

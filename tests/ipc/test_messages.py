@@ -74,6 +74,7 @@ FULL_PARAMS = SamplingParams(
 FULL_REQUEST = Request(
     request_id="r-0",
     prompt_ids=(1, 2, 49151),
+    prediction_ids=(2, 49151),
     params=FULL_PARAMS,
     store=False,
     domain="code",

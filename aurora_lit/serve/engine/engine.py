@@ -219,8 +219,9 @@ class Engine:
                 param="prompt",
                 code="context_length_exceeded",
             )
-        if (most := max(request.prompt_ids)) >= self.target.vocab_size:
-            raise RequestError(f"the target has no token {most}; leave it out", param="prompt")
+        for param, ids in (("prompt", request.prompt_ids), ("prediction", request.prediction_ids)):
+            if (most := max(ids, default=0)) >= self.target.vocab_size:
+                raise RequestError(f"the target has no token {most}; leave it out", param=param)
         self._waiting.append(request)
 
     def refine_costs(self) -> bool:

@@ -8,7 +8,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import torch
+
 from aurora_lit.grammars.matcher import Grammar
+from aurora_lit.kernels.suffix_index import Place
 from aurora_lit.modules.sampling.distribution import is_greedy, uses_temperature_only
 from aurora_lit.request import Request, SamplingParams, TokenLogprob
 
@@ -62,11 +65,17 @@ class RunningSequence:
     """The request's sampling temperature; 0: greedy."""
     always_needs_logits: bool = field(init=False)
     """True if it `needs_logits` until its end."""
+    prediction: torch.Tensor | None = field(init=False)
+    """The request's, int64 on the CPU; None: it has none."""
+    place: Place = field(init=False)
+    """Where the answer was in its prediction, or else in its prompt, as far as it repeats it."""
     noise_key: int = field(init=False)
     """Decides which tokens are drawn (modules/sampling/noise.py): the request's seed, or its secret."""
 
     def __post_init__(self) -> None:
-        params = self.request.params
+        params, predicted = self.request.params, self.request.prediction_ids
+        self.prediction = torch.tensor(predicted) if predicted else None
+        self.place = Place(0, self.prompt_length) if predicted else Place()
         self.temperature = 0.0 if is_greedy(params) else params.temperature
         self.noise_key = _as_int64(self.request.noise_key if params.seed is None else params.seed)
         self.always_needs_logits = params.logprobs is not None or not uses_temperature_only(params)

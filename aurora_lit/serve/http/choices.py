@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from aurora_lit.request import Source, TokenLogprob
 from aurora_lit.serve.http.answer_stream import TextDelta
 from aurora_lit.serve.http.detokenizer import TextOffsets, TokenDecoder
+from aurora_lit.serve.http.prediction import RepeatedTokens
 from aurora_lit.serve.http.tokenize import Prepared
 from aurora_lit.tool_calls.parser import CallBegin, Content, Piece
 
@@ -65,6 +66,9 @@ class Choice:
         """[j]: rounds in which j draft tokens were accepted."""
         self.num_proposed = self.num_from_memory = 0
         """Proposed tokens, and accepted ones that the traffic memory alone proposed."""
+        predicted = self._request.prediction_ids
+        self.prediction = RepeatedTokens(predicted) if predicted else None
+        """None: the request has none."""
         self.draft_versions: tuple[str, ...] = ()
         self.domain = ""
         self.num_cached = 0
@@ -150,6 +154,8 @@ class Choice:
     def _add_tokens(self, delta: TextDelta) -> list[Entry]:
         """Their log-probabilities, if they are asked for."""
         self.num_tokens += len(delta.token_ids)
+        if self.prediction is not None:
+            self.prediction.add(delta.token_ids)
         if delta.num_proposed:
             self.histogram[min(delta.num_accepted, len(self.histogram) - 1)] += 1
             self.num_proposed += delta.num_proposed

@@ -114,6 +114,7 @@ class ResponseBuilder(ABC):
             "prompt_tokens_details": {
                 "cached_tokens": sum(choice.num_cached for choice in self._choices[:: self._prepared.num_choices])
             },
+            **self._prediction_details(),
         }
 
     def metrics(self) -> Json:
@@ -148,6 +149,14 @@ class ResponseBuilder(ABC):
     @abstractmethod
     def _logprobs(self, choice: Choice, entries: Sequence[Entry]) -> Json:
         """`choices[].logprobs`."""
+
+    def _prediction_details(self) -> Json:
+        """Of a request with a prediction; it has one choice."""
+        prediction = self._choices[0].prediction
+        if prediction is None:
+            return {}
+        counts = {"accepted": prediction.accepted, "rejected": prediction.rejected}
+        return {"completion_tokens_details": {f"{kind}_prediction_tokens": n for kind, n in counts.items()}}
 
     def _more(self) -> Json:
         """What a full response has beside its choices."""

@@ -2,8 +2,9 @@
 
 No field is silently ignored: an unsupported one is refused by name, unless its value means "not used" (NEUTRAL).
 Structured outputs, tools and conversations have files of their own (structured_fields.py, tool_fields.py,
-message_fields.py), and so have the bodies of the routes that only fill holes (fim_schema.py). Leaves out checks that
-need a tokenizer or the model's limits (serve/http/tokenize.py) and the wording of error bodies (serve/http/errors.py).
+message_fields.py, prediction.py), and so have the bodies of the routes that only fill holes (fim_schema.py). Leaves out
+checks that need a tokenizer or the model's limits (serve/http/tokenize.py) and the wording of error bodies
+(serve/http/errors.py).
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from aurora_lit.request import MAX_DOMAIN_CHARACTERS, SamplingParams
 from aurora_lit.serve.http.body import Strict, WholeText, at_most, drop_neutral, shorten
 from aurora_lit.serve.http.fim_prompt import Hole
 from aurora_lit.serve.http.message_fields import Messages, Templated
+from aurora_lit.serve.http.prediction import Predicting
 from aurora_lit.serve.http.structured_fields import Structured
 from aurora_lit.serve.http.tool_fields import ToolChoosing, Tools
 
@@ -224,7 +226,7 @@ class Sampling(Structured):
         )
 
 
-class ChatRequest(Sampling, Templated, ToolChoosing):
+class ChatRequest(Sampling, Templated, ToolChoosing, Predicting):
     """POST /v1/chat/completions."""
 
     messages: Messages
@@ -269,7 +271,7 @@ class ChatRequest(Sampling, Templated, ToolChoosing):
         return _or(self.top_logprobs, 0) if self.logprobs else None
 
 
-class CompletionRequest(Sampling):
+class CompletionRequest(Sampling, Predicting):
     """POST /v1/completions."""
 
     prompt: PromptText | Prompts[PromptText] | Prompts[TokenId] | Prompts[Prompts[TokenId]]

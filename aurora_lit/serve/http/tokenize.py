@@ -112,7 +112,8 @@ def prepare_chat(
             structured_outputs=use.grammar,
             skip_special_tokens=params.skip_special_tokens and not use.shows_special_tokens,
         )
-    call = _call(call_id, [prompt_ids], [params], body, client)
+    predicted = _predicted(body, tokenizer, limits, room=limits.max_seq_len - len(prompt_ids))
+    call = _call(call_id, [prompt_ids], [params], body, client, predicted)
     return Prepared(
         call=call,
         prompt_texts=(),
@@ -206,8 +207,11 @@ def prepare_completion(
             options = replace(options, stop_token_ids=(*options.stop_token_ids, *sorted(marks.stops)))
         params.append(options)
     _check_structure(body, tokenizer, limits)
+    predicted: tuple[int, ...] = ()
+    if isinstance(body, CompletionRequest):
+        predicted = _predicted(body, tokenizer, limits, room=limits.max_seq_len - max(map(len, ids)))
     return Prepared(
-        call=_call(call_id, ids, params, body, client),
+        call=_call(call_id, ids, params, body, client, predicted),
         prompt_texts=tuple(texts) if body.echo else (),
         num_prompt_tokens=sum(map(len, ids)),
         num_choices=body.num_choices,
@@ -256,6 +260,29 @@ def _encode(
     if (foreign := next((i for i in ids if i >= limits.vocab_size), None)) is not None:
         token = shorten(tokenizer.convert_ids_to_tokens(foreign))
         raise RequestError(f"{param}: this model has no token {token} ({foreign}); leave it out", param=param)
+    return ids
+
+
+def _predicted(
+    body: ChatRequest | CompletionRequest, tokenizer: Tokenizer, limits: Limits, *, room: int
+) -> tuple[int, ...]:
+    """The prediction's tokens. Raises RequestError if no answer could be as long, or if there are several answers."""
+    if body.prediction is None:
+        return ()
+    if isinstance(body, CompletionRequest) and len(body.prompts) > 1:
+        raise RequestError("prediction is of one answer, and there are several prompts; send one", param="prediction")
+    text = body.prediction.text
+    # As with prompts, the beginning of a much too long text suffices.
+    ids = _encode(
+        tokenizer, text[: (room + 1) * limits.longest_token], limits, param="prediction", add_special_tokens=False
+    )
+    if len(ids) > room:
+        raise RequestError(
+            f"prediction has {len(ids)} tokens or more: this model's maximum context length is {limits.max_seq_len} "
+            f"tokens, and the prompt leaves {room} for the answer; shorten it",
+            param="prediction",
+            code="context_length_exceeded",
+        )
     return ids
 
 
@@ -369,7 +396,12 @@ def _naming_tokenizer(tokenizer: Tokenizer, backend: BackendTokenizer, *, vocab_
 
 
 def _call(
-    call_id: str, prompts: Sequence[tuple[int, ...]], params: Sequence[SamplingParams], body: Sampling, client: str
+    call_id: str,
+    prompts: Sequence[tuple[int, ...]],
+    params: Sequence[SamplingParams],
+    body: Sampling,
+    client: str,
+    prediction_ids: tuple[int, ...],
 ) -> Call:
     """n requests per prompt. Choice i uses seed + i, so that choices differ but are reproducible.
 
@@ -388,6 +420,7 @@ def _call(
                 Request(
                     request_id=f"{name}-{len(requests)}",
                     prompt_ids=prompt_ids,
+                    prediction_ids=prediction_ids,
                     params=replace(options, seed=seed, prompt_logprobs=of_prompt),
                     store=body.may_be_stored,
                     domain=body.domain,

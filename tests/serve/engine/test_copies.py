@@ -65,6 +65,37 @@ def test_output_is_that_of_plain_decoding(
 
 
 @needs_kernels
+@pytest.mark.parametrize("kind", [{"temperature": 0.0}, {"temperature": 0.9, "seed": 5}])
+@pytest.mark.parametrize("with_draft", [False, True])
+def test_a_prediction_is_proposed_and_changes_nothing(target: Target, kind: dict[str, Any], with_draft: bool) -> None:
+    asked = request("a", prompts()[2], max_tokens=40, **kind)
+    answer = list(run(make_engine(target), [asked])["a"].token_ids)
+    other = [VOCAB - 1 - token for token in answer]
+    predictions = {
+        "right": answer,
+        "wrong": other,
+        "inserted": [*answer[:20], *other[:5], *answer[20:]],
+        "removed": answer[:10] + answer[16:],
+        "replaced": answer[:10] + other[10:14] + answer[14:],
+    }
+    draft = random_draft(target) if with_draft else None
+    rounds = {}
+    for name, predicted in predictions.items():
+        engine = make_engine(target, draft, copied_tokens=15, branches=True, adaptive=False, **MEMORY)
+        with_prediction = replace(asked, prediction_ids=tuple(predicted), store=False)
+        assert list(run(engine, [with_prediction])["a"].token_ids) == answer
+        rounds[name] = engine.counters.rounds
+        assert engine.memory is not None
+        assert engine.memory.index.counts == (0, 0), "neither answer nor prediction is remembered"
+    if kind["temperature"]:  # copies of sampled answers are trusted less at first
+        assert rounds["right"] < rounds["wrong"]
+        return
+    assert rounds["right"] == 3, "15 tokens and one of the target's own in each"
+    assert max(rounds["inserted"], rounds["replaced"]) <= 3 + 4 + 2
+    assert rounds["removed"] <= 3 + 6 + 2
+
+
+@needs_kernels
 def test_what_was_answered_once_is_proposed_to_the_next(target: Target) -> None:
     engine = make_engine(target, copied_tokens=15, lookup=False, **MEMORY)
     first = run(engine, [request("a", prompts()[2], max_tokens=30, temperature=0.0)])["a"]

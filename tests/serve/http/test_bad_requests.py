@@ -95,6 +95,7 @@ VALUES_OF_CHAT = {
     "modalities": [["text", "audio"]],
     "model": [5],
     "n": [0, -1, 9, 10**9],  # server.max_queue is 8
+    "prediction": ["hello", *({"type": "content", "content": each} for each in ("\ud800", "hello " * 200))],
     "presence_penalty": [3],
     "prompt": ["hello"],
     "prompt_logprobs": [21],
@@ -512,6 +513,34 @@ def test_another_host_is_refused_before_a_route_is_sought(server):
         response = httpx.get(f"{without_key.url}/health", headers={"Host": "evil.example"})
         check_error(response, 403, None)
     assert httpx.get(f"{server.url}/health", headers={"Host": "evil.example"}).status_code == 200
+
+
+def test_what_a_prediction_cannot_be_combined_with_is_refused(client):
+    predicted = {"prediction": {"type": "content", "content": "hello"}}
+    assert client.post(CHAT, json=chat(**predicted, n=1, presence_penalty=-1, logprobs=False)).status_code == 200
+    for fields in (
+        {"n": 2},
+        {"logprobs": True},
+        {"presence_penalty": 0.1},
+        {"frequency_penalty": 0.1},
+        {"tools": [TOOL]},
+        {"audio": {"voice": "alloy"}},
+        {"modalities": ["text", "audio"]},
+    ):
+        check_error(client.post(CHAT, json=chat(**predicted, **fields)), 400, next(iter(fields)))
+    for fields in ({"logprobs": 0}, {"suffix": "b"}):
+        check_error(client.post(TEXT, json=text(**predicted, **fields)), 400, next(iter(fields)))
+    check_error(client.post(TEXT, json=text(**predicted, prompt=["a", "b"])), 400, "prediction")
+    for prediction, field in (
+        ({"content": "a"}, "type"),
+        ({"type": "text", "content": "a"}, "type"),
+        ({"type": "content", "content": 1}, "content"),
+        ({"type": "content", "content": [{"type": "image_url"}]}, "content"),
+    ):
+        response = client.post(CHAT, json=chat(prediction=prediction))
+        assert check_error(response, 400, response.json()["error"]["param"])["param"].startswith(f"prediction.{field}")
+    long = {"prediction": {"type": "content", "content": "hello " * 200}}
+    assert check_error(client.post(CHAT, json=chat(**long)), 400, "prediction")["code"] == "context_length_exceeded"
 
 
 def test_health_and_ready_ask_for_no_key(server):

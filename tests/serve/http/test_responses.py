@@ -116,6 +116,32 @@ def test_cached_tokens_are_those_of_each_prompts_first_choice() -> None:
     assert made.usage()["prompt_tokens_details"] == {"cached_tokens": 3}
 
 
+PREDICTED = {"type": "content", "content": [{"type": "text", "text": "abc"}, {"type": "text", "text": "defg"}]}
+
+
+@pytest.mark.parametrize(
+    ("said", "accepted"),
+    [
+        ("abcdefg", 7),
+        ("abcdefgh", 7),
+        ("abxydefg", 6),  # replaced
+        ("abcxyzdefg", 7),  # inserted
+        ("abfg", 4),  # removed
+        ("", 0),
+        ("gfedcba", 1),
+        ("abababab", 2),  # no token counts twice
+        ("cab", 2),  # the first came too early
+    ],
+)
+def test_the_usage_of_a_prediction_adds_up_to_its_length(said: str, accepted: int) -> None:
+    made = builder("text", n=1, echo=False, logprobs=None, prediction=PREDICTED)
+    for character in said:
+        made.add([delta(0, character, accepted=0)])
+    counts = made.usage()["completion_tokens_details"]
+    assert counts == {"accepted_prediction_tokens": accepted, "rejected_prediction_tokens": 7 - accepted}
+    assert "completion_tokens_details" not in builder("text").usage()
+
+
 def test_the_response_is_compact_json() -> None:
     for kind, fields in (("chat", {}), ("text", {"logprobs": 2, "prompt_logprobs": 1})):
         made = builder(kind, **fields)  # type: ignore[arg-type]

@@ -1,4 +1,7 @@
-"""Copies: what followed a sequence's last tokens before, earlier in itself and in the traffic memory.
+"""Copies: what followed a sequence's last tokens before, in itself, in its prediction and in the traffic memory.
+
+An answer that repeats a text with small differences is found again after each of them: likeliest is what follows its
+place in that text, its prediction or else its prompt (csrc/suffix_index.hpp).
 
 A sequence of which many look-ups found nothing is looked up in few rounds. Needs kernels: searching in Python would
 take longer than it saves.
@@ -78,6 +81,9 @@ class NgramSource:
             rate_RC=self.reliability.rate_RC,
             least=least,
             own=self._looks_up,
+            texts=[sequence.prediction for sequence in asking],
+            prompts=[sequence.prompt_length for sequence in asking],
+            places=[sequence.place for sequence in asking],
         )
         found = self._look_up(rows)
         for sequence, copies in zip(asking, found, strict=True):
