@@ -19,7 +19,7 @@ import math
 import re
 import secrets
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -41,9 +41,12 @@ _FENCE = "```python"
 _SECONDS = 10
 """Of processor time for the tests of one answer."""
 
+Problem = dict[str, Any]
+"""task_id, prompt, entry_point, test."""
 
-def problems() -> list[dict[str, Any]]:
-    """HumanEval's problems: task_id, prompt, entry_point, test; downloaded once. Raises SourceError."""
+
+def problems() -> list[Problem]:
+    """HumanEval's problems; downloaded once. Raises SourceError."""
     path = cache_root() / "human-eval" / "HumanEval.jsonl.gz"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -55,7 +58,7 @@ def problems() -> list[dict[str, Any]]:
     return [json.loads(line) for line in gzip.decompress(path.read_bytes()).splitlines()]
 
 
-def body_of(problem: dict[str, Any], *, max_tokens: int) -> dict[str, Any]:
+def body_of(problem: Problem, *, max_tokens: int) -> dict[str, Any]:
     """The request for an answer: the code of a fence that the assistant has begun."""
     question = f"Can you complete the following Python function?\n{_FENCE}\n{problem['prompt']}\n```\n"
     roles = {"system": _SYSTEM, "user": question, "assistant": _FENCE}
@@ -64,7 +67,7 @@ def body_of(problem: dict[str, Any], *, max_tokens: int) -> dict[str, Any]:
     return chat(turns, temperature=0, max_tokens=max_tokens, stop=["\n```"], **how)
 
 
-def program_of(problem: dict[str, Any], answer: str, *, passed: str) -> str:
+def program_of(problem: Problem, answer: str, *, passed: str) -> str:
     """The program that tests an answer; it prints `passed` at its end.
 
     Before an answer that defines the function stands what the problem has before it: imports, and other functions.
@@ -77,7 +80,7 @@ def program_of(problem: dict[str, Any], answer: str, *, passed: str) -> str:
     return f"{before}\n{answer}\n{problem['test']}\ncheck({problem['entry_point']})\nprint({passed!r})\n"
 
 
-def passes(problem: dict[str, Any], answer: str) -> bool:
+def passes(problem: Problem, answer: str) -> bool:
     """Whether an answer passes the problem's tests."""
     passed = secrets.token_hex(16)
     return run_isolated(program_of(problem, answer, passed=passed), seconds=_SECONDS).output.endswith(passed + "\n")
@@ -118,50 +121,68 @@ def main() -> int:
 
 
 def _ask(options: argparse.Namespace) -> int:
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    done = read_answers(options.out) if options.out.exists() else {}
-    asked = [problem for problem in problems()[: options.limit] if problem["task_id"] not in done]
-    with options.out.open("a") as file, Progress("HumanEval", len(asked), "answers") as progress:
+    def send(problem: Problem) -> dict[str, Any]:
+        answer = ask(options.url, body_of(problem, max_tokens=options.max_tokens))
+        return {"answer": answer.text, "finish_reason": answer.finish_reason}
 
-        def send(problem: dict[str, Any]) -> None:
-            answer = ask(options.url, body_of(problem, max_tokens=options.max_tokens))
-            record = {"task_id": problem["task_id"], "answer": answer.text, "finish_reason": answer.finish_reason}
+    append_answers(options.out, problems()[: options.limit], send, clients=options.clients)
+    return 0
+
+
+def append_answers(
+    path: Path, asked: Sequence[Problem], send: Callable[[Problem], Mapping[str, Any]], *, clients: int
+) -> None:
+    """Append what `send` makes of each problem that the file, of JSON lines, does not have yet."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    done = read_answers(path) if path.exists() else {}
+    left = [problem for problem in asked if problem["task_id"] not in done]
+    with path.open("a") as file, Progress(path.name, len(left), "answers") as progress:
+
+        def append(problem: Problem) -> None:
+            record = {"task_id": problem["task_id"], **send(problem)}
             file.write(json.dumps(record) + "\n")  # one write of one line: threads do not mix
             file.flush()
             progress.advance()
 
-        send_all(send, asked, clients=options.clients)
-    return 0
+        send_all(append, left, clients=clients)
 
 
-def read_answers(path: Path) -> dict[str, str]:
-    """The answers by problem."""
+def read_answers(path: Path) -> dict[str, dict[str, Any]]:
+    """What `append_answers` wrote, by problem."""
     records = [json.loads(line) for line in path.read_text().splitlines()]
-    return {record["task_id"]: record["answer"] for record in records}
+    return {record["task_id"]: record for record in records}
 
 
 def _check(files: Sequence[Path]) -> int:
-    check_isolation()
-    answers = [read_answers(path) for path in files]
-    tested = [problem for problem in problems() if all(problem["task_id"] in found for found in answers)]
-    results = []
-    for path, found in zip(files, answers, strict=True):
-        with ThreadPoolExecutor(available_cores()) as pool, Progress(path.name, len(tested), "answers") as progress:
+    records = {str(path): read_answers(path) for path in files}
+    answers = {name: {task: record["answer"] for task, record in found.items()} for name, found in records.items()}
+    print_results(
+        answers, [problem for problem in problems() if all(problem["task_id"] in a for a in answers.values())]
+    )
+    return 0
 
-            def test(problem: dict[str, Any], found: dict[str, str] = found, progress: Progress = progress) -> bool:
+
+def print_results(answers: Mapping[str, Mapping[str, str]], tested: Sequence[Problem]) -> None:
+    """Test the answers of each named set, and compare the first set with each other one. Raises AuroraError."""
+    check_isolation()
+    results: dict[str, list[bool]] = {}
+    for name, found in answers.items():
+        with ThreadPoolExecutor(available_cores()) as pool, Progress(name, len(tested), "answers") as progress:
+
+            def test(problem: Problem, found: Mapping[str, str] = found, progress: Progress = progress) -> bool:
                 passed = passes(problem, found[problem["task_id"]])
                 progress.advance()
                 return passed
 
-            results.append(list(pool.map(test, tested)))
-        right = sum(results[-1])
+            results[name] = list(pool.map(test, tested))
+        right = sum(results[name])
         low, high = binomtest(right, len(tested)).proportion_ci(method="wilson")
-        print(f"{path.name}: {right} of {len(tested)} right, pass@1 {right / len(tested):.1%} ({low:.1%}–{high:.1%})")
-        failed = (problem["task_id"] for problem, passed in zip(tested, results[-1], strict=True) if not passed)
-        print(f"  not solved: {' '.join(name.partition('/')[2] for name in failed)}")
-    for path, other in zip(files[1:], results[1:], strict=True):
-        print(f"{files[0].name} → {path.name}: {compared(results[0], other)}")
-    return 0
+        print(f"{name}: {right} of {len(tested)} right, pass@1 {right / len(tested):.1%} ({low:.1%}–{high:.1%})")
+        failed = (problem["task_id"] for problem, passed in zip(tested, results[name], strict=True) if not passed)
+        print(f"  not solved: {' '.join(task.partition('/')[2] for task in failed)}")
+    first, *others = results
+    for name in others:
+        print(f"{first} → {name}: {compared(results[first], results[name])}")
 
 
 if __name__ == "__main__":

@@ -122,13 +122,14 @@ def body_of(prompt: Prompt, **fields: Any) -> Json:
 
 
 def exchange(
-    url: str, path: str, body: Json, *, most_lines: int | None = None
+    url: str, path: str, body: Json, *, most_lines: int | None = None, timeout_s: float = TIMEOUT_S
 ) -> tuple[int, list[tuple[float, bytes]], float]:
     """POST a body; the status, the response's lines with their times, and when it ended.
 
-    most_lines: close the connection after so many lines.
+    most_lines: close the connection after so many lines. timeout_s: close it after so many seconds without a byte, and
+    raise TimeoutError; the server takes that for a cancelled request.
     """
-    connection = http.client.HTTPConnection(urlsplit(url).netloc, timeout=TIMEOUT_S)
+    connection = http.client.HTTPConnection(urlsplit(url).netloc, timeout=timeout_s)
     try:
         connection.request("POST", path, json.dumps(body), {"Content-Type": "application/json"})
         response = connection.getresponse()
