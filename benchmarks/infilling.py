@@ -10,11 +10,12 @@ LIGHT is data/HumanEval-RandomSpanInfillingLight.jsonl.gz of github.com/openai/h
 to the file, and goes on where it was stopped. It leaves out what ends answers early there (n_indent,
 t_max_predict_ms), for a test needs the whole hole. With --prompt-tokens other code stands before the hole, and a
 warm-up (n_predict 0) goes first, as when the line of the hole is begun: then all but that line and what is after the
-hole is known. --plain is for our server: `speculate: false`. There nothing is remembered (`store: false`), and each run
-has a prefix cache of its own.
+hole is known. --plain is for our server: `speculate: false`. Each run has
+a prefix cache and a memory of its own (`cache_salt`).
 
 `score` prints times of whole completions and tokens a second, pass@1 as human_eval.py does, isolated, and how many
-texts equal the first file's.
+texts equal the first file's. Instruction-tuned models write on after a hole; --cut ends an answer where it goes on with
+the first line after the hole, as editors do.
 """
 
 from __future__ import annotations
@@ -27,13 +28,12 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from aurora_lit.errors import AuroraError
 from benchmarks.human_eval import Problem, append_answers, print_results, read_answers
 from benchmarks.load import TIMEOUT_S, Json, exchange, get, percentile_ms
 
-CHARACTERS_OF_TOKEN = 3.6
+CHARACTERS_OF_TOKEN = 4.7
 """Of Python source, with Qwen's tokenizer; the true lengths are printed."""
 _GREEDY = {"top_k": 1, "top_p": 0.9, "samplers": ["top_k", "top_p", "infill"], "stream": False, "cache_prompt": True}
 _PRECEDING = argparse.__file__
@@ -55,11 +55,11 @@ def infill(url: str, body: Json, *, timeout_s: float = TIMEOUT_S) -> tuple[Json,
 
 
 def own_fields(url: str, *, plain: bool, salt: str) -> Json:
-    """Fields that only our server has: nothing is remembered, maybe nothing proposed; none for llama.cpp's."""
+    """Fields that only our server has; none for llama.cpp's. `store: false` is not among them: it leaves no prefix."""
     is_ours = get(url, "/v1/models")["data"][0].get("owned_by") == "aurora-lit"
     if plain and not is_ours:
         raise AuroraError("--plain is for our server; start llama.cpp's with the speculation that is wanted")
-    return {"store": False, "cache_salt": salt, **({"speculate": False} if plain else {})} if is_ours else {}
+    return {"cache_salt": salt, **({"speculate": False} if plain else {})} if is_ours else {}
 
 
 def read_problems(path: Path) -> list[Problem]:
@@ -109,6 +109,7 @@ def main() -> int:
     scoring = actions.add_parser("score", help="times, tests and equal texts")
     scoring.add_argument("answers", nargs="+", type=Path)
     scoring.add_argument("--times-only", action="store_true", help="run no tests")
+    scoring.add_argument("--cut", action="store_true", help="end answers where they repeat what is after the hole")
     for action in (asking, scoring):
         action.add_argument("--data", type=Path, required=True, help="HumanEval-RandomSpanInfillingLight.jsonl.gz")
     options = parser.parse_args()
@@ -117,7 +118,7 @@ def main() -> int:
         if options.action == "ask":
             _ask(problems[: options.limit], options)
         else:
-            _score(problems, options.answers, has_tests=not options.times_only)
+            _score(problems, options.answers, has_tests=not options.times_only, cuts=options.cut)
     except AuroraError as error:
         print(error, file=sys.stderr)
         return 1
@@ -147,7 +148,7 @@ def _ask(problems: Sequence[Problem], options: argparse.Namespace) -> None:
     append_answers(options.out, problems, send, clients=1)
 
 
-def _score(problems: Sequence[Problem], files: Sequence[Path], *, has_tests: bool) -> None:
+def _score(problems: Sequence[Problem], files: Sequence[Path], *, has_tests: bool, cuts: bool) -> None:
     answers = {str(path): read_answers(path) for path in files}
     common = [problem for problem in problems if all(problem["task_id"] in found for found in answers.values())]
     first = next(iter(answers.values()))
@@ -167,15 +168,19 @@ def _score(problems: Sequence[Problem], files: Sequence[Path], *, has_tests: boo
             f"{equal} of {len(common)} texts equal {files[0]}"
         )
     if has_tests:
-        print_results({name: _wholes(common, found) for name, found in answers.items()}, common)
+        wholes = {
+            name: {problem["task_id"]: _whole(problem, found[problem["task_id"]]["answer"], cuts) for problem in common}
+            for name, found in answers.items()
+        }
+        print_results(wholes, common)
 
 
-def _wholes(problems: Sequence[Problem], found: dict[str, dict[str, Any]]) -> dict[str, str]:
-    """The functions with their holes filled, by problem."""
-    return {
-        problem["task_id"]: problem["prompt"] + found[problem["task_id"]]["answer"] + problem["suffix"]
-        for problem in problems
-    }
+def _whole(problem: Problem, answer: str, cuts: bool) -> str:
+    """The function with its hole filled."""
+    following = next((line for line in problem["suffix"].splitlines() if line.strip()), "")
+    if cuts and following:
+        answer = answer.partition(following)[0]
+    return f"{problem['prompt']}{answer}{problem['suffix']}"
 
 
 if __name__ == "__main__":
