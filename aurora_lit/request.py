@@ -38,6 +38,9 @@ class Source(IntEnum):
         return "lookup" if self in (Source.NGRAM, Source.GRAMMAR) else self.name.lower()
 
 
+RequestKind = Literal["chat", "completion", "fim", "edit"]
+"""What a request asks for: an answer to a conversation, the continuation of a text, what fills a hole in a file, or a
+text whose likely new form the client sends along (`prediction`)."""
 PLANS = ("plain", *dict.fromkeys(source.label for source in Source if source > Source.DRAFT), "chain", "tree")
 """What a round proposes, counted apart: nothing; what one of the sources proposes without the draft; or the draft's, as
 a chain or as a tree with siblings or copies beside it. Of a round whose sequences differ the last of these counts."""

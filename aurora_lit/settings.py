@@ -129,6 +129,9 @@ class ServerSettings:
     """Clients must send `Authorization: Bearer KEY`. null: no key. `${oc.env:NAME}` reads an environment variable."""
     page: Literal["auto", "on", "off"] = "auto"
     """Show the live page at `/`. auto: on loopback only. It has no data without api_key, if that is set."""
+    price_per_hour: float = _within(0.0, 0.0, 1e6)
+    """What an hour of this machine costs, in any currency: live page and status say what the time that speculation has
+    saved is worth. 0: not said."""
     max_queue: int = _within(64, 1, 1 << 20)
     """Maximum number of unfinished answers, running ones included: a request has `n` for each prompt. Beyond it the
     server answers 429 with Retry-After, and 400 to a request that alone asks for more."""

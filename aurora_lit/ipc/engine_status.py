@@ -45,8 +45,8 @@ class WorkerState(IntEnum):
     """It ended with an error; `error` holds the reason."""
 
 
-class DomainTotals(NamedTuple):
-    """What requests of one domain came to since the start."""
+class TrafficTotals(NamedTuple):
+    """What requests of one domain or kind came to since the start."""
 
     requests: int
     """Whose answer has begun."""
@@ -239,8 +239,8 @@ class EngineStatus(EngineCounters):
     domains_version: int = gauge(
         "aurora_domains_version", "Number of the publication that requests are assigned domains by; 0: there is none."
     )
-    domain_numbers: list[int] = counters(_MAX_DOMAIN_ROWS * len(DomainTotals._fields))
-    """The fields of DomainTotals for each of `domain_names`, one row after the other."""
+    domain_numbers: list[int] = counters(_MAX_DOMAIN_ROWS * len(TrafficTotals._fields))
+    """The fields of TrafficTotals for each of `domain_names`, one row after the other."""
     domain_names: str = text(_MAX_DOMAIN_ROWS * _MAX_NAME_BYTES // 8 * 8)
     """Domains that requests were served as, one a line."""
     domains_refused: str = text(1024, report="domains.refused")
@@ -271,11 +271,16 @@ class EngineStatus(EngineCounters):
         return _ratio(self.drafts + self.accepted, self.drafts)
 
     @property
-    def domains(self) -> dict[str, DomainTotals]:
+    def saved_s(self) -> float:
+        """Seconds that speculation has saved against plain rounds; negative: lost. docs/metrics.md has the formula."""
+        return (self.compared_plain_us - self.compared_us) / 1e6
+
+    @property
+    def domains(self) -> dict[str, TrafficTotals]:
         """What was served, by domain."""
-        names, width = self.domain_names.splitlines(), len(DomainTotals._fields)
+        names, width = self.domain_names.splitlines(), len(TrafficTotals._fields)
         rows = (self.domain_numbers[width * index : width * (index + 1)] for index in range(len(names)))
-        return {name: DomainTotals(*row) for name, row in zip(names, rows, strict=True)}
+        return {name: TrafficTotals(*row) for name, row in zip(names, rows, strict=True)}
 
 
 class EngineStatusPage(Page[EngineStatus]):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import shutil
@@ -85,6 +86,39 @@ def test_a_chat_streams_with_its_sources_speed_and_accepted_length(page: Any) ->
         expect(page.locator("#share-draft")).to_contain_text("67 %")
         expect(page.locator("#service")).to_contain_text("First token, last minute")
         expect(page.locator("#length-chart svg")).to_have_attribute("aria-label", re.compile(r"now 2\.99"))
+
+
+def test_code_is_in_blocks_that_are_copied_and_markup_stays_text(page: Any) -> None:
+    texts = ["See <b>", ":\n``", "`html\n<i", ">x</i>\n", "y\n`", "``\nend"]
+    sources = [{"text": text, "source": "draft" if number % 2 else "target"} for number, text in enumerate(texts)]
+    chunks = [{"choices": [{"index": 0, "delta": {}, "token_sources": [source]}]} for source in sources]
+    stream = "".join(f"data: {json.dumps(chunk)}\n\n" for chunk in chunks) + "data: [DONE]\n\n"
+    with FakeServer() as server:
+        page.context.grant_permissions(["clipboard-read", "clipboard-write"])
+        page.route("**/v1/chat/completions", lambda route: route.fulfill(body=stream, content_type="text/event-stream"))
+        page.goto(server.url)
+        ask(page, "hello")
+        code = page.locator(".answer .code code")
+        expect(code).to_have_text("<i>x</i>\ny\n")
+        expect(page.locator(".answer .code .head")).to_contain_text("html")
+        expect(page.locator(".answer")).to_contain_text("end")
+        assert page.locator(".answer b, .answer i").count() == 0
+        assert code.locator(".draft, .target").count() == 3
+        page.get_by_role("button", name="Copy").click()
+        expect(page.get_by_role("button", name="Copied")).to_be_visible()
+        assert page.evaluate("navigator.clipboard.readText()") == "<i>x</i>\ny\n"
+
+
+def test_the_time_saved_its_worth_and_kinds_are_shown(page: Any, tmp_path: Path) -> None:
+    sums = {"since": "2026-11-30", "seconds": 7200, "day": "2026-11-30", "seconds_today": 60}
+    (tmp_path / "live").mkdir()
+    (tmp_path / "live" / "savings.json").write_text(json.dumps(sums))
+    with FakeServer(checkpoints=tmp_path, server={"price_per_hour": 1.5}) as server:
+        page.goto(server.url)
+        expect(page.locator("#saved")).to_have_text("0.0 s")
+        expect(page.locator("#saved-note")).to_have_text("worth 0.00; 2.0 h since 30 Nov, worth 3.00")
+        ask(page, "hello world")
+        expect(page.locator("#kinds th")).to_have_text(["chat"])
 
 
 def test_the_switches_are_sent(page: Any) -> None:

@@ -28,6 +28,7 @@ May import: models/tokenizer.py, tool_calls/, ipc/. Start with routes.py. The fi
     worker_client.py  a call in the HTTP process: sent, awaited, cancelled
     routes.py         the four routes that generate
     token_routes.py   POST /tokenize and /detokenize
+    savings.py        the time that speculation has saved, today and in all
     status.py         the status pages as JSON
     history.py        what the live page shows of the past
     live_page.py      the live page: its files (static/), and what it shows as server-sent events

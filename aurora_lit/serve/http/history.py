@@ -93,15 +93,18 @@ def point_of(report: Json, latencies: Json) -> Json:
             round(speculation["against_plain"]["plain_seconds"], 3),
             round(speculation["against_plain"]["seconds"], 3),
         ],
-        "domains": {
-            name: [domain["generated_tokens"], domain["drafts"], domain["accepted"]]
-            for name, domain in report["domains"]["served"].items()
-        },
+        "domains": _traffic(report["domains"]["served"]),
+        "kinds": _traffic(report["kinds"]),
         "queue": [report["queue"]["running"], report["queue"]["waiting"]],
         "latencies": latencies,
         "learner": [learner["positions"], learner["compute_share"], learner["domains"]["rate_factor"]],
         "heat": learned_domains(learner["domains"]["now"] or ""),
     }
+
+
+def _traffic(served: Json) -> Json:
+    """Domain or kind → tokens generated, rounds with proposals, accepted proposals."""
+    return {name: [each["generated_tokens"], each["drafts"], each["accepted"]] for name, each in served.items()}
 
 
 def accepted_lengths(before: Json, now: Json) -> dict[str, float]:

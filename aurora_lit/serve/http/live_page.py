@@ -1,6 +1,6 @@
 """The live page at `GET /`: its files, and what it shows as server-sent events. Only where `server.page` has it.
 
-    GET /  /aurora/page.css  /aurora/page.js     open, since they hold no data
+    GET /  /aurora/page.css  page.js  fences.js  open, since they hold no data
     GET /v1/aurora/events                        needs the API key
 
 One task samples the status for all viewers: once a second while somebody watches, else rarely, so that a page that is
@@ -40,6 +40,7 @@ FILES = {
     "/": ("page.html", "text/html; charset=utf-8"),
     "/aurora/page.css": ("page.css", "text/css; charset=utf-8"),
     "/aurora/page.js": ("page.js", "text/javascript; charset=utf-8"),
+    "/aurora/fences.js": ("fences.js", "text/javascript; charset=utf-8"),
 }
 HEADERS = {
     "Content-Security-Policy": (

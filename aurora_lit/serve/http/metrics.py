@@ -1,7 +1,8 @@
 """The metrics of GET /metrics, under vLLM's names where vLLM has one and `aurora_` names otherwise.
 
-Counters of engine, ring and learner are read from their pages when scraped; latencies are observed in the HTTP process,
-of which there is one. Leaves out the JSON status page (serve/http/status.py).
+Counters of engine, ring and learner are read from their pages when scraped. Latencies and kinds of requests, which the
+engine does not know, are observed in the HTTP process, of which there is one. Leaves out the JSON status page
+(serve/http/status.py).
 
     metrics = ServerMetrics(model="SmolLM2", status=page, learner=learner_page, ring=lambda: None)
     metrics.first_token.observe(0.2)
@@ -10,17 +11,20 @@ of which there is one. Leaves out the JSON status page (serve/http/status.py).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import get_args
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from aurora_lit.drafts.versions import version_number
-from aurora_lit.ipc.engine_status import HEARTBEAT_STALE_S, DomainTotals, EngineStatusPage, WorkerState
+from aurora_lit.ipc.engine_status import HEARTBEAT_STALE_S, EngineStatusPage, TrafficTotals, WorkerState
 from aurora_lit.ipc.learner_status import LearnerStatusPage
 from aurora_lit.ipc.page import declared
 from aurora_lit.ipc.ring import RingCounters
+from aurora_lit.request import RequestKind
+from aurora_lit.serve.http.answer_stream import TextDelta
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 FINISH_REASONS = ("stop", "length", "abort", "error")
@@ -89,12 +93,25 @@ class ServerMetrics:
         for http_status in _USUAL_REFUSALS:
             self._refused.labels(**labels, status=str(http_status))
         self._labels = labels
-        self._registry.register(_EngineCollector(status, labels))
+        self.kinds: dict[str, TrafficTotals] = {kind: TrafficTotals(0, 0, 0, 0, 0) for kind in get_args(RequestKind)}
+        """What requests of each kind came to."""
+        self._registry.register(_EngineCollector(status, self.kinds, labels))
         self._registry.register(LearnerCollector(learner, ring, labels))
 
     def finish(self, reason: str) -> None:
         """Count one sequence that ended. reason: one of FINISH_REASONS."""
         self._finished[reason].inc()
+
+    def count(self, kind: RequestKind, deltas: Sequence[TextDelta], *, begun: int) -> None:
+        """Count some rounds' deltas of one call; begun: the sequences whose answer begins with them."""
+        before = self.kinds[kind]
+        self.kinds[kind] = TrafficTotals(
+            requests=before.requests + begun,
+            generated_tokens=before.generated_tokens + sum(len(delta.token_ids) for delta in deltas),
+            drafts=before.drafts + sum(delta.num_proposed > 0 for delta in deltas),
+            proposed=before.proposed + sum(delta.num_proposed for delta in deltas),
+            accepted=before.accepted + sum(delta.num_accepted for delta in deltas),
+        )
 
     def refuse(self, http_status: int) -> None:
         """Count one request that got an error response."""
@@ -118,10 +135,10 @@ Numbers = Mapping[str, tuple[str, float | None]]
 
 
 class _EngineCollector(Collector):
-    """Turns one reading of the engine's status page into samples."""
+    """Turns one reading of the engine's status page into samples; and the counts by kind, which have their form."""
 
-    def __init__(self, status: EngineStatusPage, labels: dict[str, str]) -> None:
-        self._status, self._labels = status, labels
+    def __init__(self, status: EngineStatusPage, kinds: Mapping[str, TrafficTotals], labels: dict[str, str]) -> None:
+        self._status, self._kinds, self._labels = status, kinds, labels
 
     def describe(self) -> Iterable[Metric]:
         return []
@@ -143,13 +160,15 @@ class _EngineCollector(Collector):
                 status.mean_accepted_length,
             ),
             "aurora_acceptance_rate": ("Accepted / proposed draft tokens.", status.acceptance_rate),
+            "aurora_saved_seconds": ("Time that speculation has saved against plain rounds.", status.saved_s),
             "aurora_draft_version": (
                 "Number of the serving draft version; 0: the starting draft.",
                 version_number(status.draft_version),
             ),
         }
         yield from _families(GaugeMetricFamily, derived, self._labels)
-        yield from _by_domain(status.domains, self._labels)
+        yield from _by_traffic("domain", status.domains, self._labels)
+        yield from _by_traffic("kind", self._kinds, self._labels)
 
 
 class LearnerCollector(Collector):
@@ -232,23 +251,23 @@ def _families(
             yield family
 
 
-def _by_domain(domains: Mapping[str, DomainTotals], labels: dict[str, str]) -> Iterable[Metric]:
-    """One counter for each field of DomainTotals, with a sample for each domain; and the mean accepted lengths."""
+def _by_traffic(label: str, traffic: Mapping[str, TrafficTotals], labels: dict[str, str]) -> Iterable[Metric]:
+    """One counter for each field of TrafficTotals, with a sample for each domain or kind; and mean accepted lengths."""
     for field, text in {
-        "requests": "Sequences whose answer has begun, by domain.",
-        "generated_tokens": "Tokens generated, by domain.",
-        "drafts": "Rounds of a sequence with proposals, by domain.",
-        "proposed": "Tokens proposed, by domain; of a tree, all nodes.",
-        "accepted": "Proposed tokens that were accepted, by domain.",
+        "requests": "Sequences whose answer has begun",
+        "generated_tokens": "Tokens generated",
+        "drafts": "Rounds of a sequence with proposals",
+        "proposed": "Tokens proposed, of a tree all nodes",
+        "accepted": "Proposed tokens that were accepted",
     }.items():
-        counts = {name: getattr(totals, field) for name, totals in domains.items()}
-        yield _by_label(f"aurora_domain_{field}", text, "domain", counts, labels)
+        counts = {name: getattr(totals, field) for name, totals in traffic.items()}
+        yield _by_label(f"aurora_{label}_{field}", f"{text}, by {label}.", label, counts, labels)
     lengths = GaugeMetricFamily(
-        "aurora_domain_mean_accepted_length",
-        "Tokens emitted per sequence and round with proposals, by domain.",
-        labels=[*labels, "domain"],
+        f"aurora_{label}_mean_accepted_length",
+        f"Tokens emitted per sequence and round with proposals, by {label}.",
+        labels=[*labels, label],
     )
-    for name, totals in domains.items():
+    for name, totals in traffic.items():
         if totals.mean_accepted_length is not None:
             lengths.add_metric([*labels.values(), name], totals.mean_accepted_length)
     yield lengths

@@ -23,6 +23,7 @@ from aurora_lit.errors import RequestError
 from aurora_lit.ipc.engine_status import EngineStatusPage
 from aurora_lit.models.fim import fim_marks
 from aurora_lit.models.tokenizer import Tokenizer
+from aurora_lit.request import RequestKind
 from aurora_lit.serve.http.answer_stream import TextDelta, by_token
 from aurora_lit.serve.http.detokenizer import TokenDecoder
 from aurora_lit.serve.http.errors import error_event
@@ -130,7 +131,7 @@ class GenerationRoutes:
     ) -> Response:
         check_model(body.model, served=self._model)
         body = body.with_defaults(self._default_sampling)
-        latencies = _LatencyRecorder(self._metrics)
+        started_s = time.monotonic()
         places = self._worker_client.places(
             num_prompts=num_prompts, num_choices=body.num_choices, choices_field=choices_field
         )
@@ -143,7 +144,7 @@ class GenerationRoutes:
                 limits=self._limits(),
                 client=self._pseudonym(body, request),
             )
-        return await self._respond(body, prepared, builder, request, latencies)
+        return await self._respond(body, prepared, builder, request, started_s)
 
     def _pseudonym(self, body: Sampling, request: Request) -> str:
         return self._pseudonyms.of(user=body.user, address=request.client.host if request.client else None)
@@ -158,9 +159,10 @@ class GenerationRoutes:
         prepared: Prepared,
         builder: Callable[..., ResponseBuilder],
         request: Request,
-        latencies: _LatencyRecorder,
+        started_s: float,
     ) -> Response:
         check_logprobs(body, prepared)
+        recorder = _CallRecorder(self._metrics, prepared.kind, started_s=started_s)
         options = body.stream_options or StreamOptions()
         response = builder(
             prepared,
@@ -175,7 +177,7 @@ class GenerationRoutes:
 
         def on_close(failed: bool) -> None:
             if not failed and all(response.finish_reasons):  # else it had no last token
-                latencies.end()
+                recorder.end()
             for reason in response.finish_reasons:
                 self._metrics.finish(reason or ("error" if failed else "abort"))
 
@@ -191,14 +193,14 @@ class GenerationRoutes:
         try:
             # Wait for the first deltas even for a stream: a call that fails soon gets a proper HTTP status.
             waits = not body.stream or await pending.arrives_within(COMMENT_EVERY_S)
-            first = await _next_deltas(pending, clock, latencies) if waits else ()
+            first = await _next_deltas(pending, clock, recorder) if waits else ()
             if body.stream:
                 is_streaming = True
-                events = self._events(body, response, pending, latencies, clock, first, options)
+                events = self._events(body, response, pending, recorder, clock, first, options)
                 return EventStream(events, on_end=pending.close)
             response.add(first)
             while not response.finished:
-                response.add(await _next_deltas(pending, clock, latencies))
+                response.add(await _next_deltas(pending, clock, recorder))
         except ClientDisconnected:
             return Response(status_code=_CLIENT_CLOSED_REQUEST)
         finally:
@@ -229,7 +231,7 @@ class GenerationRoutes:
         body: Sampling,
         response: ResponseBuilder,
         pending: PendingCall,
-        latencies: _LatencyRecorder,
+        recorder: _CallRecorder,
         clock: SendClock,
         deltas: tuple[TextDelta, ...],
         options: StreamOptions,
@@ -262,7 +264,7 @@ class GenerationRoutes:
                     yield message
                 while not await pending.arrives_within(COMMENT_EVERY_S):
                     yield COMMENT
-                deltas = await _next_deltas(pending, clock, latencies)
+                deltas = await _next_deltas(pending, clock, recorder)
         except RequestError as error:
             self._metrics.refuse(error.status)
             yield error_event(error)
@@ -272,27 +274,26 @@ class GenerationRoutes:
             pending.close()
 
 
-async def _next_deltas(pending: PendingCall, clock: SendClock, latencies: _LatencyRecorder) -> tuple[TextDelta, ...]:
+async def _next_deltas(pending: PendingCall, clock: SendClock, recorder: _CallRecorder) -> tuple[TextDelta, ...]:
     """The next round's deltas; on a clock those of all rounds until it lets send. Raises as `PendingCall.next`."""
     deltas = await pending.next()
     if not clock.is_on:
-        return latencies.record(deltas, at_s=pending.arrived_s)
+        return recorder.record(deltas, at_s=pending.arrived_s)
     await pending.wait(clock.wait_s())
-    return latencies.record(deltas + pending.take_ready(), at_s=time.monotonic())
+    return recorder.record(deltas + pending.take_ready(), at_s=time.monotonic())
 
 
-class _LatencyRecorder:
-    """Records the latencies of one call; its time begins with the recorder."""
+class _CallRecorder:
+    """Records the latencies of one call that was accepted at `started_s`, and counts it by its kind."""
 
-    def __init__(self, metrics: ServerMetrics) -> None:
-        self._metrics = metrics
-        self.started_s = time.monotonic()
+    def __init__(self, metrics: ServerMetrics, kind: RequestKind, *, started_s: float) -> None:
+        self._metrics, self._kind, self.started_s = metrics, kind, started_s
         self._last_token_s: dict[int, float] = {}
         """By choice: when its last token arrived."""
 
     def record(self, deltas: tuple[TextDelta, ...], *, at_s: float) -> tuple[TextDelta, ...]:
         """Record the deltas of a round that arrived at `at_s`, or of several that are sent then. Returns them."""
-        num_tokens_of = Counter[int]()
+        num_tokens_of, num_begun = Counter[int](), len(self._last_token_s)
         for delta in deltas:
             num_tokens_of[delta.index] += len(delta.token_ids)
         for index, num_tokens in num_tokens_of.items():
@@ -305,6 +306,7 @@ class _LatencyRecorder:
                 for _ in range(num_tokens):
                     self._metrics.between_tokens.observe((at_s - before) / num_tokens)
             self._last_token_s[index] = at_s
+        self._metrics.count(self._kind, deltas, begun=len(self._last_token_s) - num_begun)
         return deltas
 
     def end(self) -> None:

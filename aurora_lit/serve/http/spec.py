@@ -23,7 +23,7 @@ from fastapi import FastAPI
 from fastapi.responses import JSONResponse, Response
 from litserve.specs.base import LitSpec
 
-from aurora_lit.config import AuroraConfig, model_name, shows_page
+from aurora_lit.config import AuroraConfig, model_name, shows_page, versions_folder
 from aurora_lit.errors import RequestError
 from aurora_lit.ipc.engine_status import STATUS_NAME, EngineStatusPage
 from aurora_lit.ipc.learner_status import LEARNER_STATUS_NAME, LearnerStatusPage
@@ -34,7 +34,9 @@ from aurora_lit.serve.http.errors import install_error_handlers
 from aurora_lit.serve.http.live_page import FILES, LivePage
 from aurora_lit.serve.http.metrics import CONTENT_TYPE, ServerMetrics
 from aurora_lit.serve.http.routes import GenerationRoutes
-from aurora_lit.serve.http.status import engine_json, learner_json, ranks_json, ring_counters
+from aurora_lit.serve.http.savings import NAME as SAVINGS_NAME
+from aurora_lit.serve.http.savings import Savings
+from aurora_lit.serve.http.status import engine_json, learner_json, ranks_json, ring_counters, traffic_json
 from aurora_lit.serve.http.stream_events import StreamShape
 from aurora_lit.serve.http.token_routes import TokenRoutes
 from aurora_lit.serve.http.worker_client import WorkerClient
@@ -67,6 +69,11 @@ class AuroraSpec(LitSpec):  # type: ignore[misc]
             status=self._status_page, max_queue=config.server.max_queue, tokenizer=tokenizer
         )
         self._worker_client.connect(self)
+        self._savings = Savings(
+            versions_folder(config) / SAVINGS_NAME,
+            saved_s=lambda: self._status_page.read().saved_s,
+            price_per_hour=config.server.price_per_hour,
+        )
         self._live_page = LivePage(self._report, self._metrics.latencies) if shows_page(config) else None
         defaults = default_sampling(config)
         params = SamplingParams(**defaults)
@@ -129,7 +136,7 @@ class AuroraSpec(LitSpec):  # type: ignore[misc]
             page, client = self._live_page, self._worker_client
             sampling = contextlib.nullcontext() if page is None else page.sampling()
             end_page = (lambda: None) if page is None else page.close
-            async with litserve_lifespan(app), client.watch_worker(), sampling:
+            async with litserve_lifespan(app), client.watch_worker(), self._savings.kept(), sampling:
                 with client.drain_on_sigterm(self._drain_s, on_begin=end_page):
                     yield
 
@@ -190,6 +197,8 @@ class AuroraSpec(LitSpec):  # type: ignore[misc]
         return {
             "model": self._model,
             **report,
+            "kinds": traffic_json(self._metrics.kinds),
+            "savings": self._savings.report(),
             "ranks": self._ranks_json(),
             "learner": learner_json(self._learner_page.read()),
         }

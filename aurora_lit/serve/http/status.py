@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from aurora_lit.errors import RingError
-from aurora_lit.ipc.engine_status import EngineStatus, read_ranks
+from aurora_lit.ipc.engine_status import EngineStatus, TrafficTotals, read_ranks
 from aurora_lit.ipc.learner_status import LearnerStatus
 from aurora_lit.ipc.page import declared, heartbeat_age_s
 from aurora_lit.ipc.ring import RingCounters, read_counters
@@ -52,17 +53,22 @@ def engine_json(status: EngineStatus, ring: RingCounters | None) -> Json:
     }
     report["domains"] |= {
         "version": status.domains_version or None,
-        "served": {
-            name: {
-                **totals._asdict(),
-                "acceptance_rate": totals.acceptance_rate,
-                "mean_accepted_length": totals.mean_accepted_length,
-            }
-            for name, totals in status.domains.items()
-        },
+        "served": traffic_json(status.domains),
     }
     report["traces"]["ring"] = None if ring is None else {**_declared(ring), "dropped": ring.dropped}
     return report
+
+
+def traffic_json(traffic: Mapping[str, TrafficTotals]) -> Json:
+    """What was served, by domain or by kind."""
+    return {
+        name: {
+            **totals._asdict(),
+            "acceptance_rate": totals.acceptance_rate,
+            "mean_accepted_length": totals.mean_accepted_length,
+        }
+        for name, totals in traffic.items()
+    }
 
 
 def ranks_json(run_folder: Path) -> list[Json]:

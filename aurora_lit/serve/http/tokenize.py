@@ -21,7 +21,7 @@ from aurora_lit.grammars.definition import fault_of, names_special_tokens
 from aurora_lit.ipc.messages import Call
 from aurora_lit.models.fim import FimMarks
 from aurora_lit.models.tokenizer import Tokenizer, tokenizer_json
-from aurora_lit.request import Request, SamplingParams
+from aurora_lit.request import Request, RequestKind, SamplingParams
 from aurora_lit.serve.http.answer_stream import DEFAULT_OPTIONS, AnswerOptions
 from aurora_lit.serve.http.body import NO_TEXT, is_text, shorten
 from aurora_lit.serve.http.detokenizer import decode
@@ -72,6 +72,8 @@ class Prepared:
     """One per prompt (not per choice); filled only for echo."""
     num_prompt_tokens: int
     """Of all prompts together; a prompt with several choices counts once."""
+    kind: RequestKind
+    """For the counts of traffic alone; neither engine nor learner knows it."""
     num_choices: int = 1
     """Of each prompt."""
     drop_output: bool = False
@@ -127,6 +129,7 @@ def prepare_chat(
         ),
         prompt_logprobs=body.prompt_logprobs,
         tools=use,
+        kind=_kind(body, "chat"),
     )
 
 
@@ -194,7 +197,7 @@ def prepare_completion(
             skips = body.skip_special_tokens is not False
             texts.append(decode(tokenizer, prompt_ids, skips_special_tokens=skips) if body.echo else "")
         ids.append(prompt_ids)
-    params = []
+    params, fills_hole = [], any(isinstance(prompt, Hole) for prompt in body.prompts)
     for prompt_ids in ids:
         max_tokens = _check_length(len(prompt_ids), body, limits, default=default_tokens, param="prompt")
         options = body.sampling_params(
@@ -204,6 +207,7 @@ def prepare_completion(
             echoed_logprobs=body.logprobs if body.echo else None,
         )
         if marks is not None and marks.marks_hole(prompt_ids):
+            fills_hole = True
             options = replace(options, stop_token_ids=(*options.stop_token_ids, *sorted(marks.stops)))
         params.append(options)
     _check_structure(body, tokenizer, limits)
@@ -225,7 +229,13 @@ def prepare_completion(
         ),
         prompt_logprobs=body.prompt_logprobs,
         was_cut=was_cut,
+        kind=_kind(body, "fim" if fills_hole else "completion"),
     )
+
+
+def _kind(body: Sampling, kind: RequestKind) -> RequestKind:
+    """A request with a prediction is an edit, whatever its route."""
+    return "edit" if getattr(body, "prediction", None) is not None else kind
 
 
 def _lay_out(

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from aurora_lit.ipc.engine_status import MAX_LABELS, OTHER_DOMAINS, UNKNOWN_DOMAIN, DomainTotals
+from aurora_lit.ipc.engine_status import MAX_LABELS, OTHER_DOMAINS, UNKNOWN_DOMAIN, TrafficTotals
 from aurora_lit.modules.domains.centroids import AUTO_PREFIX, UNKNOWN
 from aurora_lit.request import Output
 from aurora_lit.settings import MAX_DOMAINS
@@ -26,7 +26,7 @@ class DomainCounts:
     def __init__(self) -> None:
         """No rows yet."""
         self._row_of: dict[str, list[int]] = {}
-        """By name, the fields of DomainTotals."""
+        """By name, the fields of TrafficTotals."""
         self._num_labels = self._num_rounds = 0
         self._last_round: dict[str, int] = {}
         """Of each row without a label: the round that counted in it last."""
@@ -65,7 +65,7 @@ class DomainCounts:
             if self._num_labels == MAX_LABELS:
                 return self._others()
             self._num_labels += 1
-        row = self._row_of[name] = [0] * len(DomainTotals._fields)
+        row = self._row_of[name] = [0] * len(TrafficTotals._fields)
         return row
 
     def _remove_oldest(self) -> None:
@@ -74,4 +74,4 @@ class DomainCounts:
         del self._last_round[oldest], self._row_of[oldest]
 
     def _others(self) -> list[int]:
-        return self._row_of.setdefault(OTHER_DOMAINS, [0] * len(DomainTotals._fields))
+        return self._row_of.setdefault(OTHER_DOMAINS, [0] * len(TrafficTotals._fields))

@@ -245,3 +245,32 @@ def test_a_model_without_marks_says_that_it_fills_no_holes() -> None:
         response = plain.post("/v1/completions", json={"prompt": "a", "suffix": "b"})
         assert (response.status_code, response.json()["error"]["param"]) == (400, "suffix")
         assert "/infill" in plain.get("/openapi.json").json()["paths"]
+
+
+def test_requests_are_counted_by_kind_and_domains_stay_those_of_prompts(client: httpx.Client) -> None:
+    """A raw prompt with marks fills a hole too. Kinds are no labels: the learner would take these as domains."""
+
+    def counts() -> tuple[dict[str, tuple[int, int]], Any]:
+        report = client.get("/v1/aurora/status").json()
+        kinds = {kind: (each["requests"], each["generated_tokens"]) for kind, each in report["kinds"].items()}
+        return kinds, report["domains"]["served"].keys()
+
+    before, _ = counts()
+    raw = "<|fim_prefix|>abc<|fim_suffix|>xyz<|fim_middle|>"
+    chat = {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 5, "n": 2}
+    for path, body in (
+        ("/infill", HOLE),
+        ("/v1/fim/completions", {"prompt": "abc", "max_tokens": 4}),
+        ("/v1/completions", {"prompt": "abc", "suffix": "xyz", "max_tokens": 3}),
+        ("/v1/completions", {"prompt": raw, "max_tokens": 3}),
+        ("/v1/completions", {"prompt": "abc", "max_tokens": 2, "stream": True}),
+        ("/v1/chat/completions", chat),
+    ):
+        response = client.post(path, json=body)
+        assert response.status_code == 200, response.text
+    after, domains = counts()
+    grown = {kind: tuple(new - old for new, old in zip(after[kind], before[kind], strict=True)) for kind in after}
+    assert grown == {"fim": (4, 9 + 4 + 3 + 3), "completion": (1, 2), "chat": (2, 10), "edit": (0, 0)}
+    assert domains <= {"unknown"}
+    exported = client.get("/metrics").text
+    assert f'aurora_kind_requests_total{{engine="0",kind="fim",model_name="{MODEL}"}} {after["fim"][0]}.0' in exported

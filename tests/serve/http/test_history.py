@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from aurora_lit.ipc.engine_status import EngineStatus, EngineStatusPage, WorkerState
+from aurora_lit.ipc.engine_status import EngineStatus, EngineStatusPage, TrafficTotals, WorkerState
 from aurora_lit.ipc.learner_status import LearnerStatusPage
 from aurora_lit.serve.http.history import (
     ALL,
@@ -19,7 +19,7 @@ from aurora_lit.serve.http.history import (
     learned_domains,
     point_of,
 )
-from aurora_lit.serve.http.status import engine_json, learner_json
+from aurora_lit.serve.http.status import engine_json, learner_json, traffic_json
 
 LATENCIES = {"time_to_first_token": (0.5, 3)}
 
@@ -33,7 +33,8 @@ def report(tmp_path) -> dict[str, Any]:
     page.write(compared_us=2_000_000, compared_plain_us=3_000_000)
     status: EngineStatus = page.read()
     learner = LearnerStatusPage.create(tmp_path / "learner").read()
-    return engine_json(status, None) | {"model": "m", "learner": learner_json(learner)}
+    kinds = traffic_json({"fim": TrafficTotals(2, 9, 4, 12, 5)})
+    return engine_json(status, None) | {"model": "m", "kinds": kinds, "learner": learner_json(learner)}
 
 
 def changed(report: dict[str, Any], *path: str, to: Any) -> dict[str, Any]:
@@ -52,6 +53,7 @@ def test_a_point_has_the_totals_that_the_page_takes_differences_of(report) -> No
     assert (point["drafts"], point["accepted"]) == (4, 6)
     assert point["against_plain"] == [3.0, 2.0]
     assert point["domains"] == {"sql": [8, 3, 5], "prose": [3, 1, 1]}
+    assert point["kinds"] == {"fim": [9, 4, 5]}
     assert point["heat"] == {"sql": [0.75, 0.99], "unknown": [0.25, 1.0]}
     assert point["latencies"] == LATENCIES
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+import shutil
+import subprocess
 import threading
 import time
 from collections.abc import AsyncIterator
@@ -24,7 +26,7 @@ from aurora_lit.serve.http import live_page
 from aurora_lit.serve.http.live_page import HEADERS, MAX_VIEWERS, LivePage
 from aurora_lit.serve.http.status import engine_json, learner_json
 
-FILES = ("/", "/aurora/page.css", "/aurora/page.js")
+FILES = ("/", "/aurora/page.css", "/aurora/page.js", "/aurora/fences.js")
 EVENTS = "/v1/aurora/events"
 KEY = {"Authorization": "Bearer secret"}
 
@@ -36,6 +38,7 @@ class Reports:
         engine = engine_json(EngineStatusPage.create(folder / "status").read(), None)
         self._report = engine | {
             "model": "of\u2028two lines",
+            "kinds": {},
             "learner": learner_json(LearnerStatusPage.create(folder / "learner").read()),
         }
         self.count = 0
@@ -228,6 +231,50 @@ def test_by_default_the_page_is_shown_on_loopback_only(host: str, page: str, sho
     assert shows_page(load_config(None, [f"server.host={host}", f"server.page={page}"])) is shown
 
 
+# -- code in answers -----------------------------------------------------------------------------------------------
+
+RUN_FENCES = """
+const marked = (parts) => {
+  let out = "";
+  const turn = (language) => { out += language == null ? ")" : `(${language}:`; };
+  const fences = new Fences((text) => { out += text; }, turn);
+  for (const part of parts) fences.push(part, "draft");
+  const before = out;
+  fences.end();
+  return [out, before];
+};
+const [texts, parts] = JSON.parse(process.argv[2]);
+const cut = (text) => [[text], [...text], text.match(/[^]{1,2}/g), text.match(/[^]{1,3}/g)];
+const found = texts.map((text) => [...new Set(cut(text).map((each) => marked(each)[0]))]);
+console.log(JSON.stringify([found, marked(parts)]));
+"""
+FENCES = Path(live_page.__file__).with_name("static") / "fences.js"
+CODE = {
+    "a\n```py\nx = 1\n\ny\n```\nb": "a\n(py:x = 1\n\ny\n)b",
+    "```\nx": "(:x",  # the answer ends, or was stopped, inside
+    "```\nx\n```": "(:x\n)",
+    "1. as\n   ``` js \n   x\n   ```  \n": "1. as\n(js:   x\n)",
+    "````md\n```py\n```\n`````\n": "(md:```py\n```\n)",
+    "```a\n```b\n  `` \n```": "(a:```b\n  `` \n)",
+    "``\n`x` and ```y``` \n```z``` is text\n    w ": "``\n`x` and ```y``` \n```z``` is text\n    w ",
+    "x ```\ny\n\n``": "x ```\ny\n\n``",
+}
+"""Text → the same with code in brackets, after its language and a colon."""
+
+
+@pytest.mark.skipif(shutil.which("node") is None, reason="there is no Node")
+def test_code_is_told_from_text_however_an_answer_comes_in_parts() -> None:
+    given = json.dumps([list(CODE), ["so `", "`` ", "\n  ", "`", "`", "` p", "y\n", "x`", "\n", "``"]])
+    command = ["node", "--input-type=module", "-", given]
+    done = subprocess.run(command, input=FENCES.read_text() + RUN_FENCES, capture_output=True, text=True, timeout=20)
+    assert done.returncode == 0, done.stderr
+    found, (whole, before_the_end) = json.loads(done.stdout)
+    assert dict(zip(CODE, found, strict=True)) == {text: [marked] for text, marked in CODE.items()}
+    assert (whole, before_the_end) == ("so ``` \n(py:x`\n``", "so ``` \n(py:x`\n"), (
+        "only what may be a fence is held back"
+    )
+
+
 # -- a real server -------------------------------------------------------------------------------------------------
 
 
@@ -240,7 +287,8 @@ def server():
 def test_the_page_is_small_self_contained_and_has_a_strict_policy(server) -> None:
     answers = [httpx.get(server.url + path) for path in FILES]
     assert sum(len(answer.content) for answer in answers) < 60_000
-    for answer, kind in zip(answers, ("text/html", "text/css", "text/javascript"), strict=True):
+    kinds = ("text/html", "text/css", "text/javascript", "text/javascript")
+    for answer, kind in zip(answers, kinds, strict=True):
         assert answer.status_code == 200
         assert answer.headers["content-type"].startswith(kind)
         for name, value in HEADERS.items():
@@ -251,6 +299,8 @@ def test_the_page_is_small_self_contained_and_has_a_strict_policy(server) -> Non
     assert "style=" not in page
     assert not re.search(r"<script(?![^>]*src=)|\son\w+=", page)
     assert "unsafe" not in HEADERS["Content-Security-Policy"]
+    for script in answers[2:]:  # what comes from a model becomes text, not markup
+        assert not re.search(r"\b(inner|outer)HTML|insertAdjacentHTML|document\.write|DOMParser|\beval\(", script.text)
 
 
 def test_without_the_key_there_is_no_data(server) -> None:
@@ -301,5 +351,5 @@ def test_a_page_that_watches_does_not_hold_up_the_end() -> None:
 
 def test_without_the_page_its_routes_do_not_exist() -> None:
     with FakeServer(server={"page": "off"}) as server:
-        assert [httpx.get(server.url + path).status_code for path in (*FILES, EVENTS)] == [404] * 4
+        assert {httpx.get(server.url + path).status_code for path in (*FILES, EVENTS)} == {404}
         assert httpx.get(server.url + "/health").status_code == 200

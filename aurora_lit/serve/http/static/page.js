@@ -1,9 +1,12 @@
 // The live page: figures from GET v1/aurora/events, and a chat. Counters in points are totals, so rates are differences.
 // Whatever comes from the server becomes text nodes, never markup.
 
+import { Fences } from "./fences.js";
+
 const at = (id) => document.getElementById(id);
 const SOURCES = ["target", "draft", "lookup", "memory"]; // the order of `sources` in points
 const NAMES = { target: "target’s own", draft: "draft", lookup: "lookup", memory: "memory" };
+const KINDS = { chat: "chat", completion: "text completion", fim: "fill in the middle", edit: "edit" };
 const MIN_ROUNDS = 12; // fewer rounds say nothing about the accepted length; as in serve/http/history.py
 const MAX_POINTS = 360;
 const state = { points: [], events: [], report: null, first_lengths: {} };
@@ -19,6 +22,12 @@ const clock = (time) => new Date(1000 * time).toLocaleTimeString("en-GB", { hour
 const day = (time) => new Date(1000 * time).toLocaleDateString("en-GB", { day: "numeric", month: "short" });
 const sum = (numbers) => numbers.reduce((total, each) => total + each, 0);
 const milliseconds = (seconds) => (seconds == null ? "–" : `${number(1000 * seconds, seconds < 0.1 ? 1 : 0)} ms`);
+
+// 1234 → "21 min"; less than ten of a unit with a digit more.
+function duration(seconds) {
+  const [unit, name] = [[3600, "h"], [60, "min"], [1, "s"]].find(([least]) => Math.abs(seconds) >= least) ?? [1, "s"];
+  return `${number(seconds / unit, Math.abs(seconds / unit) < 9.95 ? 1 : 0)} ${name}`;
+}
 
 // A value by a name that a client chose: it may be that of a member of every object.
 const own = (object, name) => (Object.hasOwn(object, name) ? object[name] : undefined);
@@ -56,11 +65,11 @@ function leastMissed(now) {
 
 const lengthOf = (drafts, accepted) => (drafts >= MIN_ROUNDS ? 1 + accepted / drafts : null);
 
-// Accepted length between two points; of one domain, or of all.
-function acceptedLength(from, to, domain) {
-  if (domain == null) return lengthOf(to.drafts - from.drafts, to.accepted - from.accepted);
-  const [, drafts, accepted] = own(to.domains, domain) ?? [0, 0, 0];
-  const [, draftsBefore, acceptedBefore] = own(from.domains, domain) ?? [0, 0, 0];
+// Accepted length between two points; of one of the `domains` or `kinds`, or of all.
+function acceptedLength(from, to, name, traffic = "domains") {
+  if (name == null) return lengthOf(to.drafts - from.drafts, to.accepted - from.accepted);
+  const [, drafts, accepted] = own(to[traffic], name) ?? [0, 0, 0];
+  const [, draftsBefore, acceptedBefore] = own(from[traffic], name) ?? [0, 0, 0];
   return lengthOf(drafts - draftsBefore, accepted - acceptedBefore);
 }
 
@@ -231,6 +240,12 @@ function showFigures() {
   show("speed-note", isIdle ? "idle now" : ratio ? `plain decoding: about ${number(speed / ratio)}` : "over 5 seconds");
   show("plain", ratio == null ? "–" : `${number(ratio, 2)}×`);
   show("plain-note", ratio == null ? "no plain round was timed yet" : `in decoding, ${when}`);
+  const { savings } = report, money = (amount) => number(amount, 2);
+  show("saved", duration(savings.seconds_today));
+  const since = day(Date.parse(`${savings.since}T00:00`) / 1000); // without a time it would be UTC's day
+  show("saved-note", savings.price_per_hour == null
+    ? `${duration(savings.seconds)} since ${since}`
+    : `worth ${money(savings.worth_today)}; ${duration(savings.seconds)} since ${since}, worth ${money(savings.worth)}`);
   const [length, lengthWhen] = recent((from, to) => acceptedLength(from, to));
   const first = firstLength();
   show("length", number(length, 2));
@@ -266,35 +281,52 @@ function showSources() {
   });
 }
 
-function domainRows() {
-  const { points, report } = state;
+// Rows of a table of `domains` or `kinds`, whose totals are `served`.
+function trafficRows(traffic, served) {
+  const { points } = state;
   const [shares, when] = recent((from, to) => {
-    const tokens = Object.entries(to.domains).map(([name, [count]]) => [name, count - (own(from.domains, name)?.[0] ?? 0)]);
+    const tokens = Object.entries(to[traffic]).map(([name, [count]]) => [name, count - (own(from[traffic], name)?.[0] ?? 0)]);
     const total = sum(tokens.map(([, count]) => count));
     return total ? new Map(tokens.map(([name, count]) => [name, count / total])) : null;
   });
   const heat = points.at(-1).heat;
-  const rows = Object.keys(report.domains.served).map((name) => {
-    const [length, lengthWhen] = recent((from, to) => acceptedLength(from, to, name));
+  const rows = Object.keys(served).map((name) => {
+    const [length, lengthWhen] = recent((from, to) => acceptedLength(from, to, name, traffic));
     return { name, share: shares?.get(name) ?? 0, length, lengthWhen, heat: own(heat, name)?.[1] };
   });
   rows.sort((one, other) => other.share - one.share || (other.length ?? 0) - (one.length ?? 0));
   return { rows, when: shares ? when : "" };
 }
 
+const gauge = (value, label) => make("meter", { min: 0, max: 1, value, "aria-label": label });
+
+// The cells that both tables begin with: name, share of tokens, accepted length.
+const trafficCells = (name, { share, length, lengthWhen }, when) => [
+  make("th", { scope: "row", text: name, title: name }),
+  make("td", {}, gauge(share, `share of ${name}`), percent(share)),
+  make("td", { class: "number" },
+    make("span", { class: "muted", text: length == null || lengthWhen === when ? "" : `${lengthWhen} ` }), number(length, 2)),
+];
+
 function showDomains({ rows, when }) {
   show("domain-note", rows.length ? when : "no request has been answered yet");
-  const gauge = (value, label) => make("meter", { min: 0, max: 1, value, "aria-label": label });
   at("domains").replaceChildren(
-    ...rows.slice(0, 12).map(({ name, share, length, lengthWhen, heat }) =>
-      make("tr", {},
-        make("th", { scope: "row", text: name, title: name }),
-        make("td", {}, gauge(share, `share of ${name}`), percent(share)),
-        make("td", { class: "number" },
-          make("span", { class: "muted", text: length == null || lengthWhen === when ? "" : `${lengthWhen} ` }), number(length, 2)),
-        make("td", { class: "number muted", text: number(firstLength(name), 2) }),
-        make("td", {}, ...(heat == null ? ["–"] : [gauge(heat, `heat of ${name}`), number(heat, 2)])),
+    ...rows.slice(0, 12).map((row) =>
+      make("tr", {}, ...trafficCells(row.name, row, when),
+        make("td", { class: "number muted", text: number(firstLength(row.name), 2) }),
+        make("td", {}, ...(row.heat == null ? ["–"] : [gauge(row.heat, `heat of ${row.name}`), number(row.heat, 2)])),
       )),
+  );
+}
+
+function showKinds() {
+  const served = Object.fromEntries(Object.entries(state.report.kinds).filter(([, { requests }]) => requests));
+  const { rows, when } = trafficRows("kinds", served);
+  show("kind-note", rows.length ? when : "no request has been answered yet");
+  at("kinds").replaceChildren(
+    ...rows.map((row) =>
+      make("tr", {}, ...trafficCells(KINDS[row.name], row, when),
+        make("td", { class: "number", text: number(served[row.name].requests) }))),
   );
 }
 
@@ -374,12 +406,13 @@ function showService() {
 
 function render() {
   if (!state.points.length || document.hidden) return;
-  const domains = domainRows();
+  const domains = trafficRows("domains", state.report.domains.served);
   show("model", state.report.model);
   showFigures();
   drawCharts(domains.rows);
   showSources();
   showDomains(domains);
+  showKinds();
   showEvents();
   showLearner();
   showService();
@@ -526,12 +559,31 @@ function bodyOf(messages) {
   };
 }
 
-// An answer as it arrives: its text in spans by source, and what it came to.
+// A block of code with a button that copies it; where the browser does not let it (no HTTPS), it selects the code.
+function codeBlock(language) {
+  const code = make("code"), copy = make("button", { type: "button", class: "quiet", text: "Copy" });
+  copy.onclick = async () => {
+    try {
+      await navigator.clipboard.writeText(code.textContent);
+      copy.textContent = "Copied";
+    } catch {
+      getSelection().selectAllChildren(code);
+      copy.textContent = "Selected";
+    }
+    setTimeout(() => { copy.textContent = "Copy"; }, 2000);
+  };
+  const head = make("div", { class: "head" }, make("span", { class: "muted", text: language }), copy);
+  return [make("div", { class: "code" }, head, make("pre", { tabindex: "0" }, code)), code];
+}
+
+// An answer as it arrives: its text in spans by source, code in blocks, and what it came to.
 class Answer {
   constructor(log) {
     this.text = "";
     this.counts = { draft: 0, lookup: 0, memory: 0, target: 0 };
     this.element = make("div", { class: "answer" });
+    this.block = this.element; // where text goes now
+    this.fences = new Fences((text, source) => this.write(text, source), (language) => this.turn(language));
     this.meta = make("p", { class: "meta", text: "reading the prompt" });
     log.append(this.element, this.meta);
   }
@@ -542,11 +594,24 @@ class Answer {
     for (const { text, source } of sources) {
       this.counts[source] += 1;
       this.text += text;
-      const last = this.element.lastChild;
-      if (last?.className === source) last.append(text);
-      else this.element.append(make("span", { class: source, title: NAMES[source], text }));
+      this.fences.push(text, source);
     }
     this.describe();
+  }
+
+  write(text, source) {
+    const last = this.block.lastChild;
+    if (last?.className === source) last.append(text);
+    else this.block.append(make("span", { class: source, title: NAMES[source], text }));
+  }
+
+  // Code begins, or has ended (null).
+  turn(language) {
+    this.block = this.element;
+    if (language == null) return;
+    const [block, code] = codeBlock(language);
+    this.element.append(block);
+    this.block = code;
   }
 
   describe(metrics) {
@@ -603,6 +668,7 @@ async function ask(text) {
     if (error.name === "AbortError") answer.meta.append(", stopped");
     else answer.fail(error.message);
   }
+  answer.fences.end();
   // Templates want turns that alternate, so a question without an answer goes. All may have been cleared meanwhile.
   if (conversation.at(-1) === turn) {
     if (answer.text) conversation.push({ role: "assistant", content: answer.text });
