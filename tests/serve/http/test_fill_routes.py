@@ -250,9 +250,10 @@ def test_a_model_without_marks_says_that_it_fills_no_holes() -> None:
 def test_requests_are_counted_by_kind_and_domains_stay_those_of_prompts(client: httpx.Client) -> None:
     """A raw prompt with marks fills a hole too. Kinds are no labels: the learner would take these as domains."""
 
-    def counts() -> tuple[dict[str, tuple[int, int]], Any]:
+    def counts() -> tuple[dict[str, tuple[int, ...]], Any]:
         report = client.get("/v1/aurora/status").json()
-        kinds = {kind: (each["requests"], each["generated_tokens"]) for kind, each in report["kinds"].items()}
+        fields = ("requests", "generated_tokens", "drafts", "proposed", "accepted")
+        kinds = {kind: tuple(each[field] for field in fields) for kind, each in report["kinds"].items()}
         return kinds, report["domains"]["served"].keys()
 
     before, _ = counts()
@@ -270,7 +271,10 @@ def test_requests_are_counted_by_kind_and_domains_stay_those_of_prompts(client: 
         assert response.status_code == 200, response.text
     after, domains = counts()
     grown = {kind: tuple(new - old for new, old in zip(after[kind], before[kind], strict=True)) for kind in after}
-    assert grown == {"fim": (4, 9 + 4 + 3 + 3), "completion": (1, 2), "chat": (2, 10), "edit": (0, 0)}
+    tokens = {kind: each[:2] for kind, each in grown.items()}
+    assert tokens == {"fim": (4, 9 + 4 + 3 + 3), "completion": (1, 2), "chat": (2, 10), "edit": (0, 0)}
+    drafts, proposed, accepted = grown["fim"][2:]
+    assert 0 < drafts < accepted <= proposed <= 2 * drafts, "of every three tokens two are the draft's"
     assert domains <= {"unknown"}
     exported = client.get("/metrics").text
     assert f'aurora_kind_requests_total{{engine="0",kind="fim",model_name="{MODEL}"}} {after["fim"][0]}.0' in exported

@@ -187,13 +187,14 @@ def found() -> Found:
 
 
 @pytest.fixture
-def recorder(clock: SimpleNamespace, found: Found) -> routes._LatencyRecorder:
+def recorder(clock: SimpleNamespace, found: Found) -> routes._CallRecorder:
     metrics: Any = SimpleNamespace(**{name: SimpleNamespace(observe=each.append) for name, each in found.items()})
-    return routes._LatencyRecorder(metrics)
+    metrics.count = lambda kind, deltas, begun: None
+    return routes._CallRecorder(metrics, "chat", started_s=clock.now)
 
 
 def test_tokens_that_arrive_together_share_the_time_since_the_last_ones(
-    found: Found, recorder: routes._LatencyRecorder
+    found: Found, recorder: routes._CallRecorder
 ) -> None:
     now = 100.0
     for seconds, deltas in ((2, [(0, 3), (1, 1)]), (1, [(0, 4)]), (1, [(0, 0), (1, 2)]), (5, [(1, 0)])):
@@ -214,7 +215,7 @@ async def test_a_client_that_reads_late_changes_no_latency_unless_messages_are_s
     tmp_path: Path,
     clock: SimpleNamespace,
     found: Found,
-    recorder: routes._LatencyRecorder,
+    recorder: routes._CallRecorder,
 ) -> None:
     """Tokens arrive after 1, 1.5 and 2 s; the client reads the second and third one after 32 s."""
     params = SamplingParams(max_tokens=3)
