@@ -170,7 +170,7 @@ class GenerationRoutes:
             model=self._model,
             token_decoder=self._token_decoder,
             max_draft_tokens=self._status.read().max_draft_tokens,
-            started_s=latencies.started_s,
+            started_s=started_s,
             usage_in_every_chunk=bool(options.continuous_usage_stats),
         )
         clock = SendClock(self._stream_shape.interval_s if body.stream else 0.0)
@@ -287,7 +287,7 @@ class _CallRecorder:
     """Records the latencies of one call that was accepted at `started_s`, and counts it by its kind."""
 
     def __init__(self, metrics: ServerMetrics, kind: RequestKind, *, started_s: float) -> None:
-        self._metrics, self._kind, self.started_s = metrics, kind, started_s
+        self._metrics, self._kind, self._started_s = metrics, kind, started_s
         self._last_token_s: dict[int, float] = {}
         """By choice: when its last token arrived."""
 
@@ -301,7 +301,7 @@ class _CallRecorder:
                 continue
             before = self._last_token_s.get(index)
             if before is None:
-                self._metrics.first_token.observe(at_s - self.started_s)
+                self._metrics.first_token.observe(at_s - self._started_s)
             else:
                 for _ in range(num_tokens):
                     self._metrics.between_tokens.observe((at_s - before) / num_tokens)
@@ -312,4 +312,4 @@ class _CallRecorder:
     def end(self) -> None:
         """Record the time up to the call's last token."""
         last_s = max(self._last_token_s.values(), default=time.monotonic())
-        self._metrics.whole_request.observe(last_s - self.started_s)
+        self._metrics.whole_request.observe(last_s - self._started_s)
