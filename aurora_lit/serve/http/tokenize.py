@@ -28,6 +28,7 @@ from aurora_lit.serve.http.detokenizer import decode
 from aurora_lit.serve.http.fim_prompt import Hole, HolePrompt, lay_out
 from aurora_lit.serve.http.fim_schema import FimRequest, InfillRequest
 from aurora_lit.serve.http.message_fields import Message, Templated
+from aurora_lit.serve.http.prediction import Predicting
 from aurora_lit.serve.http.schema import ChatRequest, CompletionRequest, Sampling
 from aurora_lit.serve.http.tool_fields import Tool
 from aurora_lit.serve.http.tool_use import ToolUse, template_tools, tool_use, turns_of
@@ -235,7 +236,7 @@ def prepare_completion(
 
 def _kind(body: Sampling, kind: RequestKind) -> RequestKind:
     """A request with a prediction is an edit, whatever its route."""
-    return "edit" if getattr(body, "prediction", None) is not None else kind
+    return "edit" if isinstance(body, Predicting) and body.prediction is not None else kind
 
 
 def _lay_out(

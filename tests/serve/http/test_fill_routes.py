@@ -266,13 +266,14 @@ def test_requests_are_counted_by_kind_and_domains_stay_those_of_prompts(client: 
         ("/v1/completions", {"prompt": raw, "max_tokens": 3}),
         ("/v1/completions", {"prompt": "abc", "max_tokens": 2, "stream": True}),
         ("/v1/chat/completions", chat),
+        ("/v1/chat/completions", {**chat, "n": 1, "prediction": {"type": "content", "content": "hello"}}),
     ):
         response = client.post(path, json=body)
         assert response.status_code == 200, response.text
     after, domains = counts()
     grown = {kind: tuple(new - old for new, old in zip(after[kind], before[kind], strict=True)) for kind in after}
     tokens = {kind: each[:2] for kind, each in grown.items()}
-    assert tokens == {"fim": (4, 9 + 4 + 3 + 3), "completion": (1, 2), "chat": (2, 10), "edit": (0, 0)}
+    assert tokens == {"fim": (4, 9 + 4 + 3 + 3), "completion": (1, 2), "chat": (2, 10), "edit": (1, 5)}
     drafts, proposed, accepted = grown["fim"][2:]
     assert 0 < drafts < accepted <= proposed <= 2 * drafts, "of every three tokens two are the draft's"
     assert domains <= {"unknown"}
