@@ -21,6 +21,8 @@ Schema = Mapping[str, Any]
 ANY_OBJECT: Schema = {"type": "object"}
 _JSON_PIECES = re.compile(r'"[^"]*"|[{}]|[:,] ')
 _TEXT = r"(.|\n)*"
+MAX_CALLS = 16
+"""Of an answer: a small model that may go on with another call does so until its tokens are used up."""
 
 
 def grammar_of_calls(
@@ -59,7 +61,7 @@ def grammar_of_calls(
         begin = " ".join(map(literal, [head] if format_.name_end else _JSON_PIECES.findall(head)))
         rules.append(f"call_{number}: {begin} %json {_as_json(schema)} {literal(tail)}")
         names.append(f"call_{number}")
-    more = "" if only_one else f" ({literal(format_.between)} call)*"
+    more = "" if only_one else f" ({literal(format_.between)} call){{0,{MAX_CALLS - 1}}}"
     calls = f"call{more} {literal(format_.after)}"
     rules += [f"call: {' | '.join(names)}", f"calls: {literal(format_.before)} {calls}"]
     if must_call:

@@ -10,7 +10,7 @@ from support.grammars import byte_tokenizer, takes
 from aurora_lit.grammars.definition import fault_of
 from aurora_lit.request import StructuredOutputsParams
 from aurora_lit.tool_calls.formats import HERMES, LLAMA3, MISTRAL, MISTRAL_NAMED, PLAIN, ToolCall, ToolFormat
-from aurora_lit.tool_calls.grammar import grammar_of_calls
+from aurora_lit.tool_calls.grammar import MAX_CALLS, grammar_of_calls
 
 FORMATS = (HERMES, MISTRAL, MISTRAL_NAMED, LLAMA3, PLAIN)
 SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"], "additionalProperties": False}
@@ -38,6 +38,13 @@ def test_only_one_call_is_only_one(format_: ToolFormat) -> None:
     single = grammar(format_, only_one=True)
     assert takes(single, format_.written(ONE))
     assert not takes(single, format_.written(TWO))
+
+
+@pytest.mark.parametrize("format_", FORMATS, ids=lambda each: each.name)
+def test_calls_come_to_an_end(format_: ToolFormat) -> None:
+    many = grammar(format_)
+    assert takes(many, format_.written(ONE * MAX_CALLS))
+    assert not takes(many, format_.written(ONE * (MAX_CALLS + 1)))
 
 
 @pytest.mark.parametrize("format_", FORMATS, ids=lambda each: each.name)
