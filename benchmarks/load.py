@@ -81,6 +81,7 @@ class Answer:
     """Of a stream: when each piece of text arrived; a piece may hold several tokens."""
     speculation: Json = field(default_factory=dict)
     """What our server says of the request's rounds (`metrics.speculative_decoding`)."""
+    usage: Json = field(default_factory=dict)
     sources: Mapping[str, int] = field(default_factory=dict)
     """Number of tokens by source, if the request set `return_token_sources`."""
 
@@ -178,6 +179,7 @@ def read_answer(lines: Sequence[tuple[float, bytes]], *, sent_s: float, ended_s:
         chunks_s=tuple(chunks) if streamed else (),
         pieces_s=tuple(pieces) if streamed else (),
         speculation=speculation,
+        usage=usage,
         sources=sources,
     )
 
