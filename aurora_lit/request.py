@@ -26,7 +26,7 @@ class Source(IntEnum):
     """Of a round's proposals: there were none."""
     DRAFT = 1
     NGRAM = 2
-    """Copied from earlier in the same request (n-gram lookup)."""
+    """Copied from earlier in the same request, or from its prediction (n-gram lookup)."""
     MEMORY = 3
     """From the traffic memory alone."""
     GRAMMAR = 4

@@ -3,12 +3,13 @@
 An answer does not depend on what is proposed. So at every root the tokens so far are known, and with them the tree of
 copies that a server would have looked up, from earlier in the request and from the answers of earlier traces; its path
 that equals the recorded tokens would have been accepted. An answer is remembered once its last segment was scored, so
-it never helps itself. In two things this differs from a server:
+it never helps itself. In three things this differs from a server:
 
 - How probable copies of a kind are is learned from the rounds of a server that proposes copies alone, a segment at a
   time. So trees depend neither on the draft nor on the number of processes, and all arms of a replay share them.
 - All nodes with at least `least` survival are proposed, whatever they cost. A server looks down to a fifth of that
   (serve/speculation/weigh.py), and proposes what repays its cost.
+- Nothing is known of places in a text that an answer repeats (kernels/suffix_index.py), nor of its prediction.
 
 Traces hold neither a request's last token nor its `cache_salt`: the former is not remembered, and requests that differ
 in the latter share a memory here. A segment with fewer new tokens than `SEGMENT_TOKENS` is taken as a request's last
