@@ -177,7 +177,8 @@ int aurora_choose_dense(float* logits, int64_t vocab, const DenseRow* rows, int6
   return choose_dense(logits, vocab, rows, count, tokens);
 }
 
-// A memory of sequences, the tokens that it holds and has forgotten, and trees of copies (suffix_memory.hpp, suffix_index.hpp).
+// A memory of sequences, the tokens that it holds and has forgotten (suffix_memory.hpp), and trees of copies
+// (suffix_index.hpp).
 // Null if the system does not give the memory.
 SuffixMemory* aurora_memory_new(int64_t capacity, int64_t heads) {
   SuffixMemory* memory = new SuffixMemory(capacity, heads);

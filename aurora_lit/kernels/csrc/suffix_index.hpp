@@ -6,7 +6,7 @@
 // remembered is preferred: other occurrences count only if more tokens agree.
 //
 // An answer that repeats a text with small differences, its prediction or something in its prompt, has a *place* there.
-// After a difference one agreeing token near it says more than elsewhere, so it is found again without waiting for more.
+// After a difference one agreeing token near it says more than elsewhere: it is found again without waiting for more.
 #pragma once
 
 #include "suffix_memory.hpp"
