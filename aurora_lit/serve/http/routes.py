@@ -181,22 +181,22 @@ class GenerationRoutes:
             for reason in response.finish_reasons:
                 self._metrics.finish(reason or ("error" if failed else "abort"))
 
-        needs_tokens = prepared.options.by_token or self._sends_by_token(body, options)
+        splits = self._sends_by_token(body, options)
         pending = self._worker_client.start(
             prepared.call,
             request,
-            prepared.options._replace(by_token=needs_tokens),
+            prepared.options._replace(by_token=prepared.options.by_token or splits),
             on_close=on_close,
             slot=self._slot(body, request),
         )
         is_streaming = False
         try:
             # Wait for the first deltas even for a stream: a call that fails soon gets a proper HTTP status.
-            waits = not body.stream or await pending.arrives_within(COMMENT_EVERY_S)
-            first = await _next_deltas(pending, clock, recorder) if waits else ()
+            is_soon = not body.stream or await pending.arrives_within(COMMENT_EVERY_S)
+            first = await _next_deltas(pending, clock, recorder) if is_soon else ()
             if body.stream:
                 is_streaming = True
-                events = self._events(body, response, pending, recorder, clock, first, options)
+                events = self._events(response, pending, recorder, clock, first, options, splits=splits)
                 return EventStream(events, on_end=pending.close)
             response.add(first)
             while not response.finished:
@@ -228,21 +228,20 @@ class GenerationRoutes:
 
     async def _events(
         self,
-        body: Sampling,
         response: ResponseBuilder,
         pending: PendingCall,
         recorder: _CallRecorder,
         clock: SendClock,
         deltas: tuple[TextDelta, ...],
         options: StreamOptions,
+        *,
+        splits: bool,
     ) -> AsyncGenerator[str]:
         """The stream, a message at a time: chunks; with the last ones usage, if asked for, and [DONE].
 
-        A call that fails gets an error event in place of those.
+        A call that fails gets an error event in place of those. splits: a chunk has one token.
         """
         padding_bytes = self._stream_shape.padding_for(options)
-
-        splits = self._sends_by_token(body, options)
 
         def message_of(deltas: tuple[TextDelta, ...]) -> str:
             parts = [[each] for each in by_token(deltas)] if splits else [deltas]

@@ -50,6 +50,24 @@ async def receive() -> Any:
     await asyncio.Event().wait()
 
 
+def routes_of(spec: Spec, folder: Path) -> GenerationRoutes:
+    """On a worker that is ready and answers as `spec` does."""
+    status = EngineStatusPage.create(folder / "status")
+    status.write(state=WorkerState.READY, max_seq_len=64, vocab_size=len(TOKENIZER))
+    status.beat()
+    client = WorkerClient(status=status, max_queue=4, tokenizer=TOKENIZER)
+    client.connect(spec)
+    learner: Any = None
+    return GenerationRoutes(
+        model="m",
+        tokenizer=TOKENIZER,
+        worker_client=client,
+        metrics=ServerMetrics(model="m", status=status, learner=learner, ring=learner),
+        status=status,
+        stream_shape=StreamShape(),
+    )
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_log_probabilities_are_written_in_another_thread(
     stream: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -62,20 +80,7 @@ def test_log_probabilities_are_written_in_another_thread(
         return make_logprobs(*arguments)
 
     monkeypatch.setattr(TextResponse, "_logprobs", noting)
-    status = EngineStatusPage.create(tmp_path / "status")
-    status.write(state=WorkerState.READY, max_seq_len=64, vocab_size=len(TOKENIZER))
-    status.beat()
-    client = WorkerClient(status=status, max_queue=4, tokenizer=TOKENIZER)
-    client.connect(Spec())
-    learner: Any = None
-    generation = GenerationRoutes(
-        model="m",
-        tokenizer=TOKENIZER,
-        worker_client=client,
-        metrics=ServerMetrics(model="m", status=status, learner=learner, ring=learner),
-        status=status,
-        stream_shape=StreamShape(),
-    )
+    generation = routes_of(Spec(), tmp_path)
     request: Any = SimpleNamespace(client=None, receive=receive)
 
     async def answer() -> str:
@@ -112,20 +117,7 @@ class LateSpec(Spec):
 def test_a_stream_shows_life_while_it_waits(fails: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What fails only then is an event, since the response has begun."""
     monkeypatch.setattr(routes, "COMMENT_EVERY_S", 0.05)
-    status = EngineStatusPage.create(tmp_path / "status")
-    status.write(state=WorkerState.READY, max_seq_len=64, vocab_size=len(TOKENIZER))
-    status.beat()
-    client = WorkerClient(status=status, max_queue=4, tokenizer=TOKENIZER)
-    client.connect(LateSpec(fails=fails))
-    learner: Any = None
-    generation = GenerationRoutes(
-        model="m",
-        tokenizer=TOKENIZER,
-        worker_client=client,
-        metrics=ServerMetrics(model="m", status=status, learner=learner, ring=learner),
-        status=status,
-        stream_shape=StreamShape(),
-    )
+    generation = routes_of(LateSpec(fails=fails), tmp_path)
     request: Any = SimpleNamespace(client=None, receive=receive)
 
     async def answer() -> list[str]:
