@@ -12,12 +12,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from support import copies_in_python
 from support.fake_device import fake_device
 from support.tiny_models import VOCAB, make_engine, random_draft, request, run, save_model
 from transformers import AutoModelForCausalLM
 
 from aurora_lit.distributed import Op, Order, Ranks
-from aurora_lit.kernels import native
+from aurora_lit.kernels import native, suffix_index
 from aurora_lit.models.loading import load_target
 from aurora_lit.models.partition import VocabParallelEmbedding
 from aurora_lit.models.sharded_target import ShardedTarget
@@ -64,6 +65,7 @@ def sharded(folder: Path, ranks: OneRank) -> ShardedTarget:
 @pytest.mark.process
 def test_orders_are_carried_out_on_the_device_of_each_rank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(native, "library", lambda: None)
+    monkeypatch.setattr(suffix_index, "look_up", copies_in_python.look_up)
     folder = save_model("llama", tmp_path, num_hidden_layers=3)
     whole = load_target(folder, precision="fp32")
     prefix = tuple(i % (VOCAB - 1) + 1 for i in range(20))
