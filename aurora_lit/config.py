@@ -38,6 +38,11 @@ PROJECT_FOLDER = _PACKAGE if (_PACKAGE / "configs").is_dir() else _PACKAGE.paren
 DEFAULT_CONFIG = PROJECT_FOLDER / "configs" / "smollm2.yaml"
 _COPIED_TOKENS = 15
 """Most tokens that a round copies for a sequence. More are seldom accepted, and each makes every slot longer."""
+_SUCCESSORS = dict.fromkeys(
+    ("engine.explore_share", "engine.explore_temperature", "schedule", "learn.ppo_weight", "learn.ppo_clip"),
+    "learn.ppo",
+)
+"""What replaces settings that are gone: PPO needs no rounds that explore."""
 _NO_INTERPOLATION = r"write \${ where no interpolation is meant"
 _log = logging.getLogger(__name__)
 
@@ -321,7 +326,8 @@ def _checked(tree: Mapping[str, Any], kind: type, *, prefix: str) -> dict[str, A
         full = f"{prefix}{key}"
         if key not in known:
             close = difflib.get_close_matches(str(key), known, n=1)
-            hint = f"did you mean {prefix}{close[0]}?" if close else f"use one of {', '.join(known)}"
+            successor = _SUCCESSORS.get(full) or (f"{prefix}{close[0]}" if close else "")
+            hint = f"did you mean {successor}?" if successor else f"use one of {', '.join(known)}"
             shown = full if isinstance(value, Mapping) else _assignment(full, value)
             raise ConfigError(f"{shown}: there is no such setting; {hint}")
         if isinstance(value, bool) and (word := "on" if value else "off") in typing.get_args(known[key]):

@@ -201,8 +201,6 @@ class Output:
     """"stop" (end of text or stop token), "length" or "error"; None while the request runs."""
     error: str | None = None
     """The reason if finish_reason is "error"."""
-    explored: bool = False
-    """True if this round's proposals were sampled for exploration."""
     only_copied: bool = False
     """True if this round's proposals were all copied, from earlier in the request or from the traffic memory."""
     accepted_from: tuple[Source, ...] = ()

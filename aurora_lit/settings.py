@@ -70,11 +70,6 @@ class EngineSettings:
     """true: each round proposes what is expected to repay its time: of copies and, with the fused CPU layers, of a
     drafted chain and three other tokens beside each of it; other layers draft whole chains. It rests where it does not
     pay. false: always max_draft_tokens."""
-    explore_share: float = _within(0.0, 0.0, 1.0)
-    """Share of drafted rounds in which greedy requests sample their proposals, for the policy loss to learn from.
-    Answers stay the same; such rounds accept fewer tokens. 0: off, since it has shown no gain."""
-    explore_temperature: float = _within(1.0, 0.05, 10.0)
-    """Draft temperature of exploring rounds."""
     lookup: bool = True
     """n-gram lookup: also propose tokens that followed the last ones earlier in the same request, of these and from the
     traffic memory together at most 15 in a round, and 4 on targets without fused layers."""
@@ -197,21 +192,13 @@ class LearnSettings:
     ema_decay: float = _within(0.0, 0.0, 0.9999)
     """Decay, per optimiser step, of the running average of the weights that is tried and published, such as 0.9. 0:
     the weights themselves."""
-    max_staleness: int = _within(8, 0, 1 << 20)
-    """Traces of drafts that are more versions old than this are used for the supervised loss only."""
     replay_share: float = _within(0.3, 0.0, 0.95)
     """Share of each batch, and of the loss, that comes from the reservoir instead of the newest traffic."""
     reservoir_mb: int = _within(512, 1, 1 << 20)
     """Size of the reservoir of past traces, in MiB; a quarter of it more for requests that drafts are compared on."""
-    ppo_weight: float = _within(1.0, 0.0, 100.0)
-    """Weight of the policy loss. It is multiplied by 1 - exp(-3 acceptance) and by the sampled proposals' share of all
-    acceptance targets in the batch. 0: no policy loss."""
-    ppo_clip: float = _within(0.2, 0.0, 10.0)
-    """PPO's epsilon: how far a policy ratio may be from 1 before its gradient is cut."""
-    gae_lambda: float = _within(0.95, 0.0, 1.0)
-    """Lambda of generalised advantage estimation."""
-    value_weight: float = _within(0.1, 0.0, 100.0)
-    """Weight of the value head's loss."""
+    ppo: bool = False
+    """true: the loss credits each proposal with what is accepted after it too, and keeps the draft near what it was
+    where positions are learned from again at rest (PPO). false: the acceptance loss of each proposal by itself (LK)."""
     gate_requests: int = _within(16, 6, 1 << 20)
     """Number of newest requests that wait for a trial before they are learned from; a trial takes six at least. Fewer
     wait, down to eight, if they are large (learn.reservoir_mb)."""
@@ -223,23 +210,15 @@ class LearnSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class DomainSettings:
-    """Domains: how the learner tells kinds of traffic apart."""
+    """Domains: how the learner tells kinds of traffic apart.
+
+    A new domain has heat 1, which falls to 0 as its tokens are learned. The learning rate rises linearly with heat, and
+    a draft is published with less evidence the hotter traffic is.
+    """
 
     detect: bool = True
     """Find domains and shifts from prompts. false: only the labels that clients send are domains, and no shift is
     detected."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ScheduleSettings:
-    """The schedule: what the learner does while a domain is new.
-
-    A new domain has heat 1, which falls to 0 as its tokens are learned. Learning rate and exploration rise linearly
-    with heat, and a draft is published with less evidence the hotter traffic is.
-    """
-
-    explore_share: float = _within(0.0, 0.0, 1.0)
-    """Added to engine.explore_share at heat 1."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -274,7 +253,5 @@ class AuroraConfig:
     """Online learning."""
     domain: DomainSettings = field(default_factory=DomainSettings)
     """Kinds of traffic."""
-    schedule: ScheduleSettings = field(default_factory=ScheduleSettings)
-    """How learning reacts to new domains."""
     checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)
     """Draft checkpoints that are written."""

@@ -20,8 +20,8 @@ both          the settings unchanged: learner and memory
 kl            KL on live tokens only, as in online distillation (Liu et al., arXiv 2310.07177): no domains, no replay,
               no gate, no averaging, and a constant rate of 0.3 learn.learning_rate (none of these lowers it)
 lk            the same with the acceptance loss
-without-ppo, without-detector, without-replay, without-gate: the learner without that part
-with-ppo      a tenth of the rounds explores, and the policy loss learns from them
+ppo           the learner with learn.ppo=true
+without-detector, without-replay, without-gate: the learner without that part
 
 All arms copy from earlier in a request where engine.lookup says so; only memory and both copy from earlier requests, of
 which they remember all. Of --every requests one is scored and offered to learning, others with each seed, since a
@@ -95,11 +95,9 @@ _BASES = ("static", "memory", "kl", "lk", "learner")
 
 _Changes = dict[str, dict[str, Any]]
 """Changed settings by section and key."""
-_PPO: _Changes = {"engine": {"explore_share": 0.1}}
-_NO_PPO: _Changes = {"learn": {"ppo_weight": 0.0}, "engine": {"explore_share": 0.0}, "schedule": {"explore_share": 0.0}}
 _NO_DETECTOR: _Changes = {"domain": {"detect": False}}
 _NO_REPLAY: _Changes = {"learn": {"replay_share": 0.0}}
-_LIVE_ONLY = (_NO_DETECTOR, _NO_REPLAY, _NO_PPO, {"learn": {"ema_decay": 0.0}})
+_LIVE_ONLY = (_NO_DETECTOR, _NO_REPLAY, {"learn": {"ema_decay": 0.0, "ppo": False}})
 _LIVE_RATE = 0.3
 
 
@@ -126,17 +124,16 @@ class Arm:
 
 
 ARMS = {
-    "static": Arm(changes=[_NO_PPO], learns=False),
-    "memory": Arm(changes=[_NO_PPO], learns=False, remembers=True),
+    "static": Arm(learns=False),
+    "memory": Arm(learns=False, remembers=True),
     "learner": Arm(),
     "both": Arm(remembers=True),
     "kl": Arm(changes=_LIVE_ONLY, base_loss="kl", rate_factor=_LIVE_RATE, gated=False),
     "lk": Arm(changes=_LIVE_ONLY, rate_factor=_LIVE_RATE, gated=False),
-    "without-ppo": Arm(changes=[_NO_PPO]),
+    "ppo": Arm(changes=[{"learn": {"ppo": True}}]),
     "without-detector": Arm(changes=[_NO_DETECTOR]),
     "without-replay": Arm(changes=[_NO_REPLAY]),
     "without-gate": Arm(gated=False),
-    "with-ppo": Arm(changes=[_PPO]),
 }
 
 
@@ -252,7 +249,6 @@ class Result:
     learner_s: float = 0.0
     """Processor time of steps, trials and domain detection."""
     published: int = 0
-    explored_rounds: int = 0
 
 
 def round_counts(trace: Trace, copied: CopiedTokens | None, *, reach: int) -> list[int]:
@@ -325,7 +321,6 @@ class ArmRunner:
         for i, own in simulated.items():
             result.requests.append(own.request_id)
             result.counts.append(round_counts(own, None if copied is None else copied[i], reach=self._reach))
-            result.explored_rounds += int(own.explored_R.sum())
         if not learns:
             return
         began = time.process_time()
@@ -485,7 +480,7 @@ def report_of(results: Sequence[Result], bases: Mapping[str, Sequence[Result]]) 
         },
         "cost": {
             name: sum(getattr(each, name) for each in results) / len(results)
-            for name in ("steps", "positions", "learner_s", "published", "explored_rounds")
+            for name in ("steps", "positions", "learner_s", "published")
         },
     }
 
@@ -536,7 +531,7 @@ def stored(out: Path, arm: str) -> Iterator[Result]:
 
 def begun_with(config: AuroraConfig, options: argparse.Namespace, draft: Path) -> dict[str, Any]:
     """What all results of a folder have in common: only such ones are comparable."""
-    names = ("target", "draft", "engine", "memory", "learn", "domain", "schedule")
+    names = ("target", "draft", "engine", "memory", "learn", "domain")
     sections = {name: asdict(getattr(config, name)) for name in names}
     sections["engine"].pop("threads")
     of_run = {name: str(value) for name, value in vars(options).items() if name not in ("arms", "seeds", "out")}

@@ -215,7 +215,7 @@ def time_steps(deployment: Deployment, traces: list[Trace], *, steps: int) -> tu
             if step == _WARM_UP_STEPS:
                 parts.seconds.clear()
             with parts.part("rest"):
-                batch = batcher.next_batch(oldest_fresh=0)
+                batch = batcher.next_batch()
                 assert batch is not None, "too few traces for so many steps: give more prompts"
                 learner.update(batch)
             if step >= _WARM_UP_STEPS:
@@ -254,14 +254,11 @@ def time_steps(deployment: Deployment, traces: list[Trace], *, steps: int) -> tu
 
 def _parts_of_a_step(learner: Learner) -> Iterator[tuple[Any, str, str]]:
     """Owner and name of the functions that are timed, and their part."""
-    yield online_batcher, "label_for_batch", "labelling: the target's head"
     yield online_batcher, "collate_online", "padding the batch"
     yield OnlineBatcher, "next_batch", "choosing the batch"
     yield draft_module, "StepwiseChains", "first draft step, forward"
     yield draft_module, "chain_losses", "later draft steps, forward"
     yield chain_losses, "fused_lk_loss", "LK loss and its gradient"
-    yield draft_module, "unroll_rounds", "policy"
-    yield draft_module, "policy_terms", "policy"
     yield learner.fabric, "backward", "backward"
     yield learner_module, "clip_gradients", "clipping"
     yield learner.module, "zero_grad", "zeroing gradients"

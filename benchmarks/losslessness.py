@@ -76,7 +76,7 @@ def main() -> int:
         settings = replace(
             config.engine, max_batch_size=batch, speculate=k > 0, max_draft_tokens=k or 1, adaptive=False, lookup=True
         )
-        engine = Engine(target, draft, replace(settings, explore_share=0.0), eos_token_ids=eos_ids)
+        engine = Engine(target, draft, settings, eos_token_ids=eos_ids)
         for number, ids in enumerate(prompts):
             own = replace(params, max_tokens=arguments.max_tokens, seed=number)
             engine.submit(Request(request_id=str(number), prompt_ids=tuple(ids), params=own))

@@ -293,11 +293,13 @@ def test_every_logged_metric_has_its_line_and_no_other(target: Target, tmp_path:
     from support.learner_harness import LearnerHarness
     from support.live_traces import serve, some_requests
 
+    from aurora_lit.modules.losses.objective import OnlineWeights
+
     harness = LearnerHarness(target, tmp_path, publish_every_steps=8, batch_positions=256)
     logged: set[str] = set()
     harness.learner.log = logged.update  # type: ignore[method-assign, assignment]
-    requests = some_requests(60)
-    harness.ring.records.extend(serve(target, harness.starting, requests, explore_share=1.0, explore_temperature=1.0))
-    harness.tick_until(lambda: any(name.startswith("gate") for name in logged) and harness.learner.steps >= 8)
+    harness.learner.module.module.online = OnlineWeights(ppo=True)
+    harness.ring.records.extend(serve(target, harness.starting, some_requests(60)))
+    harness.tick_until(lambda: {"gate_passed", "stopped_0"} <= logged)
     names = {re.sub(r"_\d+$", "_N", name) for name in logged}
     assert sorted(names) == sorted(documented_metrics("Logged by the learner"))

@@ -1,10 +1,9 @@
 """`aurora-lit bench acceptance`: accepted length and acceptance rate by position, for each domain, greedy and sampled.
 
 So that different drafts can be compared, on a busy machine too, each round proposes as many tokens as it may:
-engine.max_draft_tokens (engine.adaptive and engine.lookup are off), none explores (engine.explore_share is 0), and the
-draft reads a new prompt at once. Accepted length is the number of tokens
-emitted per round, the target's own token included. A request's last round is not counted, since the end of the answer
-cuts it short, and neither are rounds without proposals.
+engine.max_draft_tokens (engine.adaptive and engine.lookup are off), and the draft reads a new prompt at once. Accepted
+length is the number of tokens emitted per round, the target's own token included. A request's last round is not
+counted, since the end of the answer cuts it short, and neither are rounds without proposals.
 
 Leaves out speed (bench/throughput.py).
 """
@@ -102,7 +101,6 @@ def with_full_proposals(config: AuroraConfig) -> AuroraConfig:
     if config.draft.checkpoint is None:
         raise ConfigError("draft.checkpoint=null: there is no draft to measure; name a checkpoint folder")
     full = replace(config.engine, speculate=True, adaptive=False, lookup=False)
-    full = replace(full, explore_share=0.0)  # proposals that are drawn to explore are accepted less often
     return replace(config, engine=full, memory=replace(config.memory, capacity_mb=0))
 
 

@@ -1,7 +1,7 @@
 """Detects, soon after a swap and on live traffic, that the new draft is right less often than the last one.
 
 An observation is a first choice of the draft after first choices that were all right, in a sequence's round (n-gram
-lookup and exploring rounds do not count): whether it is the token that came, proposed or not. It is compared with how
+lookup does not count): whether it is the token that came, proposed or not. It is compared with how
 often those of the previous version, or of the last one with enough of such traffic, were right in the same kind of
 traffic and at the same place of a round's chain: how many tokens are drafted and proposed changes with load, with
 acceptance and with how sure the draft is, and traffic changes its mix of domains, temperatures, grammars and options,

@@ -102,8 +102,6 @@ class EngineCounters:
         "vllm:spec_decode_num_drafts", "Rounds of a sequence with proposals.", report="speculation.drafts"
     )
     """From any source."""
-    explored_drafts: int = counter()
-    """Those of drafts that were sampled at the exploration temperature."""
     proposed: int = counter(
         "vllm:spec_decode_num_draft_tokens",
         "Draft tokens proposed; of a tree, all nodes.",
@@ -169,7 +167,6 @@ class EngineCounters:
         proposed: int,
         accepted_from: Sequence[Source],
         remembered: int = 0,
-        explored: bool = False,
     ) -> None:
         """Add a round of one sequence. `accepted_from`: as in `Output`; `remembered`: proposed by the memory alone."""
         accepted = len(accepted_from)
@@ -179,7 +176,6 @@ class EngineCounters:
         self.proposed += proposed
         self.accepted += accepted
         self.memory_proposed += remembered
-        self.explored_drafts += explored
         for position, source in enumerate(accepted_from):
             self.accepted_by_position[position] += 1
             self.generated_by_source[source] += 1

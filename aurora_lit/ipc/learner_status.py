@@ -12,7 +12,8 @@ Leaves out how a page works (ipc/page.py) and learning.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -24,6 +25,8 @@ LEARNER_STATUS_NAME = "learner.status"
 """The page's file in the run folder."""
 STALLED_AFTER_S = 10.0
 """A learner whose process exists but whose last heartbeat is older counts as stalled."""
+_CHECK_EVERY_S = 0.5
+"""How often `LearnerCores` reads the whole page; a single field is read every round."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,8 +53,6 @@ class LearnerStatus:
     """From the ring."""
     skipped: int = counter("aurora_learner_traces_skipped", "Traces that could not be used.", report="traces.skipped")
     """Torn, overwritten or malformed."""
-    stale: int = counter(report="traces.stale")
-    """Traces of drafts older than learn.max_staleness versions; only the supervised loss uses them."""
     looping: int = counter(report="traces.looping")
     """Traces left out because their answer repeats itself in a loop."""
     over_client_share: int = counter(report="traces.over_client_share")
@@ -79,8 +80,6 @@ class LearnerStatus:
     """Shifts of traffic detected."""
     rate_factor: float = gauge(report="domains.rate_factor")
     """Factor on the base learning rate; 0 until the learner has written it."""
-    explore_share: float = gauge(report="domains.explore_share")
-    """Share of rounds with proposals in which the server should explore."""
     last_shift: str = text(128, report="domains.last_shift")
     """The last shift, as text."""
     domains: str = text(1024, report="domains.now")
@@ -120,6 +119,27 @@ class LearnerStatusPage(Page[LearnerStatus]):
             yield
         finally:
             self.write(busy_threads=0)
+
+
+class LearnerCores:
+    """On how many cores a running learner computes now, which rounds leave to it (serve/engine/thread_budget.py).
+
+    >>> LearnerCores(page)()
+    """
+
+    def __init__(self, page: LearnerStatusPage, *, monotonic_s: Callable[[], float] = time.monotonic) -> None:
+        self._page, self._monotonic_s = page, monotonic_s
+        self._next_check_s = 0.0
+        self._is_running = False
+
+    def __call__(self) -> int:
+        """0 if none does."""
+        busy = self._page.peek("busy_threads")
+        if busy and self._monotonic_s() >= self._next_check_s:
+            self._next_check_s = self._monotonic_s() + _CHECK_EVERY_S
+            # A learner that was killed while it computed leaves its threads marked as busy.
+            self._is_running = self._page.read().state == "running"
+        return busy if self._is_running else 0
 
 
 def _exists(pid: int) -> bool:

@@ -85,8 +85,6 @@ class Drafted(NamedTuple):
     outcomes: list[list[float]]
     """By level [J][B]: the value head's prediction of how many tokens are accepted from there on. Of weighed chains:
     the probability that the first choices until that level are accepted."""
-    logprobs: list[list[float]] | None = None
-    """Of chains, if asked for: log-probability of each token under the draft at the noise's temperature."""
     first_choices: list[list[int]] | None = None
     """Of weighed chains: the token of each level that the draft takes for the likeliest, proposed or not [B][J]."""
     shares: list[list[float]] | None = None

@@ -38,8 +38,6 @@ _SHARD_NAME = re.compile(r"[a-z]+-\d{5,}\.safetensors")
 """Other files in the folder are the user's."""
 _LEFTOVERS = (".tmp??????", ".*-?????*.safetensors.tmp", f".{INDEX_NAME}.tmp")
 """Files that a killed writer had begun, named by safetensors and by us."""
-_PADDING = {"proposal_RK": -1, "behaviour_logprob_RK": _UNKNOWN}
-"""Round fields with a column for each proposal, and the value that pads them to the longest round of the shard."""
 _PLAIN_FIELDS = ("request_id", "served_domain", "client", "verify", "temperature", "first_position", "prompt_length")
 
 
@@ -166,7 +164,7 @@ def read_index(folder: Path) -> list[ShardInfo]:
 
 
 def read_shard(path: Path) -> Iterator[Trace]:
-    """The traces of one shard, as views of its tensors."""
+    """The traces of one shard, as views of its tensors. Tensors that traces no longer have are left out."""
     with safe_open(path, framework="pt") as shard:
         tensors = {key: shard.get_tensor(key) for key in shard.keys()}  # noqa: SIM118  (not a dict)
         metadata = shard.metadata()
@@ -176,12 +174,10 @@ def read_shard(path: Path) -> Iterator[Trace]:
     }
     lse = tensors["lse"].split(tensors["lengths"].tolist())
     parts |= {name: tensors[name].split(tensors["num_rounds"].tolist()) for name in ROUND_FIELDS}
-    parts["rejected_last_NH"] = tensors["rejected"].split(tensors["num_rejected"].tolist())
     for i, (domain, answer_start) in enumerate(zip(domains, tensors["answer_starts"].tolist(), strict=True)):
         fields = {name: part[i] for name, part in parts.items()}
         longest = int(fields["num_proposed_R"].max()) if len(fields["num_proposed_R"]) else 0
-        for name in _PADDING:
-            fields[name] = fields[name][:, :longest]
+        fields["proposal_RK"] = fields["proposal_RK"][:, :longest]
         yield Trace(
             **plain[i],
             **fields,
@@ -226,14 +222,11 @@ def _shard_of(traces: list[Trace]) -> tuple[dict[str, torch.Tensor], dict[str, s
     tensors["lengths"] = torch.tensor([len(t.token_ids_T) for t in traces], dtype=torch.int32)
     tensors["answer_starts"] = torch.tensor([t.answer_start for t in traces], dtype=torch.int32)
     tensors["num_rounds"] = torch.tensor([len(t.round_root_R) for t in traces], dtype=torch.int32)
-    tensors["num_rejected"] = torch.tensor([len(t.rejected_last_NH) for t in traces], dtype=torch.int32)
-    hidden_size = traces[0].last_TH.shape[1]
-    tensors["rejected"] = torch.cat([t.rejected_last_NH.view(-1, hidden_size) for t in traces])
     longest = max(t.proposal_RK.shape[1] for t in traces)
     for name in ROUND_FIELDS:
         parts = [getattr(trace, name) for trace in traces]
-        if name in _PADDING:
-            parts = [pad(part, (0, longest - part.shape[1]), value=_PADDING[name]) for part in parts]
+        if name == "proposal_RK":
+            parts = [pad(part, (0, longest - part.shape[1]), value=-1) for part in parts]
         tensors[name] = torch.cat(parts)
     return tensors, {
         "domains": json.dumps([t.domain for t in traces]),

@@ -7,7 +7,7 @@ whose size it does not know.
 Leaves out making traces (serve/engine/trace_recorder.py, learn/pretrain/), carrying them (ipc/ring.py, traces/log.py)
 and batches (learn/data/).
 
-Shapes: T positions, H target hidden size, R rounds, K proposals of the longest round, N rejected positions.
+Shapes: T positions, H target hidden size, R rounds, K proposals of the longest round.
 """
 
 from __future__ import annotations
@@ -45,9 +45,8 @@ def _empty(dtype: torch.dtype, *shape: int) -> Any:
 class Trace:
     """A segment, and the rounds whose root is in it. A round's root is the last committed token when it began.
 
-    The target's distribution at proposal i of a round is softmax(head(last)), where last is `last_TH[root + i]` for
-    i <= accepted, else row i - accepted - 1 of the round's part of `rejected_last_NH`. This is exact, so no top-k
-    log-probabilities are stored. The target's own token after the accepted proposals is
+    The target's distribution at proposal i <= accepted of a round is softmax(head(last_TH[root + i])). This is exact,
+    so no top-k log-probabilities are stored. The target's own token after the accepted proposals is
     `token_ids_T[root + 1 + accepted]` if the segment contains that index; a request's last token is not in any segment,
     since the target never ran it.
 
@@ -95,29 +94,13 @@ class Trace:
     source_R: Tensor = _empty(torch.uint8, 0)
     """uint8. Where the proposals came from, a `Source` up to MEMORY: DRAFT maybe with copies beside the draft's, NGRAM
     also where a grammar forced them."""
-    explored_R: Tensor = _empty(torch.bool, 0)
-    """bool. True if the round drew its proposals to explore, with noise that the target does not draw with."""
-    draft_temperature_R: Tensor = _empty(torch.float32, 0)
-    """fp32. What the draft's logits were divided by before proposals were drawn to explore; 1 in other rounds."""
     proposal_RK: Tensor = _empty(torch.int32, 0, 0)
     """int32. Proposed tokens, as target ids; -1 beyond num_proposed."""
-    behaviour_logprob_RK: Tensor = _empty(torch.float32, 0, 0)
-    """fp32. Log-probability of each proposal under the distribution that it was drawn from to explore. NaN beyond
-    num_proposed, in rounds that do not explore, and if the request's options (top-k, top-p, min-p, penalties, bias)
-    made the target's distribution differ from the head's softmax at the temperature. The policy loss needs it."""
-    rejected_last_NH: Tensor = _empty(torch.bfloat16, 0, 0)
-    """bf16. Last hidden states after the first rejection of each round, rounds in order. A round with n proposals, a of
-    them accepted, has those after its proposals a, a + 1, …, n - 2: n - 1 - a rows, if positive."""
 
     @property
     def num_bytes(self) -> int:
         """Bytes of all tensors."""
         return sum(tensor.nbytes for tensor in _tensors(self).values())
-
-    @property
-    def num_rejected_R(self) -> Tensor:
-        """Number of rows of `rejected_last_NH` that belong to each round, int64."""
-        return (self.num_proposed_R.long() - 1 - self.num_accepted_R).clamp_min(0)
 
     def copy(self) -> Trace:
         """A copy with its own memory."""
@@ -138,45 +121,26 @@ class RoundNote(NamedTuple):
     """Without those that the end of the request cut off. Of copies, only up to the first rejected one. Of a weighed
     chain the first choices that the answer tells about, some of which may not have been proposed."""
     accepted: int
-    explored: bool = False
-    """True if the proposals were sampled at the exploration temperature."""
-    draft_temperature: float = 1.0
-    """By which the draft's logits were divided before proposals were drawn to explore; 1 in other rounds."""
-    logprobs: list[float] | None = None
-    """Behaviour log-probabilities of proposals that were drawn to explore. None in other rounds, and where p differs
-    from the softmax of the target's logits at the request's temperature: a learner computes p from these alone, so that
-    it would take wrong rewards from such a round."""
-
-
-_Columns = dict[str, tuple[list[Any], type[np.generic]]]
-"""Values and dtype by name of a trace's field."""
 
 
 def round_tensors(notes: Sequence[RoundNote], *, first: int) -> dict[str, Any]:
-    """The fields of a trace that describe its rounds, all but the states of what they rejected.
+    """The fields of a trace that describe its rounds.
 
     `first`: position of the trace's first token.
     """
     count, widest = len(notes), max((len(note.proposals) for note in notes), default=0)
-    padding, unknown = [-1] * widest, [float("nan")] * widest
-    per_round: _Columns = {
+    padding = [-1] * widest
+    per_round: dict[str, tuple[list[Any], type[np.generic]]] = {
         "round_root_R": ([note.root - first for note in notes], np.int32),
         "round_version_R": ([note.version for note in notes], np.int32),
         "num_proposed_R": ([len(note.proposals) for note in notes], np.int32),
         "num_accepted_R": ([note.accepted for note in notes], np.int32),
         "source_R": ([note.source for note in notes], np.uint8),
-        "explored_R": ([note.explored for note in notes], np.bool_),
-        "draft_temperature_R": ([note.draft_temperature for note in notes], np.float32),
     }
-    per_proposal: _Columns = {
-        "proposal_RK": ([(note.proposals + padding)[:widest] for note in notes], np.int32),
-        "behaviour_logprob_RK": ([((note.logprobs or []) + unknown)[:widest] for note in notes], np.float32),
-    }
+    proposal_RK = np.array([(note.proposals + padding)[:widest] for note in notes], dtype=np.int32)
     # numpy arrays are made from lists in a fraction of the time that torch.tensor takes.
     tensors = {name: torch.from_numpy(np.array(values, dtype=dtype)) for name, (values, dtype) in per_round.items()}
-    for name, (values, dtype) in per_proposal.items():
-        tensors[name] = torch.from_numpy(np.array(values, dtype=dtype).reshape(count, widest))
-    return tensors
+    return {**tensors, "proposal_RK": torch.from_numpy(proposal_RK.reshape(count, widest))}
 
 
 _TENSOR_FIELDS: dict[str, tuple[torch.dtype, tuple[str, ...]]] = {
@@ -189,11 +153,7 @@ _TENSOR_FIELDS: dict[str, tuple[torch.dtype, tuple[str, ...]]] = {
     "num_proposed_R": (torch.int32, ("R",)),
     "num_accepted_R": (torch.int32, ("R",)),
     "source_R": (torch.uint8, ("R",)),
-    "explored_R": (torch.bool, ("R",)),
-    "draft_temperature_R": (torch.float32, ("R",)),
     "proposal_RK": (torch.int32, ("R", "K")),
-    "behaviour_logprob_RK": (torch.float32, ("R", "K")),
-    "rejected_last_NH": (torch.bfloat16, ("N", "H")),
 }
 """Type and shape of each tensor field."""
 ROUND_FIELDS = tuple(name for name, (_, axes) in _TENSOR_FIELDS.items() if axes[0] == "R")
@@ -311,12 +271,9 @@ def check(trace: Trace) -> None:
             raise _not_a_trace(f"{name} has shape {tuple(tensor.shape)}")
     T, R = len(trace.token_ids_T), len(trace.round_root_R)
     H, K = trace.last_TH.shape[1], trace.proposal_RK.shape[1]
-    N = int(trace.num_rejected_R.sum())
-    sizes = {"T": T, "R": R, "H": H, "3H": 3 * H, "K": K, "N": N}
+    sizes = {"T": T, "R": R, "H": H, "3H": 3 * H, "K": K}
     for name, tensor in tensors.items():
         shape = tuple(sizes[axis] for axis in _TENSOR_FIELDS[name][1])
-        if name == "rejected_last_NH" and N == 0:
-            shape = (0, tensor.shape[1])  # a trace without rejections does not know H here
         if tensor.shape != shape:
             raise _not_a_trace(f"{name} has shape {tuple(tensor.shape)}, not {shape}")
     _require(T > 0, "it has no tokens")
@@ -326,7 +283,7 @@ def check(trace: Trace) -> None:
     _require(trace.prompt_length >= 0, f"prompt_length is {trace.prompt_length}")
     _require(0 <= trace.temperature < float("inf"), f"temperature is {trace.temperature}")
     _require(int(trace.token_ids_T.min()) >= 0, "a token id is negative")
-    for name in ("aux_T3H", "last_TH", "lse_T", "draft_temperature_R", "rejected_last_NH"):
+    for name in ("aux_T3H", "last_TH", "lse_T"):
         if name in tensors and not _is_finite(tensors[name]):
             raise _not_a_trace(f"{name} is not finite")
     if R:
@@ -335,15 +292,8 @@ def check(trace: Trace) -> None:
 
 def _check_rounds(trace: Trace, *, T: int, K: int) -> None:
     # numpy, since torch takes five times as long for so few numbers.
-    root_R, proposed_R, accepted_R, proposal_RK, logprob_RK = (
-        tensor.numpy()
-        for tensor in (
-            trace.round_root_R,
-            trace.num_proposed_R,
-            trace.num_accepted_R,
-            trace.proposal_RK,
-            trace.behaviour_logprob_RK,
-        )
+    root_R, proposed_R, accepted_R, proposal_RK = (
+        tensor.numpy() for tensor in (trace.round_root_R, trace.num_proposed_R, trace.num_accepted_R, trace.proposal_RK)
     )
     _require(bool((proposed_R >= 0).all() and (proposed_R <= K).all()), "num_proposed is out of range")
     _require(bool((accepted_R >= 0).all() and (accepted_R <= proposed_R).all()), "num_accepted is out of range")
@@ -351,7 +301,6 @@ def _check_rounds(trace: Trace, *, T: int, K: int) -> None:
     last_R = root_R.astype(np.int64) + np.minimum(accepted_R, np.maximum(proposed_R - 1, 0))
     _require(bool((root_R >= 0).all() and (last_R < T).all()), "round_root is out of range")
     _require(int(trace.source_R.max()) <= Source.MEMORY, "source is unknown")
-    _require(bool((trace.draft_temperature_R > 0).all()), "draft_temperature is not positive")
     place_K = np.arange(K)
     inside_RK = place_K < proposed_R[:, None]
     _require(bool(((proposal_RK >= 0) == inside_RK).all()), "proposal is negative, or not -1 beyond num_proposed")
@@ -359,8 +308,6 @@ def _check_rounds(trace: Trace, *, T: int, K: int) -> None:
     accepted_RK = (place_K < accepted_R[:, None]) & (index_RK < T)
     token_RK = trace.token_ids_T.numpy()[np.minimum(index_RK, T - 1)]
     _require(bool((token_RK == proposal_RK)[accepted_RK].all()), "an accepted proposal is not the token there")
-    is_logprob_RK = (logprob_RK <= 1e-3) & np.isfinite(logprob_RK)
-    _require(bool((np.isnan(logprob_RK) | is_logprob_RK).all()), "behaviour_logprob is not a log-probability")
 
 
 def _is_finite(tensor: Tensor) -> bool:

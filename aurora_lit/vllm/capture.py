@@ -81,14 +81,6 @@ class RoundOutcome:
 
 
 @dataclass(kw_only=True)
-class _Round:
-    note: RoundNote
-    """It never explores, though the draft may have drawn its proposals: vLLM accepts drawn ones with probability
-    min(1, p / q), and the policy loss takes it to be p (modules/losses/policy.py)."""
-    rejected_NH: Tensor
-
-
-@dataclass(kw_only=True)
 class _Recording:
     """A request that generates."""
 
@@ -106,7 +98,7 @@ class _Recording:
     """Position after the last row held."""
     rows: list[tuple[Tensor, Tensor, Tensor]] = field(default_factory=list)
     """Tokens [T], auxiliary states [T, 3H] and last states [T, H]."""
-    rounds: list[_Round] = field(default_factory=list)
+    rounds: list[RoundNote] = field(default_factory=list)
     version: int = -1
     """Of the draft that made the proposals of its next step."""
 
@@ -243,17 +235,10 @@ class Capture:
             recording.length += high - low
         if not sampled or root < recording.info.prompt_tokens:
             return
-        first_proposal, proposals = rows.stop - drafted, step.token_ids_Q[rows.stop - drafted : rows.stop].tolist()
+        proposals = step.token_ids_Q[rows.stop - drafted : rows.stop].tolist()
         if recording.version < 0:
             proposals, accepted = [], 0
-        num_rejected = max(0, len(proposals) - 1 - accepted)
-        rejected_from = first_proposal + accepted
-        recording.rounds.append(
-            _Round(
-                note=_note(root, proposals, accepted, version=recording.version),
-                rejected_NH=step.last_QH[rejected_from : rejected_from + num_rejected].clone(),
-            )
-        )
+        recording.rounds.append(_note(root, proposals, accepted, version=recording.version))
         if recording.length - recording.start >= self._segment_tokens:
             self._emit(recording, ended=False)
 
@@ -268,7 +253,7 @@ class Capture:
         end = min([end, *stops])
         if end > recording.start:
             rounds = [_cut(each, end) if ended or end < recording.length else each for each in recording.rounds]
-            rounds = [each for each in rounds if first <= each.note.root < end]
+            rounds = [each for each in rounds if first <= each.root < end]
             self._sink(
                 Trace(
                     request_id=info.request_id,
@@ -282,8 +267,7 @@ class Capture:
                     token_ids_T=tokens_T[: end - first].int(),
                     aux_T3H=aux_T3H[: end - first].bfloat16(),
                     last_TH=last_TH[: end - first].bfloat16(),
-                    rejected_last_NH=torch.cat([*(each.rejected_NH for each in rounds), last_TH[:0]]).bfloat16(),
-                    **round_tensors([each.note for each in rounds], first=first),
+                    **round_tensors(rounds, first=first),
                 )
             )
         kept = min(self._overlap_tokens, recording.length - first)
@@ -302,15 +286,10 @@ def _kind(info: RequestInfo) -> TrafficKind:
     )
 
 
-def _cut(each: _Round, end: int) -> _Round:
+def _cut(note: RoundNote, end: int) -> RoundNote:
     """The round without proposals for positions after `end`, which is that of the request's last token."""
-    note = each.note
     proposed = min(len(note.proposals), max(0, end - note.root))
-    accepted = min(note.accepted, proposed)
-    return _Round(
-        note=_note(note.root, note.proposals[:proposed], accepted, version=note.version),
-        rejected_NH=each.rejected_NH[: max(0, proposed - 1 - accepted)],
-    )
+    return _note(note.root, note.proposals[:proposed], min(note.accepted, proposed), version=note.version)
 
 
 def _note(root: int, proposals: list[int], accepted: int, *, version: int) -> RoundNote:

@@ -150,11 +150,9 @@ def test_a_batch_that_the_prompts_do_not_fill_is_refused(tmp_path: Path, built: 
 def test_acceptance_measures_greedy_and_the_temperature_by_domain(
     tmp_path: Path, built: list[AuroraConfig], engines: list[Any]
 ) -> None:
-    config = replace(CONFIG, engine=EngineSettings(explore_share=0.1))
     results = acceptance.run(
-        config, prompts=_files(tmp_path), limit=2, max_tokens=7, temperature=0.7, out=tmp_path / "out"
+        CONFIG, prompts=_files(tmp_path), limit=2, max_tokens=7, temperature=0.7, out=tmp_path / "out"
     )
-    assert [config.engine.explore_share for config in built] == [0.0], "rounds that explore propose what is less likely"
     assert [(config.engine.lookup, config.memory.capacity_mb) for config in built] == [(False, 0)], "nothing is copied"
     assert [(r.temperature, r.domain) for r in results] == [
         (0.0, "chat"),

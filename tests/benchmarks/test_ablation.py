@@ -129,7 +129,7 @@ def test_requests_that_seeds_have_in_common_are_drawn_for_all_of_them() -> None:
 
 
 def test_each_arm_changes_what_its_name_says() -> None:
-    config = load_config(None, ["domain.detect=true", "memory.capacity_mb=8", "engine.explore_share=0.0"])
+    config = load_config(None, ["domain.detect=true", "memory.capacity_mb=8"])
     made = {name: arm.settings(config) for name, arm in ARMS.items()}
     assert made["both"] == config
     assert made["learner"] == replace(made["both"], memory=replace(config.memory, capacity_mb=0))
@@ -137,9 +137,7 @@ def test_each_arm_changes_what_its_name_says() -> None:
     assert made["static"] == replace(made["memory"], memory=made["learner"].memory)
     assert {name for name, arm in ARMS.items() if not arm.learns} == {"static", "memory"}
     assert {name: arm.base_loss for name, arm in ARMS.items() if arm.base_loss != "lk"} == {"kl": "kl"}
-    for name in ("static", "memory", "kl", "lk", "without-ppo"):
-        assert (made[name].learn.ppo_weight, made[name].engine.explore_share) == (0, 0)
-    assert {name for name, each in made.items() if each.engine.explore_share} == {"with-ppo"}
+    assert {name for name, each in made.items() if each.learn.ppo} == {"ppo"}
     assert {name for name, each in made.items() if not each.domain.detect} == {"kl", "lk", "without-detector"}
     assert {name for name, each in made.items() if not each.learn.replay_share} == {"kl", "lk", "without-replay"}
     assert {name for name, arm in ARMS.items() if not arm.gated} == {"kl", "lk", "without-gate"}

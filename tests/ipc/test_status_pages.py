@@ -16,7 +16,7 @@ import pytest
 
 from aurora_lit.errors import AuroraError
 from aurora_lit.ipc.engine_status import EngineCounters, EngineStatusPage, WorkerState
-from aurora_lit.ipc.learner_status import LearnerStatus, LearnerStatusPage
+from aurora_lit.ipc.learner_status import LearnerCores, LearnerStatus, LearnerStatusPage
 from aurora_lit.ipc.ring import RingWriter
 from aurora_lit.ipc.run_folder import RING_NAME
 from aurora_lit.request import Source
@@ -218,14 +218,14 @@ def test_metrics_have_the_names_that_vllm_uses(path):
 def test_counters_are_shown_under_the_names_that_they_declare(path: Path) -> None:
     """In seconds where they are kept in microseconds; what grammars force counts with n-gram lookup."""
     counters = EngineCounters(compared_us=2_500_000, compared_plain_us=5_000_000, round_us=1_500_000)
-    counters.count(generated=3, proposed=6, accepted_from=(Source.DRAFT, Source.MEMORY), remembered=2, explored=True)
+    counters.count(generated=3, proposed=6, accepted_from=(Source.DRAFT, Source.MEMORY), remembered=2)
     counters.count(generated=3, proposed=2, accepted_from=(Source.NGRAM, Source.GRAMMAR))
     counters.count(generated=1, proposed=0, accepted_from=())
     counters.count_round("tree")
     page, learner = EngineStatusPage.create(path), LearnerStatusPage.create(path.with_name("learner"))
     page.write(max_draft_tokens=3, memory_tokens=4, **vars(counters))
     status = page.read()
-    assert (status.drafts, status.explored_drafts, status.accepted_by_position) == (2, 1, [2, 2, 0])
+    assert (status.drafts, status.accepted_by_position) == (2, [2, 2, 0])
     speculation, memory = (engine_json(status, None)[section] for section in ("speculation", "memory"))
     assert speculation["generated_by_source"] == {"target": 3, "draft": 1, "lookup": 2, "memory": 1}
     assert speculation["rounds_by_plan"] == {"plain": 0, "lookup": 0, "memory": 0, "chain": 0, "tree": 1}
@@ -364,3 +364,20 @@ def test_a_learner_tells_how_many_threads_compute_while_they_do(tmp_path: Path) 
     with page.computing(3):
         assert page.read().busy_threads == 3
     assert page.read().busy_threads == 0
+
+
+def test_a_learner_has_the_cores_that_it_computes_on_while_it_lives(path: Path) -> None:
+    page, now = LearnerStatusPage.create(path), [0.0]
+    cores = LearnerCores(page, monotonic_s=lambda: now[0])
+
+    def taken(busy_threads: int) -> int:
+        now[0] += 1.0
+        page.write(busy_threads=busy_threads)
+        return cores()
+
+    assert taken(3) == 0, "no learner"
+    page.beat()
+    page.write(pid=os.getpid())
+    assert [taken(1), taken(3), taken(0), taken(2)] == [1, 3, 0, 2]
+    page.write(heartbeat_ns=time.monotonic_ns() - int(20e9))
+    assert taken(3) == 0, "it was killed at work"

@@ -49,11 +49,11 @@ def taught_draft(target: Target) -> Eagle3Draft:
 
 @pytest.fixture(scope="session")
 def served(target: Target, taught_draft: Eagle3Draft) -> list[Trace]:
-    """Greedy and sampled requests, with a seed and without, some rounds exploring."""
+    """Greedy and sampled requests, with a seed and without."""
     requests = [
         *some_requests(4, seed=1),
         *some_requests(3, seed=2, temperature=0.8, domain="unseeded"),
         *some_requests(3, seed=3, temperature=0.7, domain="seeded"),
     ]
     requests = [replace(r, params=replace(r.params, seed=5)) if r.domain == "seeded" else r for r in requests]
-    return serve(target, taught_draft, requests, explore_share=0.3, explore_temperature=1.3, explore_seed=4)
+    return serve(target, taught_draft, requests)

@@ -1,7 +1,7 @@
 """What tests share: tiny models, fakes, and processes to break. Nothing here is a test.
 
 Tiny models and data: tiny_models (random targets and drafts, engines on them), domain_prompts, trace_examples,
-toy_sampling, toy_rounds, kernel_formats, ring_payloads; qwen2.5.jinja (that family's chat template).
+toy_sampling, kernel_formats, ring_payloads; qwen2.5.jinja (that family's chat template).
 Fakes: fake_engine (an engine without a model), fake_learner (a learner's process without learning), fake_device
 (tensors that must not meet the CPU's).
 Whole processes: fake_server (HTTP over the fake engine), tiny_server (real servers and learners on a tiny model),

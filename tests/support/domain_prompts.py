@@ -29,7 +29,7 @@ class PromptMaker:
     def normal(self, *shape: int) -> Tensor:
         return torch.randn(*shape, generator=self._gen)
 
-    def trace(self, kind: str, *, label: str = "", accepted: float | None = None, explored: bool = False) -> Trace:
+    def trace(self, kind: str, *, label: str = "", accepted: float | None = None) -> Trace:
         """A trace of a prompt of this kind. `accepted`: acceptance rate of ten rounds; None: it has no rounds."""
         self._number += 1
         prompt, length = 8, 24
@@ -38,7 +38,7 @@ class PromptMaker:
         states = states * self._scale_E
         states[0] = 1e4 * self.normal(_WIDTH)
         tokens = torch.randint(0, 50, (length,), generator=self._gen, dtype=torch.int32)
-        rounds = {} if accepted is None else rounds_with(tokens, prompt, accepted, explored=explored)
+        rounds = {} if accepted is None else rounds_with(tokens, prompt, accepted)
         return Trace(
             request_id=f"r{self._number}",
             domain=label,
@@ -51,7 +51,7 @@ class PromptMaker:
         )
 
 
-def rounds_with(tokens: Tensor, prompt: int, accepted: float, *, explored: bool) -> dict[str, Tensor]:
+def rounds_with(tokens: Tensor, prompt: int, accepted: float) -> dict[str, Tensor]:
     """Ten rounds of one proposal each, of which the share `accepted` was accepted."""
     num_accepted = round(10 * accepted)
     return {
@@ -60,8 +60,5 @@ def rounds_with(tokens: Tensor, prompt: int, accepted: float, *, explored: bool)
         "num_proposed_R": torch.ones(10, dtype=torch.int32),
         "num_accepted_R": (torch.arange(10) < num_accepted).int(),
         "source_R": torch.full((10,), Source.DRAFT, dtype=torch.uint8),
-        "explored_R": torch.full((10,), explored),
-        "draft_temperature_R": torch.ones(10),
         "proposal_RK": tokens[prompt + 1 : prompt + 11, None].clone(),
-        "behaviour_logprob_RK": torch.zeros(10, 1),
     }

@@ -125,7 +125,6 @@ class LearnerHarness:
             champion=online_module(target, copy.deepcopy(self.starting)),
             target_head=self.target_head,
             batcher=OnlineBatcher(
-                self.target_head,
                 Reservoir(folder / "reservoir", limit_bytes=1 << 24, seed=0),
                 replay_share=0.5,
                 batch_positions=batch_positions,

@@ -31,8 +31,7 @@ def learn_with(folder: Path, model: Path, *, processes: int) -> list[dict[str, A
 
 
 def main(folder: Path, model: Path, processes: int) -> None:
-    from aurora_lit.learn.data.labelled_trace import label_traces
-    from aurora_lit.learn.data.online_batch import collate_online
+    from aurora_lit.learn.data.collate import collate_online
     from aurora_lit.learn.data.target_head import TargetHead
     from aurora_lit.learn.data.training_state import write_state
     from aurora_lit.learn.online.data_parallel import Follower, launch_fabric, leader_process
@@ -60,15 +59,12 @@ def main(folder: Path, model: Path, processes: int) -> None:
         )
 
     def lead(learner: Learner) -> None:
-        traffic = serve(target, random_draft(target), some_requests(12), explore_share=0.5, explore_temperature=1.0)
-        labelled_traces = label_traces(traffic, target_head)
+        traffic = serve(target, random_draft(target), some_requests(12))
         for step in range(STEPS):
             if step == STEPS // 3:
                 learner.restart_from(random_draft(target, seed=7, draft_vocab_size=32), version="other")
             # Batches that divide evenly between two processes, and not.
-            batch = collate_online(
-                labelled_traces[: 3 + step % 2], [labelled.trace for labelled in labelled_traces[10:]], oldest_fresh=0
-            )
+            batch = collate_online(traffic[: 3 + step % 2], traffic[10:])
             learner.controller.assign_domain(traffic[0])
             assert learner.update(batch) is not None
 

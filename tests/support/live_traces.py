@@ -65,7 +65,6 @@ def make_controller(**changes: Any) -> DomainController:
     """A controller that warms up and then keeps the full learning rate, so that tests learn fast."""
     fields: dict[str, Any] = {
         "detector": None,
-        "explore_shares": (0.0, 0.0),
         "warmup_steps": 2,
         "min_lr_factor": 1.0,
         "decay_tokens": 1000.0,

@@ -52,7 +52,7 @@ def main(folder: Path, model: Path, traces: Path, processes: int) -> None:
         Reservoir.add = lambda *args, **options: False  # type: ignore[method-assign]
     scratch = folder / f"scratch-{processes}-{rank}"
     replay = make_replay(
-        target, random_draft(target), scratch, fabric=fabric, steps_per_trace=1.0, publish_every_steps=5, ppo_weight=0.0
+        target, random_draft(target), scratch, fabric=fabric, steps_per_trace=1.0, publish_every_steps=5
     )
     stream = list(read_traces(traces))
     for block in blocks(iter(stream), 24):

@@ -104,7 +104,6 @@ class TinyServers:
             "max_draft_tokens": 3,
             "adaptive": "false",
             "lookup": "false",
-            "explore_share": 0.2,
             "threads": 1,
         }
         return [

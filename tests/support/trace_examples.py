@@ -19,19 +19,15 @@ def trace_with_rounds(rounds: Sequence[tuple[int, int, int]], *, length: int = 1
     """A trace with the rounds (root, num_proposed, num_accepted).
 
     Accepted proposals are the tokens that follow the root, others are larger by 50. Rounds with one proposal come from
-    n-gram lookup, those with more from the draft; with more than two they explore.
+    n-gram lookup, those with more from the draft.
     """
     widest = max([proposed for _, proposed, _ in rounds], default=0)
     token_ids_T = torch.arange(100, 100 + length, dtype=torch.int32)
     proposal_RK = torch.full((len(rounds), widest), -1, dtype=torch.int32)
-    logprob_RK = torch.full((len(rounds), widest), float("nan"))
     for r, (root, proposed, accepted) in enumerate(rounds):
         for i in range(proposed):
             proposal_RK[r, i] = 100 + root + 1 + i + (0 if i < accepted else 50)
-            if proposed > 2:
-                logprob_RK[r, i] = -0.5 * i
     sources = [Source.TARGET if n == 0 else Source.NGRAM if n == 1 else Source.DRAFT for _, n, _ in rounds]
-    num_rejected = sum(max(0, proposed - 1 - accepted) for _, proposed, accepted in rounds)
     fields: dict[str, Any] = {
         "request_id": "r-1",
         "domain": "code",
@@ -48,11 +44,7 @@ def trace_with_rounds(rounds: Sequence[tuple[int, int, int]], *, length: int = 1
         "num_proposed_R": torch.tensor([n for _, n, _ in rounds], dtype=torch.int32),
         "num_accepted_R": torch.tensor([a for _, _, a in rounds], dtype=torch.int32),
         "source_R": torch.tensor(sources, dtype=torch.uint8),
-        "explored_R": torch.tensor([n > 2 for _, n, _ in rounds], dtype=torch.bool),
-        "draft_temperature_R": torch.ones(len(rounds)),
         "proposal_RK": proposal_RK,
-        "behaviour_logprob_RK": logprob_RK,
-        "rejected_last_NH": torch.arange(num_rejected * HIDDEN).view(num_rejected, HIDDEN).bfloat16() / 8,
     }
     return Trace(**{**fields, **changes})
 

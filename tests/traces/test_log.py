@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors import SafetensorError
-from support.trace_examples import numbered_trace, same_trace, trace_with_rounds, write_log
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from support.trace_examples import HIDDEN, numbered_trace, same_trace, trace_with_rounds, write_log
 
 from aurora_lit.traces import log as trace_log
 from aurora_lit.traces.log import INDEX_NAME, TraceLogWriter, read_index, read_shard
@@ -170,6 +171,25 @@ def test_live_traces_come_back_with_their_rounds(tmp_path: Path) -> None:
     assert all(same_trace(a, b) for a, b in zip(got, live, strict=True))
     for trace in got:
         check(trace)
+
+
+def test_a_log_whose_traces_had_more_is_still_read(tmp_path: Path) -> None:
+    """Before, rounds had the probabilities that proposals were drawn with, and the states of rejected ones."""
+    wanted = [trace_with_rounds([(1, 3, 1), (3, 4, 3)]), trace_with_rounds([(2, 2, 0)])]
+    write_log(tmp_path, wanted, kind="live")
+    path = tmp_path / "live-00000.safetensors"
+    with safe_open(path, framework="pt") as shard:
+        tensors = {key: shard.get_tensor(key) for key in shard.keys()}  # noqa: SIM118  (not a dict)
+        metadata = shard.metadata()
+    gone = {
+        "explored_R": torch.zeros(3, dtype=torch.bool),
+        "draft_temperature_R": torch.ones(3),
+        "behaviour_logprob_RK": torch.full((3, 4), float("nan")),
+        "rejected": torch.zeros(2, HIDDEN, dtype=torch.bfloat16),
+        "num_rejected": torch.tensor([1, 1], dtype=torch.int32),
+    }
+    save_file({**tensors, **gone}, path, metadata=metadata)
+    assert all(same_trace(a, b) for a, b in zip(read(tmp_path), wanted, strict=True))
 
 
 def test_a_bounded_log_deletes_its_oldest_shards(tmp_path: Path) -> None:

@@ -43,7 +43,7 @@ def test_bytes_give_back_every_field(trace: Trace) -> None:
 
 
 def test_the_format_changes_only_on_purpose() -> None:
-    assert LAYOUT_DIGEST == "547b8ebf1bbc3cd3", "a ring or log of the last release cannot be read any more"
+    assert LAYOUT_DIGEST == "cc31f9f24d86116b", "a ring or log of the last release cannot be read any more"
 
 
 def test_pieces_are_the_same_bytes_and_the_tensors_own_memory() -> None:
@@ -60,17 +60,9 @@ def test_a_copy_does_not_change_with_the_original() -> None:
     trace = a_trace(lse_T=torch.arange(12) / 7)
     kept, wanted = trace.copy(), from_bytes(to_bytes(trace))
     assert same_trace(kept, wanted)
-    for name in ("token_ids_T", "aux_T3H", "last_TH", "lse_T", "proposal_RK", "rejected_last_NH"):
+    for name in ("token_ids_T", "aux_T3H", "last_TH", "lse_T", "proposal_RK"):
         getattr(trace, name).zero_()
     assert same_trace(kept, wanted)
-
-
-def test_rejected_rows_are_counted_by_round() -> None:
-    assert a_trace().num_rejected_R.tolist() == [2, 0, 0, 0, 0]
-
-
-def rejected_rows(count: int) -> torch.Tensor:
-    return torch.zeros(count, HIDDEN, dtype=torch.bfloat16)
 
 
 def changed(name: str, index: Any, value: float) -> Trace:
@@ -96,36 +88,23 @@ def changed(name: str, index: Any, value: float) -> Trace:
         (a_trace(token_ids_T=torch.zeros(12, 1, dtype=torch.int32)), "shape"),
         (a_trace(aux_T3H=torch.zeros(12, 2 * HIDDEN, dtype=torch.bfloat16)), "aux_T3H"),
         (a_trace(lse_T=torch.zeros(3)), "lse_T"),
-        (a_trace(rejected_last_NH=rejected_rows(3)), "rejected_last_NH"),
-        (a_trace(rejected_last_NH=rejected_rows(2)[:, 1:]), "rejected_last_NH"),
         (a_trace(source_R=torch.ones(4, dtype=torch.uint8)), "source_R"),
         (changed("token_ids_T", 0, -3), "token id"),
         (changed("aux_T3H", (3, 2), float("nan")), "aux_T3H is not finite"),
         (changed("aux_T3H", (3, 2), -float("nan")), "aux_T3H is not finite"),
         (changed("last_TH", (11, 0), float("inf")), "last_TH is not finite"),
         (changed("last_TH", (0, 1), -float("inf")), "last_TH is not finite"),
-        (changed("rejected_last_NH", (1, 0), float("nan")), "rejected_last_NH is not finite"),
         (changed("round_root_R", 0, -1), "round_root is out of range"),
         (changed("round_root_R", 4, 10), "round_root is out of range"),
         (changed("round_root_R", 1, 1), "ascend"),
         (changed("num_proposed_R", 2, -1), "num_proposed"),
-        (
-            replace(
-                a_trace(),
-                proposal_RK=a_trace().proposal_RK[:, :3],
-                behaviour_logprob_RK=a_trace().behaviour_logprob_RK[:, :3],
-            ),
-            "num_proposed",
-        ),
+        (a_trace(proposal_RK=a_trace().proposal_RK[:, :3]), "num_proposed"),
         (changed("num_accepted_R", 1, 4), "num_accepted"),
         (changed("num_accepted_R", 2, -1), "num_accepted"),
         (changed("source_R", 0, 4), "source"),
-        (changed("draft_temperature_R", 0, 0.0), "draft_temperature"),
         (changed("proposal_RK", (1, 0), -1), "proposal"),
         (changed("proposal_RK", (3, 3), 4), "proposal"),
         (changed("proposal_RK", (1, 2), 4), "an accepted proposal"),
-        (changed("behaviour_logprob_RK", (0, 0), 0.5), "behaviour_logprob"),
-        (changed("behaviour_logprob_RK", (0, 0), -float("inf")), "behaviour_logprob"),
         (trace_with_rounds([], length=0, answer_start=0), "no tokens"),
     ],
 )

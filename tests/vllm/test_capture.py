@@ -129,7 +129,7 @@ def test_any_traffic_is_recorded_once_and_exactly(made: type[MadeRunner], seed: 
 
 
 @KINDS
-def test_a_round_has_its_proposals_and_the_states_after_its_first_rejection(made: type[MadeRunner]) -> None:
+def test_a_round_has_its_proposals(made: type[MadeRunner]) -> None:
     recorded = Recorded(made())
     recorded.hooks.version = 7
     prompt = Rows(request_id="r", position=0, count=5)
@@ -139,7 +139,6 @@ def test_a_round_has_its_proposals_and_the_states_after_its_first_rejection(made
     assert trace.num_accepted_R.tolist() == [1, 3, 0]
     assert trace.round_version_R.tolist() == [7, 7, -1]
     assert trace.proposal_RK[0].tolist() == [token("r", 6), token("r", 7) + WRONG, token("r", 8) + WRONG]
-    assert trace.rejected_last_NH[:, :2].tolist() == [[token("r", 7) + WRONG, 7]]  # rows of proposals 1 … n - 2
 
 
 @KINDS
@@ -266,18 +265,6 @@ def test_a_trial_tells_requests_apart_by_label_temperature_options_and_structure
         TrafficKind(temperature=1.0, has_options=True),
         TrafficKind(),
     ]
-
-
-def test_no_round_explores_so_that_none_reaches_the_policy_loss() -> None:
-    """Though the draft draws its proposals, and V1 keeps their probabilities."""
-    prompt, runner = Rows(request_id="r", position=0, count=4), MadeV1Runner()
-    runner._draft_probs = torch.full((1, 2, 11), 1 / 11)
-    runner._draft_token_ids, runner._draft_prob_req_ids = torch.tensor([[3, 4]]), ["r"]
-    (trace,) = Recorded(runner).run(one_request(prompt, *answer(4, (2, 1), (2, 1)), prompt=4, temperature=0.5))
-    assert trace.behaviour_logprob_RK.shape == (2, 2)
-    assert trace.behaviour_logprob_RK.isnan().all()
-    assert trace.explored_R.tolist() == [False, False]
-    assert trace.draft_temperature_R.tolist() == [1.0, 1.0]
 
 
 def test_of_a_long_prompt_the_end_is_kept() -> None:

@@ -178,7 +178,7 @@ def test_a_full_ring_overwrites_and_counts(run_folder: Path, make_worker: MakeWo
     made_deployment(run_folder, run_folder, ring_bytes=1 << 17)
     worker = make_worker()
     worker.aurora_lit_start(str(run_folder))
-    running = [Traffic(requests={f"r{i}": (40, 40)}, seed=i).steps() for i in range(31)]
+    running = [Traffic(requests={f"r{i}": (40, 60)}, seed=i).steps() for i in range(31)]
     for steps in running:  # all begin before a trace is made, so all are recorded
         while not steps[0].new:
             worker.model_runner.run(steps.pop(0))

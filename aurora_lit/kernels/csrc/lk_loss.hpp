@@ -48,6 +48,7 @@ struct LKRows {
   const Number* target;    // [C, D] logits
   const float* target_lse; // [C] log-sum-exp of the target's logits over its whole vocabulary
   const float* weight;     // [K, C] of each row in the loss
+  const float* gain;       // [K, C] by which 1 - alpha is multiplied
   const int64_t* top;      // [C] the target's top token; or null: the largest of its logits
   int64_t K, C, D;         // D: a multiple of 16
   float decay;             // of the share of KL: exp(-decay * alpha)
@@ -104,9 +105,9 @@ void lk_rows(const LKRows<Number>& s) {
         s.alpha[at] = alpha;
         s.kl[at] = kl;
         s.match[at] = top_q == top_p;
-        s.loss[at] = w * (share * kl + (1.0f - share) * (1.0f - alpha));
         // dz = q [λs + (1 − λ)(Σ m·q − m)] − λp with m = 1[q < p]
-        const float kl_part = w * share, alpha_part = w * (1.0f - share);
+        const float kl_part = w * share, alpha_part = w * (1.0f - share) * s.gain[at];
+        s.loss[at] = kl_part * kl + alpha_part * (1.0f - alpha);
         const float base = kl_part * p_sum + alpha_part * q_below;
         for (int d = 0; d < D; d += 16) {
           const f16v pv = load16(p + d), qv = load16(q + d) * inverse;

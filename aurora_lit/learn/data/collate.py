@@ -11,7 +11,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from aurora_lit.modules.losses.batch import TraceBatch
+from aurora_lit.modules.losses.batch import OnlineBatch, TraceBatch
+from aurora_lit.request import Source
 from aurora_lit.traces.record import Trace
 
 
@@ -54,4 +55,26 @@ def collate(traces: Sequence[Trace], *, with_prompt: Sequence[bool]) -> TraceBat
         weight_BT=pad_sequence(weights, batch_first=True),
         domains=tuple(t.domain for t in traces),
         lse_BT=pad_sequence(lse, batch_first=True) if len(lse) == len(traces) else None,
+    )
+
+
+def collate_online(live: Sequence[Trace], replay: Sequence[Trace]) -> OnlineBatch:
+    """Pad live and replayed traces together, with what the draft proposed in the rounds of the live ones."""
+    traces = [*live, *replay]
+    drafted = [(trace, (trace.source_R == Source.DRAFT) & (trace.num_proposed_R > 0)) for trace in live]
+    proposed_Q, accepted_Q = (
+        torch.cat([torch.zeros(0, dtype=torch.int64), *(getattr(trace, name)[of_R].long() for trace, of_R in drafted)])
+        for name in ("num_proposed_R", "num_accepted_R")
+    )
+    step_K = torch.arange(int(proposed_Q.max()) if len(proposed_Q) else 1)
+    is_proposal_QK = step_K < proposed_Q[:, None]
+    proposals = [trace.proposal_RK[of_R].flatten().long() for trace, of_R in drafted]
+    proposal_P = torch.cat([torch.zeros(0, dtype=torch.int64), *proposals])
+    return OnlineBatch(
+        traces=collate(traces, with_prompt=[False] * len(traces)),
+        live_B=torch.arange(len(traces)) < len(live),
+        proposed_P=proposal_P[proposal_P >= 0],
+        tested_K=(is_proposal_QK & (step_K <= accepted_Q[:, None])).sum(0),
+        accepted_K=(is_proposal_QK & (step_K < accepted_Q[:, None])).sum(0),
+        at_rest=not live,
     )

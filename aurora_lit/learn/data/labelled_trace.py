@@ -1,20 +1,18 @@
-"""A trace with what the target's head computes for it, which is what training and the gate need of the target.
+"""What of a trace is trained on, and parts of traces: the last positions, pieces of a long one.
 
-Leaves out padding such traces together (learn/data/online_batch.py) and which of them a batch takes
+Leaves out padding traces together (learn/data/collate.py) and which of them a batch takes
 (learn/data/online_batcher.py).
 
-Shapes: T positions of a trace, R rounds of a trace, N rejected positions of it, X rows of the head.
+Shapes: T positions of a trace, R rounds of a trace.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
-import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from aurora_lit.learn.data.target_head import TargetHead
 from aurora_lit.traces.record import ROUND_FIELDS, Trace
@@ -22,20 +20,6 @@ from aurora_lit.traces.record import ROUND_FIELDS, Trace
 CONTEXT_COST = 0.25
 """Of a position before those that are trained on, as a share of that of one of these: only its key and value are
 computed, without gradient (`StepwiseChains`)."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class LabelledTrace:
-    """A trace and what the target's head computes for it; positions that are not trained on hold 0."""
-
-    trace: Trace
-    tempered_lse_T: Tensor
-    """fp32. Log-sum-exp of the logits at the request's temperature."""
-    top_T: Tensor
-    """int64. The target's first choice; within a greedy answer, the token that follows."""
-    rejected_tempered_lse_N: Tensor
-    """The same two after rejected proposals; 0 in rounds that do not explore, which the policy loss does not use."""
-    rejected_top_N: Tensor
 
 
 def first_trained_position(trace: Trace) -> int:
@@ -104,7 +88,6 @@ def _piece(trace: Trace, first: int, last: int, *, most_context: int) -> Trace:
 
 def _part(trace: Trace, begin: int, end: int, *, answer_start: int, kept_R: Tensor) -> Trace:
     """The positions begin, …, end - 1, with some of the rounds."""
-    kept_N = torch.repeat_interleave(kept_R, trace.num_rejected_R)
     rounds = {name: getattr(trace, name)[kept_R] for name in ROUND_FIELDS}
     rounds["round_root_R"] = rounds["round_root_R"] - begin
     return replace(
@@ -115,72 +98,5 @@ def _part(trace: Trace, begin: int, end: int, *, answer_start: int, kept_R: Tens
         aux_T3H=trace.aux_T3H[begin:end],
         last_TH=trace.last_TH[begin:end],
         lse_T=None if trace.lse_T is None else trace.lse_T[begin:end],
-        rejected_last_NH=trace.rejected_last_NH[kept_N],
         **rounds,
-    )
-
-
-def label_traces(traces: Sequence[Trace], target_head: TargetHead) -> list[LabelledTrace]:
-    """Apply the head to traces: at the positions that are trained on, and after rejected proposals that explored.
-
-    Many traces in one call cost less than one at a time (`TargetHead.evaluate`).
-    """
-    hidden, temperatures, with_top = [], [], []
-    for trace in traces:
-        start = first_trained_position(trace)
-        hidden.append(torch.cat([trace.last_TH[start:], trace.rejected_last_NH[_is_drawn(trace)]]))
-        temperatures.append(torch.full((len(hidden[-1]),), trace.temperature))
-        # Greedy answers are their first choices: penalties, a bias or a near tie may make these differ from the head's.
-        known = len(trace.token_ids_T) - start - 1 if trace.verify == "greedy" else 0
-        with_top.append(torch.arange(len(hidden[-1])) >= known)
-    if not traces:
-        return []
-    output = target_head.evaluate(torch.cat(hidden), temperature=torch.cat(temperatures), with_top=torch.cat(with_top))
-    sizes = [len(each) for each in hidden]
-    columns = [torch.split(each, sizes) for each in (output.tempered_lse_N, output.top_N)]
-    return [_labelled(trace, *of_trace) for trace, *of_trace in zip(traces, *columns, strict=True)]
-
-
-def _is_drawn(trace: Trace) -> Tensor:
-    """Which rejected positions are of rounds that explored [N]."""
-    return torch.repeat_interleave(trace.explored_R, trace.num_rejected_R)
-
-
-def _labelled(trace: Trace, tempered_X: Tensor, top_X: Tensor) -> LabelledTrace:
-    """A trace with what the head says of its trained positions and then of its drawn ones."""
-    start, length, is_drawn_N = first_trained_position(trace), len(trace.token_ids_T), _is_drawn(trace)
-    trained = length - start
-    top_T = pad(top_X[:trained], (start, 0))
-    if trace.verify == "greedy":
-        top_T[start:-1] = trace.token_ids_T[start + 1 :].long()
-    rejected_tempered_N, rejected_top_N = torch.zeros(len(is_drawn_N)), torch.zeros(len(is_drawn_N), dtype=torch.int64)
-    rejected_tempered_N[is_drawn_N], rejected_top_N[is_drawn_N] = tempered_X[trained:], top_X[trained:]
-    return LabelledTrace(
-        trace=trace,
-        tempered_lse_T=pad(tempered_X[:trained], (start, 0)),
-        top_T=top_T,
-        rejected_tempered_lse_N=rejected_tempered_N,
-        rejected_top_N=rejected_top_N,
-    )
-
-
-def label_for_batch(traces: Sequence[Trace], target_head: TargetHead) -> list[LabelledTrace]:
-    """Label those traces that the policy loss can use; of others a step needs no labels, and they hold 0.
-
-    The supervised loss takes the target's distribution within the draft vocabulary, for which the whole head is not
-    needed.
-    """
-    wanted = iter(label_traces([trace for trace in traces if trace.explored_R.any()], target_head))
-    return [next(wanted) if trace.explored_R.any() else unlabelled(trace) for trace in traces]
-
-
-def unlabelled(trace: Trace) -> LabelledTrace:
-    """A trace whose labels are 0."""
-    zeros_T, zeros_N = torch.zeros(len(trace.token_ids_T)), torch.zeros(len(trace.rejected_last_NH))
-    return LabelledTrace(
-        trace=trace,
-        tempered_lse_T=zeros_T,
-        top_T=zeros_T.long(),
-        rejected_tempered_lse_N=zeros_N,
-        rejected_top_N=zeros_N.long(),
     )

@@ -4,7 +4,7 @@ A live trace waits until a batch takes it; then it goes to the reservoir, from w
 When more arrives than can be trained on, the most informative traces are taken, and the oldest ones go to the reservoir
 without having been in a batch. While there are several clients, none gets more than its share of a batch, live and
 replayed traces together, nor of its live part, so that what is replayed of that client has room. Leaves out padding
-(learn/data/labelled_trace.py) and requests kept out of training (learn/online/held_out.py), which never come here.
+(learn/data/collate.py) and requests kept out of training (learn/online/held_out.py), which never come here.
 """
 
 from __future__ import annotations
@@ -12,18 +12,15 @@ from __future__ import annotations
 from collections import Counter, deque
 from dataclasses import replace
 
+from aurora_lit.learn.data.collate import collate_online
 from aurora_lit.learn.data.labelled_trace import (
     CONTEXT_COST,
     batch_size,
     crop,
-    label_for_batch,
     pieces_of,
     trained_positions,
-    unlabelled,
 )
-from aurora_lit.learn.data.online_batch import collate_online
 from aurora_lit.learn.data.reservoir import Reservoir
-from aurora_lit.learn.data.target_head import TargetHead
 from aurora_lit.modules.losses.batch import OnlineBatch
 from aurora_lit.request import Source
 from aurora_lit.traces.record import Trace
@@ -68,12 +65,11 @@ class OnlineBatcher:
     """Makes batches of live and replayed traces.
 
     >>> batcher.add(trace)
-    >>> batch = batcher.next_batch(oldest_fresh=3)         # None: nothing to train on now
+    >>> batch = batcher.next_batch()                       # None: nothing to train on now
     """
 
     def __init__(
         self,
-        target_head: TargetHead,
         reservoir: Reservoir,
         *,
         batch_positions: int,
@@ -86,7 +82,7 @@ class OnlineBatcher:
         batch_positions: size of a batch, see `batch_size`. replay_share: share of it that is replayed.
         live_bytes: memory for waiting traces. max_client_share: largest share of a batch's positions for one client.
         """
-        self._target_head, self.reservoir = target_head, reservoir
+        self.reservoir = reservoir
         self._batch_positions = batch_positions
         self._live_positions = _live_positions(batch_positions=batch_positions, replay_share=replay_share)
         self._fewest_live = fewest_live(batch_positions=batch_positions, replay_share=replay_share)
@@ -103,8 +99,6 @@ class OnlineBatcher:
         # Of traces that a learner before has left it is not known; they are replayed beside new ones.
         self.positions_out: float = MAX_PASSES * reservoir.positions
         """How often the positions that are held were in batches, added up."""
-        self.num_stale = 0
-        """Live traces in batches with proposals of a draft version too old for the policy gradient."""
         self.num_over_share = 0
         """How often a client's live traces had to wait for the next batch because its share was used up."""
 
@@ -141,11 +135,8 @@ class OnlineBatcher:
         )
         self.reservoir.rename_domain(removed, kept)
 
-    def next_batch(self, *, oldest_fresh: int) -> OnlineBatch | None:
-        """The next batch; None when no live trace waits and MAX_PASSES is reached.
-
-        oldest_fresh: number of the oldest draft version whose proposals may be used for the policy gradient.
-        """
+    def next_batch(self) -> OnlineBatch | None:
+        """The next batch; None when no live trace waits and MAX_PASSES is reached."""
         self._forget_passes()
         if not self._waiting and self._is_learned:
             return None
@@ -159,12 +150,7 @@ class OnlineBatcher:
         for trace in live:
             self._remember(trace)
         self._untaken_room = min(_FIRST_UNTAKEN, self._untaken_room + _UNTAKEN_PER_TAKEN * len(live))
-        self.num_stale += sum(_is_stale(trace, oldest_fresh) for trace in live)
-        batch = collate_online(
-            label_for_batch(live, self._target_head),
-            [unlabelled(trace).trace for trace in replay],
-            oldest_fresh=oldest_fresh,
-        )
+        batch = collate_online(live, replay)
         self.positions_out += int((batch.traces.weight_BT > 0).sum())
         return batch
 
@@ -300,7 +286,3 @@ def informativeness(trace: Trace) -> float:
     accepted_R, proposed_R = trace.num_accepted_R[drafted_R].long(), trace.num_proposed_R[drafted_R].long()
     rejected_R = accepted_R < proposed_R
     return float(rejected_R.sum()) / float((accepted_R + rejected_R).sum())
-
-
-def _is_stale(trace: Trace, oldest_fresh: int) -> bool:
-    return bool(((trace.source_R == Source.DRAFT) & (trace.round_version_R < oldest_fresh)).any())

@@ -2,12 +2,10 @@
 
 Leaves out loading the target (models/loading.py).
 
-Shapes: N rows, C rows of a chunk, X some of these, H hidden, V vocabulary.
+Shapes: N rows, C rows of a chunk, H hidden, V vocabulary.
 """
 
 from __future__ import annotations
-
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -18,21 +16,11 @@ from aurora_lit.modules.losses.draft_module import DraftModule
 from aurora_lit.modules.sampling.distribution import GREEDY_BELOW
 
 
-@dataclass(frozen=True, kw_only=True)
-class HeadOutput:
-    """What the target's distribution is at some positions, as far as training needs it."""
-
-    tempered_lse_N: Tensor
-    """fp32. Log-sum-exp of the logits divided by the temperature; of greedy requests, of the logits themselves."""
-    top_N: Tensor
-    """int64. Target id of the largest logit."""
-
-
 class TargetHead(nn.Module):
     """Embedding, head and shape of a target whose layers are no longer needed.
 
     >>> target_head = TargetHead(load_target(folder, precision="bf16"))
-    >>> target_head.evaluate(last_NH, temperature=0.7).tempered_lse_N
+    >>> target_head.log_sum_exp(last_NH, temperature=0.7)
     """
 
     embedding_VH: Tensor
@@ -65,28 +53,18 @@ class TargetHead(nn.Module):
         module.logit_transform = self.logit_transform.select(ids_D)
 
     @torch.no_grad()
-    def evaluate(
-        self, last_NH: Tensor, *, temperature: float | Tensor, with_top: bool | Tensor = True, chunk: int = 64
-    ) -> HeadOutput:
-        """Apply the head to the target's last hidden states; the result is on the CPU.
+    def log_sum_exp(self, last_NH: Tensor, *, temperature: float, chunk: int = 64) -> Tensor:
+        """Of the logits divided by the temperature, over the whole vocabulary [N], fp32 on the CPU; 0: divided by 1.
 
-        temperature: of all rows, or of each [N].
-        with_top: false, for all rows or for some [N]: `top_N` is 0, which saves a tenth of the time.
-        chunk: positions computed together, few enough that their logits [chunk, V] stay in the processor's cache. Each
-        chunk reads the whole head, so one call with many rows is much cheaper than many with few.
+        last_NH: the target's last hidden states. chunk: positions computed together, few enough that their logits
+        [chunk, V] stay in the processor's cache. Each chunk reads the whole head, so one call with many rows is much
+        cheaper than many with few.
         """
-        N, device = len(last_NH), self.head_VH.device
-        tempered_N, top_N = torch.empty(N), torch.zeros(N, dtype=torch.int64)
-        temperature_N = torch.as_tensor(temperature, dtype=torch.float32).expand(N)
-        divisor_N = temperature_N.where(temperature_N >= GREEDY_BELOW, 1.0).to(device)
-        with_top_N = torch.as_tensor(with_top).expand(N)
-        for start in range(0, N, chunk):
+        lse_N, device = torch.empty(len(last_NH)), self.head_VH.device
+        divisor = temperature if temperature >= GREEDY_BELOW else 1.0
+        for start in range(0, len(last_NH), chunk):
             rows = slice(start, start + chunk)
             last_CH = last_NH[rows].to(device, self.head_VH.dtype)
             logits_CV = self.logit_transform((last_CH @ self.head_VH.T).float())
-            tempered_CV = logits_CV if (divisor_N[rows] == 1).all() else logits_CV / divisor_N[rows, None]
-            tempered_N[rows] = tempered_CV.logsumexp(-1).cpu()
-            top_X = with_top_N[rows].nonzero()[:, 0]
-            if len(top_X):
-                top_N[start + top_X] = logits_CV[top_X].argmax(-1).cpu()
-        return HeadOutput(tempered_lse_N=tempered_N, top_N=top_N)
+            lse_N[rows] = (logits_CV if divisor == 1 else logits_CV / divisor).logsumexp(-1).cpu()
+        return lse_N

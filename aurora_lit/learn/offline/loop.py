@@ -5,11 +5,10 @@
 
 Each trace is scored before it is learned from (test-then-train), with the starting draft too, and with both also as if
 copies were proposed beside the draft: from earlier in the request and from the answers of earlier traces, which are
-remembered after their score (learn/offline/ngram_paths.py). The policy gradient uses
-the rounds that the draft served in the replay would have had (learn/offline/on_policy.py), not those of the recorded
-draft. Steps, gate and published versions are those of online learning; time is counted in traces, so a replay is
-repeatable. Leaves out how a trace is scored (learn/offline/scoring.py), the command and its report (cli/replay.py), and
-comparisons of several settings (benchmarks/ablation.py).
+remembered after their score (learn/offline/ngram_paths.py). Steps, gate and published versions are those of online
+learning; time is counted in traces, so a replay is repeatable. Leaves out how a trace is scored
+(learn/offline/scoring.py), the command and its report (cli/replay.py), and comparisons of several settings
+(benchmarks/ablation.py).
 
 Several processes may replay together, as online learners do (learn/online/data_parallel.py). All read the same traces
 and divide what is scored. The first one alone makes rounds, batches and decisions: the others take its steps with it,
@@ -109,7 +108,7 @@ class OfflineLoop:
         folder: for published versions. scratch: for remembered traces, of which only the first process has any.
         fabric: for several processes that replay together; all create one. gated: false serves the learner's draft
         without a trial after each learn.publish_every_steps steps. base_loss: another one is for comparison. seed: of
-        what is remembered, held out and explored. keep_versions: false writes no version to disk.
+        what is remembered and held out. keep_versions: false writes no version to disk.
         """
         learn = config.learn
         module = online_module(config, copy.deepcopy(starting), target_head, base_loss=base_loss)
@@ -137,7 +136,7 @@ class OfflineLoop:
         reach = proposed if self.ngrams is None else max(proposed, self.ngrams.most)
         self._scorers = [self._scorer(config, draft, reach) for draft in (copy.deepcopy(starting), self.served)]
         self._walks = {arm: RoundWalk(reach=reach) for arm in ARMS}
-        self._batcher = make_batcher(config, target_head, scratch, seed=seed)
+        self._batcher = make_batcher(config, scratch, seed=seed)
         self._held_out = make_held_out(config, seed=seed)
         self._intake = TraceIntake(
             self.learner.controller,
@@ -145,9 +144,7 @@ class OfflineLoop:
             self._held_out,
             num_waiting=learn.gate_requests if gated else 0,
         )
-        self.simulator = RoundSimulator(
-            module=self._scorers[1].module, explore_temperature=config.engine.explore_temperature, seed=seed
-        )
+        self.simulator = RoundSimulator(module=self._scorers[1].module)
         self._store = DraftStore(folder) if keep_versions else None
         self._gated = gated
         self.published = 0
@@ -193,11 +190,7 @@ class OfflineLoop:
         self.skipped += count
 
     def simulate_rounds(self, traces: Sequence[Trace], copied: Sequence[Sequence[int]] | None = None) -> list[Trace]:
-        """The traces with the rounds of the served draft, which explores as the learner asks for now.
-
-        copied: as `RoundSimulator.simulate_rounds` takes it.
-        """
-        self.simulator.explore_share = self.learner.controller.explore_share
+        """The traces with the rounds of the served draft; copied: as `RoundSimulator.simulate_rounds` takes it."""
         return self.simulator.simulate_rounds(traces, version=version_number(self.version), copied=copied)
 
     def _is_valid(self, trace: Trace) -> bool:
@@ -257,8 +250,7 @@ class OfflineLoop:
             return trace
         self._steps_due += self._steps_per_trace
         while self._steps_due >= 1:
-            oldest_fresh = max(0, version_number(self.version) - self._learn.max_staleness)  # never recorded rounds
-            batch = self._batcher.next_batch(oldest_fresh=oldest_fresh)
+            batch = self._batcher.next_batch()
             if batch is None:  # all traces wait for a trial, or were learned from as often as they may be
                 self._steps_due = min(self._steps_due, float(self._learn.publish_every_steps))
                 break

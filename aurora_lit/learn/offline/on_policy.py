@@ -1,22 +1,18 @@
 """The rounds that another draft would have had along a recorded answer, as a live server would have recorded them.
 
 A greedy answer does not depend on the draft. So any draft can propose along it, from root to root, and its proposals
-are accepted as far as they equal the recorded tokens. These rounds are on-policy: they hold the log-probabilities with
-which this draft drew, and explore in a share of the rounds. The target's distribution at every verified proposal is
-known from the trace, since all proposals before it were accepted.
+are accepted as far as they equal the recorded tokens.
 
 Copies may be proposed beside the draft's (learn/offline/ngram_paths.py). A round then accepts as many tokens as the
 better of both, and the next one begins after them; what the trace holds are still the draft's proposals at these roots
-and what would have been accepted of them alone. A round that explores keeps its copies. On a server it does not: there
-a sequence has copies alone, or explores, or has both the copies and the draft's choice.
+and what would have been accepted of them alone.
 
-Two limits. Proposals after a round's first rejection are left out: they were not verified, the target's states after
-them are not in the trace, and the policy gradient there is 0 (their S_t is 0, modules/losses/ppo.py). And a round that
-could reach beyond the recorded end is left out, as in learn/offline/scoring.py.
+Proposals after a round's first rejection are left out: they were not verified. And a round that could reach beyond the
+recorded end is left out, as in learn/offline/scoring.py.
 
 Sampled requests keep their recorded rounds: a trace does not hold the key of their noise, which other proposals would
-need, and their proposals after a rejection have states too. They are labelled RECORDED_VERSION, since the versions of
-the server that recorded them are not the replay's; the domain detector leaves them out.
+need. They are labelled RECORDED_VERSION, since the versions of the server that recorded them are not the replay's; the
+domain detector leaves them out.
 
 Shapes: K draft steps, B rows, T positions, H hidden, N chains without a rejection so far, D draft vocabulary.
 """
@@ -49,38 +45,25 @@ class _Chains:
 
     accepted_BT: Tensor
     """int64. Accepted proposals of the round with this root."""
-    explored_BT: Tensor
-    """bool. True if that round draws its proposals."""
     proposal_KBT: Tensor
     """int64 target ids; -1 after the first rejected proposal."""
-    logprob_KBT: Tensor
-    """fp32. Log-probability of each proposal when it was drawn to explore; NaN in other rounds and after the first
-    rejection."""
 
 
 @dataclass(kw_only=True)
 class RoundSimulator:
     """Proposes with the weights that the module's draft has at the time, `module.num_steps` tokens a round.
 
-    >>> simulator = RoundSimulator(module=module, explore_share=0.05)
-    >>> simulator.simulate_rounds(traces, version=3)[0].behaviour_logprob_RK
+    >>> simulator = RoundSimulator(module=module)
+    >>> simulator.simulate_rounds(traces, version=3)[0].num_accepted_R
     """
 
     module: DraftModule
     reach: int = 0
     """Most tokens that a round can accept, if those are more than the module's steps: copies may be longer."""
-    explore_share: float = 0.0
-    """Share of rounds that draw their proposals; the others take the draft's argmax."""
-    explore_temperature: float = 1.0
-    seed: int = 0
     batch_positions: int = 4096
     """Positions of one forward pass, padding included; a longer trace is a pass of its own."""
     _next_root: OrderedDict[tuple[str, int], int] = field(default_factory=OrderedDict)
     """By request and first new position of a segment: the position in the request of that segment's first root."""
-
-    def __post_init__(self) -> None:
-        """Create the random generator that exploring rounds draw from."""
-        self._generator = torch.Generator().manual_seed(self.seed)
 
     @torch.no_grad()
     def simulate_rounds(
@@ -122,27 +105,14 @@ class RoundSimulator:
         hidden_KBTH = module.unroll(batch, wanted_BT.to(device))
         chains = _Chains(
             accepted_BT=torch.zeros(B, T, dtype=torch.int64),
-            explored_BT=torch.rand(B, T, generator=self._generator) < self.explore_share,
             proposal_KBT=torch.full((K, B, T), -1),
-            logprob_KBT=torch.full((K, B, T), float("nan")),
         )
         row_N, root_N = (index.to(device) for index in root_BT.nonzero(as_tuple=True))
         ids_D = draft.draft_token_ids
         for step in range(K):
             # While all proposals were accepted, the chain consists of the recorded tokens, on which `unroll` ran.
-            logits_ND = draft.compute_logits(hidden_KBTH[step, row_N, root_N + step])
-            choice_N = first_choice(logits_ND)
-            logprob_N = torch.full((len(choice_N),), float("nan"))
-            explored_N = chains.explored_BT[row_N.cpu(), root_N.cpu()]
-            if explored_N.any():
-                logq_ED = (logits_ND[explored_N.to(device)].float() / self.explore_temperature).log_softmax(-1).cpu()
-                drawn_E = torch.multinomial(logq_ED.exp(), 1, generator=self._generator)
-                choice_N[explored_N.to(device)] = drawn_E[:, 0].to(device)
-                logprob_N[explored_N] = logq_ED.gather(1, drawn_E)[:, 0]
-            proposal_N = ids_D[choice_N]
-            index = (row_N.cpu(), root_N.cpu())
-            chains.proposal_KBT[step][index] = proposal_N.cpu()
-            chains.logprob_KBT[step][index] = logprob_N
+            proposal_N = ids_D[first_choice(draft.compute_logits(hidden_KBTH[step, row_N, root_N + step]))]
+            chains.proposal_KBT[step][row_N.cpu(), root_N.cpu()] = proposal_N.cpu()
             hit_N = proposal_N == tokens_BT[row_N, root_N + 1 + step]
             row_N, root_N = row_N[hit_N], root_N[hit_N]
             chains.accepted_BT[row_N.cpu(), root_N.cpu()] += 1
@@ -168,7 +138,6 @@ class RoundSimulator:
         root_R = torch.tensor(roots, dtype=torch.int64)
         accepted_R = chains.accepted_BT[row, root_R]
         proposed_R = (accepted_R + 1).clamp_max(K)
-        explored_R = chains.explored_BT[row, root_R]
         widest = int(proposed_R.max()) if roots else 0
         return replace(
             trace,
@@ -177,9 +146,5 @@ class RoundSimulator:
             num_proposed_R=proposed_R.int(),
             num_accepted_R=accepted_R.int(),
             source_R=torch.full_like(root_R, Source.DRAFT, dtype=torch.uint8),
-            explored_R=explored_R,
-            draft_temperature_R=torch.where(explored_R, self.explore_temperature, 1.0),
             proposal_RK=chains.proposal_KBT[:widest, row, root_R].T.int(),
-            behaviour_logprob_RK=chains.logprob_KBT[:widest, row, root_R].T,
-            rejected_last_NH=trace.last_TH[:0],
         )

@@ -2,7 +2,7 @@
 
 An answer does not depend on the draft. So its tokens are known, and from every root in it the draft's proposals are
 accepted as far as they equal those tokens. Going from root to root as rounds do gives the rounds of a server that
-proposes a chain of `num_steps` tokens in every round (engine.adaptive and engine.lookup off, and no round explores). Of
+proposes a chain of `num_steps` tokens in every round (engine.adaptive and engine.lookup off). Of
 greedy answers they are exact, but traces store states in bf16, so a near tie between two tokens may be broken
 differently. Of sampled answers the noise that drew the tokens is not recorded. But given that the target has drawn a
 token, the draft with the same noise proposes it with a known probability (`acceptance_given_token`). Rounds then have
@@ -33,7 +33,6 @@ from aurora_lit.learn.data.labelled_trace import first_trained_position
 from aurora_lit.learn.data.target_head import TargetHead
 from aurora_lit.modules.losses.draft_module import DraftModule
 from aurora_lit.modules.losses.lk import acceptance_given_token
-from aurora_lit.modules.losses.policy import draft_index
 from aurora_lit.modules.losses.unroll import shift_positions
 from aurora_lit.traces.record import Trace
 
@@ -112,12 +111,12 @@ class RoundScorer:
             return (draft.draft_token_ids[logits_KND.argmax(-1)].cpu() == token_N).float()
         device = logits_KND.device
         last_NH = trace.last_TH[scored]
-        lse_N = self._target_head.evaluate(last_NH, temperature=trace.temperature).tempered_lse_N
+        lse_N = self._target_head.log_sum_exp(last_NH, temperature=trace.temperature)
         head_VdH = self.module.head_VdH
         logits_ND = self.module.logit_transform((last_NH.to(head_VdH) @ head_VdH.T).float()) / trace.temperature
         p_ND = (logits_ND - lse_N[:, None].to(device)).exp()
         token_N = token_N.to(device)
-        index_N = draft_index(token_N, draft)
+        index_N = draft.draft_index(token_N)
         accept_KN = torch.stack(
             [acceptance_given_token(p_ND, (x.float() / trace.temperature).softmax(-1), index_N) for x in logits_KND]
         )

@@ -135,7 +135,7 @@ def build_loop(
             learner=learner,
             champion=champion,
             target_head=target_head,
-            batcher=make_batcher(config, target_head, run_folder),
+            batcher=make_batcher(config, run_folder),
             held_out=make_held_out(config),
             budget=Budget(
                 idle_share=learn.idle_share,
@@ -150,11 +150,10 @@ def _record_of(store: DraftStore, version: str | None) -> dict[str, Any]:
     return next((each.record for each in store.versions() if each.name == version), {})
 
 
-def make_batcher(config: AuroraConfig, target_head: TargetHead, folder: Path, *, seed: int = 0) -> OnlineBatcher:
+def make_batcher(config: AuroraConfig, folder: Path, *, seed: int = 0) -> OnlineBatcher:
     """Batches as the settings `learn` describe them; remembered traces, by `seed`, are files in `folder`/reservoir."""
     learn = config.learn
     return OnlineBatcher(
-        target_head,
         Reservoir(folder / "reservoir", limit_bytes=learn.reservoir_mb * _MIB, seed=seed),
         batch_positions=BATCH_POSITIONS,
         replay_share=learn.replay_share,
@@ -200,11 +199,9 @@ def for_scoring(draft: Eagle3Draft) -> Eagle3Draft:
 
 
 def controller_for(config: AuroraConfig) -> DomainController:
-    """A controller by the settings `domain` and `schedule`; cold, it explores as `engine` says."""
-    cold = config.engine.explore_share
+    """A controller by the settings `domain`."""
     return DomainController(
         DomainDetector() if config.domain.detect else None,
-        explore_shares=(cold, min(1.0, cold + config.schedule.explore_share)),
         warmup_steps=WARMUP_STEPS,
         min_lr_factor=MIN_LR_FACTOR,
         decay_tokens=DECAY_TOKENS,
@@ -282,12 +279,9 @@ def online_module(
         head_VdH=target_head.rows(draft.draft_token_ids),
         logit_transform=target_head.logit_transform.select(draft.draft_token_ids),
         num_steps=unroll_steps(config),
-        value_weight=learn.value_weight,
         online=OnlineWeights(
             base_loss=base_loss,
-            ppo_weight=learn.ppo_weight,
-            clip=learn.ppo_clip,
-            gae_lambda=learn.gae_lambda,
+            ppo=learn.ppo,
             replay_weight=learn.replay_share / (1 - learn.replay_share),
             fewest_live=fewest_live(batch_positions=BATCH_POSITIONS, replay_share=learn.replay_share),
             sampled_tokens=_SAMPLED_TOKENS,

@@ -45,7 +45,7 @@ from aurora_lit.errors import AuroraError
 from aurora_lit.learn.data.training_state import from_bytes, to_bytes
 from aurora_lit.learn.online.learner import Learner
 from aurora_lit.learn.training_precision import training_precision
-from aurora_lit.modules.losses.batch import OnlineBatch, Rounds, TraceBatch
+from aurora_lit.modules.losses.batch import OnlineBatch, TraceBatch
 from aurora_lit.settings import LearnSettings
 
 _IDLE_TIMEOUT = timedelta(days=365)
@@ -235,7 +235,7 @@ def _broadcast(message: bytes | None, group: Any, device: torch.device) -> bytes
 
 
 def _step_to_bytes(step: _Step) -> bytes:
-    batch = {**vars(step.batch), "traces": vars(step.batch.traces), "rounds": vars(step.batch.rounds)}
+    batch = {**vars(step.batch), "traces": vars(step.batch.traces)}
     return to_bytes({"batch": batch, "schedules": step.schedules, "state": step.state})
 
 
@@ -244,7 +244,7 @@ def _step_from_bytes(message: bytes) -> _Step:
     batch, traces = fields["batch"], fields["batch"]["traces"]
     trace_batch = TraceBatch(**{**traces, "domains": tuple(traces["domains"])})
     return _Step(
-        batch=OnlineBatch(**{**batch, "traces": trace_batch, "rounds": Rounds(**batch["rounds"])}),
+        batch=OnlineBatch(**{**batch, "traces": trace_batch}),
         schedules=fields["schedules"],
         state=fields["state"],
     )

@@ -201,6 +201,7 @@ class Learner:
         self.version = version
         self._num_refused, self.lineage = 0, {}
         self.num_weight_changes += 1
+        self.module.module.forget_rest()
         self._average = self._new_average()
         self._new_optimizers()
 

@@ -121,7 +121,7 @@ class OnlineLoop:
         self._failures: dict[str, str] = {}
         """What fails at present, told on the status page, by operation."""
         self._skip_reasons: set[str] = set()
-        self.records, self.skipped, self.batcher.num_stale = before.records, before.skipped, before.stale
+        self.records, self.skipped = before.records, before.skipped
         self.published, self.refused_by_gate = before.published, before.gate_refused
         self._intake = TraceIntake(
             learner.controller,
@@ -200,8 +200,7 @@ class OnlineLoop:
 
     def _step(self) -> bool:
         """Take one optimiser step; False if there is nothing to train on."""
-        oldest_fresh = self._current_number - self._config.max_staleness
-        batch = None if self.batcher.holds_back() else self.batcher.next_batch(oldest_fresh=oldest_fresh)
+        batch = None if self.batcher.holds_back() else self.batcher.next_batch()
         self._activity = "waiting for traces" if batch is None else "learning"
         if batch is not None:
             self.learner.update(batch)
@@ -424,7 +423,6 @@ class OnlineLoop:
             positions=self._lost_positions + learner.positions,
             records=self.records,
             skipped=self.skipped + learner.num_nonfinite,
-            stale=self.batcher.num_stale,
             looping=self._intake.num_looping,
             over_client_share=self.batcher.num_over_share,
             labels_dropped=controller.num_labels_dropped,
@@ -442,5 +440,4 @@ class OnlineLoop:
             last_shift=f"{shift.cause}: {shift.domain or 'unknown'} (novelty {shift.novelty:.2f})" if shift else "",
             domains=controller.describe(),
             rate_factor=controller.factor,
-            explore_share=controller.explore_share,
         )

@@ -46,21 +46,15 @@ class StepMetrics:
 
 def _numbers(report: OnlineReport, norm: torch.Tensor) -> list[tuple[str, float, float]]:
     """Name, value and weight of each metric that a step has."""
-    policy = report.policy
     numbers = [
         ("loss", float(report.loss.detach()), 1.0),
         ("lk_live", float(report.lk_live), 1.0),
         ("lk_replay", float(report.lk_replay), 1.0),
         ("value_loss", float(report.value_loss), 1.0),
         ("gradient_norm", float(norm), 1.0),
-        ("policy_weight", float(report.policy_weight), 1.0),
-        ("policy_loss", float(policy.policy_loss.detach()), float(policy.num_rounds)),
-        ("policy_accepted_length", float(policy.accepted_length), float(policy.num_rounds)),
-        ("entropy", float(policy.entropy.detach()), float(policy.num_proposals)),
-        ("mean_ratio", float(policy.mean_ratio), float(policy.num_proposals)),
-        ("clip_fraction", float(policy.clip_fraction), float(policy.num_proposals)),
-        ("explained_variance", float(policy.explained_variance), float(policy.num_proposals)),
     ]
+    for place, (stopped, counted) in enumerate(report.stats.stopped_R2.tolist()):
+        numbers.append((f"stopped_{place}", stopped / max(counted, 1e-9), counted))
     for place, (tested, accepted) in enumerate(zip(report.tested_K, report.accepted_K, strict=True)):
         rate = float(accepted) / max(1.0, float(tested))
         numbers.append((f"served_acceptance_{place}", rate, float(tested)))

@@ -39,7 +39,6 @@ from aurora_lit.models.loading import weights_digest
 from aurora_lit.models.sampling_defaults import default_sampling
 from aurora_lit.models.source import find_target
 from aurora_lit.modules.losses.draft_module import DraftModule
-from aurora_lit.modules.losses.objective import OnlineWeights
 from aurora_lit.progress import Progress
 from aurora_lit.request import SamplingParams
 from aurora_lit.serve.worker.load_models import check_one_process, eos_token_ids, load_target, load_tokenizer
@@ -137,7 +136,6 @@ def pretrain(config: AuroraConfig, options: PretrainOptions) -> dict[str, Any]:
         embedding_VH=target.embedding_rows(),
         head_VdH=target.head_rows(draft.draft_token_ids).to(training_dtype()),
         logit_transform=target.logit_transform.select(draft.draft_token_ids),
-        online=OnlineWeights(ppo_weight=0.0),
     )
     trainer = DraftTrainer(
         module,

@@ -9,5 +9,5 @@ May import: traces/, modules/losses/batch.py. Start with detector.py. The files,
     shifts.py       tests on the mix of domains and on the acceptance rate of each
     detector.py     which domain a request belongs to, and when traffic shifts
     lr_schedule.py  the domain-aware learning rate, which depends on heat
-    controller.py   how learning responds to domains: heat, learning rate, exploration
+    controller.py   how learning responds to domains: heat, learning rate
 """

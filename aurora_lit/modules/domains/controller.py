@@ -1,15 +1,12 @@
-"""How learning responds to domains: assigns traces, updates the schedules' heat, and says how much to explore.
+"""How learning responds to domains: assigns traces, and updates the schedules' heat.
 
 It connects the detector (modules/domains/detector.py) with the schedules (modules/domains/lr_schedule.py), which hold
 the rules.
 
-    controller = DomainController(
-        detector, explore_shares=(0.0, 0.1), warmup_steps=8, min_lr_factor=0.2, decay_tokens=20_000
-    )
+    controller = DomainController(detector, warmup_steps=8, min_lr_factor=0.2, decay_tokens=20_000)
     schedules = controller.schedules_for(optimizers)
     trace = controller.assign_domain(trace)     # its domain is now the detector's
     controller.record_batch(batch)              # before the schedules' step()
-    controller.explore_share
 """
 
 from __future__ import annotations
@@ -36,7 +33,6 @@ class DomainController:
         self,
         detector: DomainDetector | None,
         *,
-        explore_shares: tuple[float, float],
         warmup_steps: int,
         min_lr_factor: float,
         decay_tokens: float,
@@ -46,7 +42,6 @@ class DomainController:
 
         Args:
             detector: None: domains are the clients' labels, the first `max_labels` of them, and no shift is detected.
-            explore_shares: share of drafted rounds that explore at heat 0 and at heat 1; linear in between.
             warmup_steps: of the schedules.
             min_lr_factor: of the schedules.
             decay_tokens: of the schedules.
@@ -61,7 +56,6 @@ class DomainController:
         """Called when a domain was founded or traffic has shifted."""
         self.num_labels_dropped = 0
         """Traces whose label was not kept, since this object was made."""
-        self._explore_shares = explore_shares
         self._warmup_steps, self._min_lr_factor, self._decay_tokens = warmup_steps, min_lr_factor, decay_tokens
         self._schedules: list[DomainAwareLR] = []
         self.last_shift: Shift | None = None
@@ -125,12 +119,6 @@ class DomainController:
     def factor(self) -> float:
         """Factor of the learning rate."""
         return self._schedules[0].factor
-
-    @property
-    def explore_share(self) -> float:
-        """Share of drafted rounds that should explore at the present heat."""
-        cold, hot = self._explore_shares
-        return cold + self.heat * (hot - cold)
 
     @property
     def num_shifts(self) -> int:

@@ -241,12 +241,12 @@ def prompt_embedding(trace: Trace) -> Tensor | None:
 
 
 def acceptance_rate(trace: Trace) -> float | None:
-    """Share of accepted ones among the draft's verified proposals, without exploring rounds; None if there are none.
+    """Share of accepted ones among the draft's verified proposals; None if there are none.
 
     Proposals after a rejected one are not verified: how many there are depends on how busy the server is. In a replay,
     rounds of the draft that was recorded have a version below 0: they say nothing of the draft that is served.
     """
-    is_drafted_R = (trace.source_R == Source.DRAFT) & (trace.round_version_R >= 0) & ~trace.explored_R
+    is_drafted_R = (trace.source_R == Source.DRAFT) & (trace.round_version_R >= 0)
     proposed_R, accepted_R = trace.num_proposed_R[is_drafted_R], trace.num_accepted_R[is_drafted_R]
     accepted, rejected = int(accepted_R.sum()), int((accepted_R < proposed_R).sum())
     return accepted / (accepted + rejected) if accepted + rejected else None

@@ -10,7 +10,6 @@ last few steps' live traffic, and the learning rate is
 So two interleaved domains cool separately, and replay cools its domain without changing the rate. backoff starts at 1
 and is halved when several drafts in a row are rejected by the gate, which indicates that the rate is too high. It is at
 least the heat of what is new when heat is raised: rejected drafts tell nothing about other traffic.
-The heat also sets exploration (modules/domains/controller.py).
 
 Leaves out which domains there are and when traffic shifts (modules/domains/detector.py).
 

@@ -186,6 +186,13 @@ class Eagle3Draft(nn.Module):
         """Target ids of the draft vocabulary [Vd]."""
         return self.d2t + torch.arange(len(self.d2t), device=self.d2t.device)
 
+    def draft_index(self, token_ids: torch.Tensor) -> torch.Tensor:
+        """Draft ids of target ids, in any shape; arbitrary where the draft does not have the token."""
+        ids = self.draft_token_ids  # in any order: some tools sort them by frequency
+        index_V = torch.zeros_like(self.t2d, dtype=torch.int64)
+        index_V[ids] = torch.arange(len(ids), device=ids.device)
+        return index_V[token_ids]
+
     def combine_hidden_states(self, aux_BT3H: torch.Tensor) -> torch.Tensor:
         """The target's three hidden states projected to one [B, T, H]."""
         if self.config.norm_before_fc:

@@ -33,12 +33,6 @@ class LogitTransform:
             products_NV = products_NV + self.bias_V.to(products_NV)
         return self.apply_softcap(products_NV)
 
-    def at_tokens(self, products: Tensor, index: Tensor) -> Tensor:
-        """Logits where each product belongs to one token: element i to token `index[i]` of V; both of any shape."""
-        if self.bias_V is not None:
-            products = products + self.bias_V.to(products)[index]
-        return self.apply_softcap(products)
-
     def apply_softcap(self, logits: Tensor) -> Tensor:
         """The soft cap alone; the logits themselves if there is none."""
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)

@@ -4,6 +4,9 @@ A position's loss is Σ_j S_j · LK_j over the steps j of its chain, where S_j =
 chain is still accepted there, without gradient. Steps that are hardly reached cost as much as others and teach little,
 so chains end by chance: in expectation the sum is the same (Russian roulette; see `OnlineWeights.certain_survival`).
 
+For PPO LK_j has (1 + V_{j+1}) (1 − α_j) in the place of 1 − α_j, with the value head's V, which is 0 after step K − 1.
+The estimate of V_{j+1} is 0 for a chain that ends by chance, and V_{j+1} / P(goes on) for others.
+
 Leaves out running a chain's steps (modules/losses/unroll.py), the loss of a row (modules/losses/fused_lk.py), and which
 positions count how much (modules/losses/draft_module.py).
 
@@ -13,6 +16,7 @@ the heads, H hidden size (of last_BTH and the target's rows: the target's).
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -20,9 +24,10 @@ import torch
 
 from aurora_lit.modules.draft.eagle3 import Eagle3Draft
 from aurora_lit.modules.draft.logit_transform import LogitTransform
-from aurora_lit.modules.losses.fused_lk import TargetRows, fused_lk_loss
+from aurora_lit.modules.losses.fused_lk import OldRows, TargetRows, fused_lk_loss
 from aurora_lit.modules.losses.lk import KL_DECAY, LKStats
 from aurora_lit.modules.losses.objective import OnlineWeights
+from aurora_lit.modules.losses.ppo import Q_RANGES, Region
 from aurora_lit.modules.losses.token_sample import TokenSample
 from aurora_lit.modules.losses.unroll import StepwiseChains, shift_positions
 from aurora_lit.modules.sampling.noise import noise_bits
@@ -43,6 +48,20 @@ class ChainHeads:
     """The target's, for the same tokens."""
     sample: TokenSample | None = None
     """What the tokens are a sample of; None: they are the draft's whole vocabulary."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OldChains:
+    """The same chains of the draft as it was when their positions were first used."""
+
+    draft: Eagle3Draft
+    chains: StepwiseChains
+    weight_SH: torch.Tensor
+    """The rows of its head for the tokens of `ChainHeads`."""
+
+    def rows(self, region: Region) -> OldRows:
+        """Of the present step."""
+        return OldRows(h_NH=self.draft.norm(self.chains.hidden_MH), weight_DH=self.weight_SH, region=region)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +90,7 @@ def chain_losses(
     *,
     weights: OnlineWeights,
     num_steps: int,
+    old: OldChains | None = None,
     between_steps: Callable[[], None] = lambda: None,
 ) -> ChainLosses:
     """The LK and value losses of chains, which are at step 0.
@@ -83,58 +103,75 @@ def chain_losses(
         share_BT: weight of each position in the sums; 0: it does not count.
         last_BTH: the target's last hidden states.
         heads: the heads' rows.
-        weights: which loss, and which chains go on. With the policy loss alone only the statistics of these chains are
-            wanted, and there is no gradient but the value head's.
+        weights: which loss, and which chains go on.
         num_steps: K.
-        between_steps: called after each step, forward and backward.
+        old: of PPO on positions that are used again. Advanced like `chains`.
+        between_steps: called between two steps, forward and backward.
     """
     kl_decay = 0.0 if weights.base_loss == "kl" else KL_DECAY
-    is_trained = weights.base_loss != "none" and torch.is_grad_enabled()
     T = share_BT.shape[1]
     share_N, last_NH = share_BT.flatten(), last_BTH.flatten(0, 1)
     next_share_N = shift_positions(share_BT, -1).flatten()
     found = _StepResults(num_steps, share_BT)
     lk_sum = share_N.new_zeros(())
     importance_M = torch.ones(len(chains.row_M), device=share_N.device)
+    value_M = draft.compute_value(chains.hidden_MH.detach())
     for step in range(num_steps):
         place_M = chains.row_M * T + chains.target_M
         share_M = share_N[place_M]
         share_M[chains.count :] = 0.0
         if chains.hidden_MH.requires_grad:
             chains.hidden_MH.register_hook(lambda _: between_steps())  # type: ignore[no-untyped-call]
-        with torch.set_grad_enabled(is_trained):
-            step_sum, stats = fused_lk_loss(
-                h_NH=draft.norm(chains.hidden_MH),
-                weight_DH=heads.weight_SH,
-                row_weight_N=share_M * importance_M,
-                target=TargetRows(
-                    h_NG=last_NH[place_M],
-                    weight_DG=heads.target_SH,
-                    logit_transform=heads.logit_transform,
-                    sample=heads.sample,
-                ),
-                kl_decay=kl_decay,
-            )
-        lk_sum = lk_sum + step_sum
+        loss_of = functools.partial(
+            fused_lk_loss,
+            h_NH=draft.norm(chains.hidden_MH),
+            weight_DH=heads.weight_SH,
+            row_weight_N=share_M * importance_M,
+            target=TargetRows(
+                h_NG=last_NH[place_M],
+                weight_DG=heads.target_SH,
+                logit_transform=heads.logit_transform,
+                sample=heads.sample,
+            ),
+            kl_decay=kl_decay,
+        )
+        # PPO's loss needs V of the next step, and whether a chain goes on depends on α: it is computed twice.
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not weights.ppo):
+            step_sum, stats = loss_of()
+        old_rows = None if old is None or weights.region is None else old.rows(weights.region)
         counted_C = (share_M > 0).nonzero()[:, 0]
         place_C, importance_C, alpha_C = place_M[counted_C], importance_M[counted_C], stats.alpha_N[counted_C]
-        value_C = draft.compute_value(chains.hidden_MH.detach())[counted_C]
-        found.add(step, counted_C, place_C, stats, importance_C, (share_M * importance_M)[counted_C], value_C)
-        if step == num_steps - 1:
-            break
-        between_steps()
+        found.add(
+            step, counted_C, place_C, stats, importance_C, (share_M * importance_M)[counted_C], value_M[counted_C]
+        )
+        if step < num_steps - 1:
+            between_steps()
         survival_C = importance_C * alpha_C
         chance_C = torch.ones_like(survival_C)
         if weights.certain_survival > 0:
             chance_C = (survival_C / weights.certain_survival).clamp_max(1.0)
         goes_on_C = (next_share_N[place_C] > 0) & (_uniform(last_NH[place_C], step=step) < chance_C)
+        goes_on_C &= step < num_steps - 1
+        carry_C = (1 / chance_C).where(goes_on_C, 0.0).float()
+        found.table_KN["carry"][step, place_C] = carry_C
+        gain_M = torch.ones_like(share_M)
+        if goes_on_C.any():
+            kept_N = counted_C[goes_on_C]
+            chains.advance(kept_N)
+            if old is not None:
+                old.chains.advance(kept_N)
+            importance_M = torch.ones(len(chains.row_M), device=share_N.device)
+            importance_M[: chains.count] = survival_C[goes_on_C].clamp_min(weights.certain_survival)
+            value_M = draft.compute_value(chains.hidden_MH.detach())
+            if weights.credits_depth:
+                left = num_steps - 1 - step
+                gain_M[kept_N] += carry_C[goes_on_C] * value_M[: chains.count].detach().float().clamp(0, left)
+        if weights.ppo:
+            step_sum, of_loss = loss_of(gain_N=gain_M, old=old_rows)
+            found.stopped_R2 += of_loss.stopped_R2
+        lk_sum = lk_sum + step_sum
         if not goes_on_C.any():
             break
-        found.table_KN["carry"][step, place_C] = (1 / chance_C).where(goes_on_C, 0.0).float()
-        with torch.set_grad_enabled(is_trained):
-            chains.advance(counted_C[goes_on_C])
-        importance_M = torch.ones(len(chains.row_M), device=share_N.device)
-        importance_M[: chains.count] = survival_C[goes_on_C].clamp_min(weights.certain_survival)
     return found.losses(lk_sum, kl_decay=kl_decay)
 
 
@@ -148,6 +185,7 @@ class _StepResults:
             for name in ("alpha", "kl", "match", "mask", "importance", "carry")
         }
         """`carry`: 1 / the probability with which the chain went on; 0 where it ended."""
+        self.stopped_R2 = torch.zeros(len(Q_RANGES), 2, device=share_BT.device)
         self._by_step: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
         """Places, weights and predicted values of the chains that count."""
 
@@ -180,6 +218,7 @@ class _StepResults:
             kl_N=self.table_KN["kl"],
             top1_match_N=self.table_KN["match"] > 0,
             kl_decay=kl_decay,
+            stopped_R2=self.stopped_R2,
         )
         return ChainLosses(
             lk_sum=lk_sum,

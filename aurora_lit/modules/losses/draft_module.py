@@ -1,16 +1,17 @@
-"""The draft as a LightningModule: the LK and the value loss over K unrolled steps, and the policy terms.
+"""The draft as a LightningModule: the LK or PPO loss and the value loss over K unrolled steps.
 
 The draft trains on its own hidden states, as it will be served: step 0 reads the target's hidden states, step j the
 draft's own of step j − 1 (modules/losses/unroll.py).
 
 Leaves out the training loop and its budget (learn/), where batches come from (learn/data/), and serving (serve/).
 
-Shapes: B traces, T positions, K steps, Q rounds, H draft hidden size (of `embedding_VH` and `head_VdH`: the target's),
+Shapes: B traces, T positions, K steps, H draft hidden size (of `embedding_VH` and `head_VdH`: the target's),
 V target vocabulary, Vd draft vocabulary, N = B·T rows, R rows that have a weight.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -20,15 +21,14 @@ from torch import nn
 
 from aurora_lit.modules.draft.eagle3 import Eagle3Draft
 from aurora_lit.modules.draft.logit_transform import IDENTITY, LogitTransform
-from aurora_lit.modules.losses.batch import OnlineBatch, Rounds, TraceBatch
-from aurora_lit.modules.losses.chain_losses import ChainHeads, chain_losses
+from aurora_lit.modules.losses.batch import OnlineBatch, TraceBatch
+from aurora_lit.modules.losses.chain_losses import ChainHeads, OldChains, chain_losses
 from aurora_lit.modules.losses.fused_lk import TargetRows, fused_lk_loss
-from aurora_lit.modules.losses.lk import KL_DECAY, LKStats
+from aurora_lit.modules.losses.lk import LKStats
 from aurora_lit.modules.losses.muon import BlockMuon
 from aurora_lit.modules.losses.objective import OnlineReport, OnlineWeights
-from aurora_lit.modules.losses.policy import PolicyTerms, draft_index, policy_terms, sampled_share, usable_rounds
 from aurora_lit.modules.losses.token_sample import TokenSample, sample_tokens
-from aurora_lit.modules.losses.unroll import RootStates, StepwiseChains, shift_positions, unroll, unroll_rounds
+from aurora_lit.modules.losses.unroll import StepwiseChains, shift_positions, unroll
 
 
 class DraftModule(LightningModule):
@@ -63,32 +63,23 @@ class DraftModule(LightningModule):
         self.value_weight = value_weight
         self.online = online or OnlineWeights()
         self._num_samples = 0
+        self._before_rest: tuple[Eagle3Draft, ...] = ()
+        """The draft as it was when the present rest began, in a tuple so that it is no part of the module's state."""
         self.learning_rate = learning_rate
         self.between_pieces: Callable[[], None] = lambda: None
         """Called between the pieces of an online step, forward and backward, where it can wait."""
 
     def training_step(self, batch: OnlineBatch) -> OnlineReport:  # type: ignore[override]
-        """Each term is an average over its own rows: live positions, replayed positions, or rounds.
+        """Each term is an average over its own rows: live positions, or replayed positions.
 
         Positions whose token the draft does not have add 0: no draft of this vocabulary is accepted there. Others add
         the loss of their chain (modules/losses/chain_losses.py).
         """
-        traces, rounds, online = batch.traces, batch.rounds, self.online
+        traces, online = batch.traces, self.online
         weight_BT = traces.weight_BT.clone()
         weight_BT[:, 0] = 0.0  # there is no token before the first, so no chain begins there
-        has_policy = online.ppo_weight > 0
-        usable = usable_rounds(rounds, self.draft) if has_policy else rounds.select(rounds.row_Q[:0])
         needed_BT = weight_BT > 0
-        needed_BT[usable.row_Q, usable.root_Q] = True  # the rounds' chains start there
         needed_BT[0, 1] |= ~needed_BT.any()  # a batch of prompts only: one row, of weight 0
-        chains = StepwiseChains(
-            self.draft,
-            token_ids_BT=traces.token_ids_BT,
-            aux_BT3H=traces.aux_BT3H.to(self.draft.fc.weight.dtype),  # autocast, if it is on, casts them again
-            embedding_VH=self.embedding_VH,
-            needed_BT=needed_BT,
-        )
-        policy = self._policy_terms(usable, chains.root_states())
         live_B1 = batch.live_B[:, None]
         live_BT, replay_BT = weight_BT * live_B1, weight_BT * ~live_B1
         replay_weight = online.replay_weight * batch.replay_fraction
@@ -96,45 +87,60 @@ class DraftModule(LightningModule):
         share_BT = live_BT / num_live.clamp_min(online.fewest_live)
         share_BT = share_BT + replay_weight * replay_BT / replay_BT.sum().clamp_min(1.0)
         share_BT[:, :-1] *= self.draft.t2d[traces.token_ids_BT[:, 1:]]
+        heads = self._heads(batch)
         losses = chain_losses(
             self.draft,
-            chains,
+            self._chains(self.draft, traces, needed_BT),
             share_BT,
             traces.last_BTH,
-            self._heads(batch),
+            heads,
             weights=online,
             num_steps=self.num_steps,
+            old=self._old_chains(batch, needed_BT, heads),
             between_steps=self.between_pieces,
         )
-        mask_KBT, stats, value_loss = losses.mask_KBT, losses.stats, losses.value_sum
-        lk_loss = losses.lk_sum if online.base_loss != "none" else losses.lk_sum.new_zeros(())
-        policy_weight = lk_loss.new_zeros(())
-        if has_policy:
-            counted_KBT = mask_KBT * live_B1 if batch.live_B.any() else mask_KBT
-            mean_alpha = (stats.alpha_N.view_as(mask_KBT) * counted_KBT).sum() / counted_KBT.sum().clamp_min(1.0)
-            policy_weight = online.ppo_weight * (1 - torch.exp(-KL_DECAY * mean_alpha))
-            if online.base_loss != "none":
-                policy_weight = policy_weight * sampled_share(batch, policy.num_proposals, counted_KBT.sum())
-            if not len(usable):
-                policy_weight = policy_weight * 0.0
-            value_loss = value_loss + batch.rounds_fraction * policy.value_loss
-        policy_loss = batch.rounds_fraction * policy_weight * policy.policy_loss
-        loss = lk_loss + self.value_weight * value_loss + policy_loss
+        mask_KBT, stats = losses.mask_KBT, losses.stats
         row_loss_KBT = stats.loss_N.view_as(mask_KBT) * losses.importance_KBT
-        step_K = torch.arange(rounds.proposal_QK.shape[1], device=rounds.row_Q.device)
-        is_proposal_QK, num_accepted_Q1 = rounds.is_proposal_QK, rounds.num_accepted_Q[:, None]
         return OnlineReport(
-            loss=loss,
+            loss=losses.lk_sum + self.value_weight * losses.value_sum,
             stats=stats,
             mask_KBT=mask_KBT,
             lk_live=(live_BT * row_loss_KBT).sum() / live_BT.sum().clamp_min(1.0),
             lk_replay=(replay_BT * row_loss_KBT).sum() / replay_BT.sum().clamp_min(1.0),
-            value_loss=value_loss.detach(),
-            policy=policy,
-            policy_weight=policy_weight,
-            tested_K=(is_proposal_QK & (step_K <= num_accepted_Q1)).sum(0),
-            accepted_K=(is_proposal_QK & (step_K < num_accepted_Q1)).sum(0),
+            value_loss=losses.value_sum.detach(),
+            tested_K=batch.tested_K,
+            accepted_K=batch.accepted_K,
         )
+
+    def forget_rest(self) -> None:
+        """The weights have changed otherwise than by steps: q_old of positions that were used before says nothing."""
+        self._before_rest = ()
+
+    def _chains(self, draft: Eagle3Draft, traces: TraceBatch, needed_BT: torch.Tensor) -> StepwiseChains:
+        return StepwiseChains(
+            draft,
+            token_ids_BT=traces.token_ids_BT,
+            aux_BT3H=traces.aux_BT3H.to(draft.fc.weight.dtype),  # autocast, if it is on, casts them again
+            embedding_VH=self.embedding_VH,
+            needed_BT=needed_BT,
+        )
+
+    @torch.no_grad()
+    def _old_chains(self, batch: OnlineBatch, needed_BT: torch.Tensor, heads: ChainHeads) -> OldChains | None:
+        """For PPO at rest, when nothing is new and positions are used again: the draft as it was before this rest.
+
+        In other batches, of which some positions are used again too, q_old is the present q.
+        """
+        if not (self.online.ppo and self.online.region and batch.at_rest):
+            self.forget_rest()
+            return None
+        if not self._before_rest:
+            self._before_rest = (copy.deepcopy(self.draft).requires_grad_(False),)
+        (draft,) = self._before_rest
+        weight_SH = draft.lm_head.weight
+        if heads.sample is not None:
+            weight_SH = weight_SH[heads.sample.index_S]
+        return OldChains(draft=draft, chains=self._chains(draft, batch.traces, needed_BT), weight_SH=weight_SH)
 
     def _heads(self, batch: OnlineBatch) -> ChainHeads:
         """Rows of both heads for a sample of the vocabulary, or for all of it."""
@@ -161,12 +167,11 @@ class DraftModule(LightningModule):
 
     def _sample_tokens(self, batch: OnlineBatch) -> TokenSample | None:
         """The batch's tokens, and what its rounds proposed; None: the whole vocabulary."""
-        token_ids = torch.cat([batch.traces.token_ids_BT.flatten(), batch.rounds.proposal_QK.flatten()])
-        token_ids = token_ids[token_ids >= 0]
+        token_ids = torch.cat([batch.traces.token_ids_BT.flatten(), batch.proposed_P])
         token_ids = token_ids[self.draft.t2d[token_ids]]
         self._num_samples += 1
         return sample_tokens(
-            draft_index(token_ids, self.draft),
+            self.draft.draft_index(token_ids),
             vocabulary=len(self.draft.d2t),
             size=self.online.sampled_tokens,
             turn=self._num_samples,
@@ -220,28 +225,6 @@ class DraftModule(LightningModule):
             name: of_all_rows(getattr(stats, name)) for name in ("alpha_N", "kl_N", "top1_match_N")
         }
         return LKStats(**all_rows), mask_KBT
-
-    def _policy_terms(self, rounds: Rounds, chains: RootStates) -> PolicyTerms:
-        """Policy and value loss of rounds with a policy ratio."""
-        if not len(rounds):
-            return PolicyTerms.none(chains.hidden_BTH)
-        hidden_QKH = unroll_rounds(
-            self.draft,
-            chains,
-            row_Q=rounds.row_Q,
-            root_Q=rounds.root_Q,
-            proposal_QK=rounds.proposal_QK,
-            embedding_VH=self.embedding_VH,
-        )
-        return policy_terms(
-            rounds,
-            self.draft,
-            hidden_QKH,
-            head_VH=self.head_VdH,
-            logit_transform=self.logit_transform,
-            clip=self.online.clip,
-            gae_lambda=self.online.gae_lambda,
-        )
 
     def make_optimizers(self) -> list[torch.optim.Optimizer]:
         """Muon by blocks for the layer's matrices, AdamW for norms and the value head; without schedules.

@@ -1,9 +1,10 @@
 """The LK loss from hidden states, with hand-written gradients, so that no [N, D] tensor of logits outlives a chunk.
 
-`fused_lk_loss` equals `lk_loss` (modules/losses/lk.py) of the softmax of the logits, summed over rows.
+`fused_lk_loss` equals `lk_loss` (modules/losses/lk.py) of the softmax of the logits, summed over rows, or for PPO the
+same with `ppo_loss` (modules/losses/ppo.py) in the place of 1 − α.
 
 Shapes: N rows (positions), K unrolled draft steps, D reduced draft vocabulary, H draft hidden size, G target hidden
-size, C rows of one chunk, M = K·C.
+size, C rows of one chunk, M = K·C, R ranges of q_old.
 """
 
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from torch import Tensor
 from aurora_lit.kernels import lk_loss as lk_kernel
 from aurora_lit.modules.draft.logit_transform import IDENTITY, LogitTransform
 from aurora_lit.modules.losses.lk import KL_DECAY, LKStats
+from aurora_lit.modules.losses.ppo import Q_RANGES, Region, advantage, is_stopped, overlap_credit, stopped_mass
 from aurora_lit.modules.losses.token_sample import TokenSample
 
 _CHUNK_ROWS = 512
@@ -47,8 +49,26 @@ class TargetRows:
         return logits_CD.to(torch.promote_types(logits_CD.dtype, torch.float32)).logsumexp(-1)
 
 
+@dataclass(frozen=True, kw_only=True)
+class OldRows:
+    """The draft's q of every row when its position was first used: q_old = softmax(h · weightᵀ), without gradient."""
+
+    h_NH: Tensor
+    """Its normed hidden states."""
+    weight_DH: Tensor
+    """Its head."""
+    region: Region
+
+
 def fused_lk_loss(
-    *, h_NH: Tensor, weight_DH: Tensor, row_weight_N: Tensor, target: TargetRows, kl_decay: float = KL_DECAY
+    *,
+    h_NH: Tensor,
+    weight_DH: Tensor,
+    row_weight_N: Tensor,
+    target: TargetRows,
+    kl_decay: float = KL_DECAY,
+    gain_N: Tensor | None = None,
+    old: OldRows | None = None,
 ) -> tuple[Tensor, LKStats]:
     """Σ_n w_n · lk_loss(p_n, softmax(h_n·Wᵀ)), differentiable by h_NH and weight_DH; the caller divides.
 
@@ -61,6 +81,9 @@ def fused_lk_loss(
         row_weight_N: w of every row [N], or [K, N]; 0 where a step has no target. Rows of weight 0 must be finite.
         target: of the N rows.
         kl_decay: of λ; 0 is KL alone.
+        gain_N: PPO's 1 + V_{t+1}, by which 1 − α is multiplied, as `row_weight_N`; None: 1.
+        old: for PPO on positions that are used again, without draft steps in `h_NH`. The value of the loss is as
+            without it.
 
     Returns:
         The weighted sum, and statistics of every row.
@@ -72,14 +95,16 @@ def fused_lk_loss(
     h_KNH = h_NH.reshape(-1, *h_NH.shape[-2:])
     weight_KN = row_weight_N.reshape(h_KNH.shape[:-1])
     with torch.autocast(device_type, enabled=False):
-        loss, alpha, kl, match = _FusedLK.apply(  # type: ignore[no-untyped-call]
-            h_KNH, weight_DH, weight_KN, target, matmul_dtype, kl_decay
+        gain_KN = torch.ones_like(weight_KN) if gain_N is None else gain_N.reshape(weight_KN.shape)
+        loss, alpha, kl, match, stopped = _FusedLK.apply(  # type: ignore[no-untyped-call]
+            h_KNH, weight_DH, weight_KN, gain_KN, target, old, matmul_dtype, kl_decay
         )
     stats = LKStats(
         alpha_N=alpha.reshape(steps_shape),
         kl_N=kl.reshape(steps_shape),
         top1_match_N=match.reshape(steps_shape),
         kl_decay=kl_decay,
+        stopped_R2=stopped,
     )
     return loss, stats
 
@@ -93,15 +118,19 @@ class _FusedLK(torch.autograd.Function):
         h_KNH: Tensor,
         weight_DH: Tensor,
         row_weight_KN: Tensor,
+        gain_KN: Tensor,
         target: TargetRows,
+        old: OldRows | None,
         matmul_dtype: torch.dtype,
         kl_decay: float,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         chunked = _ChunkedPass(
             h_KNH,
             weight_DH,
             row_weight_KN,
+            gain_KN,
             target,
+            old,
             needs_dh=ctx.needs_input_grad[0],
             needs_dweight=ctx.needs_input_grad[1],
             matmul_dtype=matmul_dtype,
@@ -110,8 +139,9 @@ class _FusedLK(torch.autograd.Function):
         chunked.run()
         dweight_DH = chunked.dweight_DH
         ctx.save_for_backward(chunked.dh_KNH, None if dweight_DH is None else dweight_DH.to(weight_DH.dtype))
-        ctx.mark_non_differentiable(chunked.alpha_KN, chunked.kl_KN, chunked.match_KN)
-        return chunked.loss, chunked.alpha_KN, chunked.kl_KN, chunked.match_KN
+        found = (chunked.alpha_KN, chunked.kl_KN, chunked.match_KN, chunked.stopped_R2)
+        ctx.mark_non_differentiable(*found)
+        return chunked.loss, *found
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -119,7 +149,7 @@ class _FusedLK(torch.autograd.Function):
         scale = grads[0]
         dh = None if dh_KNH is None else dh_KNH * scale.to(dh_KNH.dtype)
         dweight = None if dweight_DH is None else dweight_DH * scale.to(dweight_DH.dtype)
-        return dh, dweight, None, None, None, None
+        return dh, dweight, None, None, None, None, None, None
 
 
 class _ChunkedPass:
@@ -133,7 +163,9 @@ class _ChunkedPass:
         h_KNH: Tensor,
         weight_DH: Tensor,
         row_weight_KN: Tensor,
+        gain_KN: Tensor,
         target: TargetRows,
+        old: OldRows | None,
         *,
         needs_dh: bool,
         needs_dweight: bool,
@@ -143,21 +175,24 @@ class _ChunkedPass:
         K, N, H = h_KNH.shape
         D, device = weight_DH.shape[0], h_KNH.device
         math_dtype = torch.promote_types(matmul_dtype, torch.float32)
-        self._target, self._kl_decay, self._math_dtype = target, kl_decay, math_dtype
+        self._target, self._old, self._kl_decay, self._math_dtype = target, old, kl_decay, math_dtype
+        assert old is None or K == 1
         self._h_KNH = h_KNH.detach().to(matmul_dtype)
         self._weight_DH = weight_DH.detach().to(matmul_dtype)
         self._target_weight_DG = target.weight_DG.detach().to(matmul_dtype)
-        self._row_weight_KN = row_weight_KN.detach().to(math_dtype)
+        self._row_weight_KN, self._gain_KN = (each.detach().to(math_dtype) for each in (row_weight_KN, gain_KN))
 
         self.loss = torch.zeros((), dtype=math_dtype, device=device)
         self.alpha_KN = torch.empty(K, N, dtype=math_dtype, device=device)
         self.kl_KN = torch.empty_like(self.alpha_KN)
         self.match_KN = torch.empty(K, N, dtype=torch.bool, device=device)
+        self.stopped_R2 = torch.zeros(len(Q_RANGES), 2, dtype=math_dtype, device=device)
         self.dh_KNH = torch.zeros_like(h_KNH) if needs_dh else None
         self.dweight_DH = torch.zeros(D, H, dtype=math_dtype, device=device) if needs_dweight else None
         self._dweight_of_chunk_DH = torch.empty(D, H, dtype=matmul_dtype, device=device) if needs_dweight else None
 
-        self._uses_kernel = lk_kernel.is_supported(torch.empty(0, D, dtype=matmul_dtype, device=device))
+        is_supported = lk_kernel.is_supported(torch.empty(0, D, dtype=matmul_dtype, device=device))
+        self._uses_kernel = is_supported and old is None
         rows = _KERNEL_CHUNK_FACTOR * _CHUNK_ROWS if self._uses_kernel else _CHUNK_ROWS
         self._max_rows = size = min(max(1, rows // K), N)
         self._draft_KCD = torch.empty(K, size, D, dtype=matmul_dtype, device=device)
@@ -190,6 +225,7 @@ class _ChunkedPass:
             target_CD,
             target_lse_C=self._target.lse(rows, target_CD),
             weight_KC=self._row_weight_KN[:, rows],
+            gain_KC=self._gain_KN[:, rows],
             decay=self._kl_decay,
         )
         self.loss += loss_KC.sum()
@@ -215,19 +251,38 @@ class _ChunkedPass:
 
         kl_share_KC = torch.exp(-self._kl_decay * alpha_KC)
         weight_KC = self._row_weight_KN[:, rows]
-        self.loss += (weight_KC * (kl_share_KC * kl_KC + (1 - kl_share_KC) * (1 - alpha_KC))).sum()
+        alpha_part_KC = weight_KC * (1 - kl_share_KC) * self._gain_KN[:, rows]
+        kl_part_KC = weight_KC * kl_share_KC
+        self.loss += (kl_part_KC * kl_KC + alpha_part_KC * (1 - alpha_KC)).sum()
         self.alpha_KN[:, rows], self.kl_KN[:, rows] = alpha_KC, kl_KC
         self.match_KN[:, rows] = top_KC1.squeeze(-1) == top_p_C
         if self.dh_KNH is None and self.dweight_DH is None:
             return
 
         # dz = λ(s·q − p) − (1 − λ)·q·(m − Σ m·q) = q·[λs + (1 − λ)(Σ m·q − m)] − λp, times the row's weight.
-        alpha_part_KC = weight_KC * (1 - kl_share_KC)
-        kl_part_KC = weight_KC * kl_share_KC
+        if self._old is not None:
+            m_KCD, q_below_KC = self._credit_in_region(self._old, rows, p_CD, q_KCD)
         dz_KCD.mul_(-alpha_part_KC[..., None])
         dz_KCD.add_((kl_part_KC * p_sum_C + alpha_part_KC * q_below_KC)[..., None]).mul_(q_KCD)
         dz_KCD.addcmul_(kl_part_KC[..., None], p_CD.expand_as(dz_KCD), value=-1)
         self._add_gradients(rows, h_MH, draft_KCD.copy_(dz_KCD))
+
+    def _credit_in_region(self, old: OldRows, rows: slice, p_CD: Tensor, q_KCD: Tensor) -> tuple[Tensor, Tensor]:
+        """What takes the place of m and Σ m·q for PPO: each token's advantage, 0 where it is stopped, in m's buffer.
+
+        The gain is part of the loss's weight, so A is without it here.
+        """
+        logits_CD = old.h_NH[rows].to(self._weight_DH.dtype) @ old.weight_DH.to(self._weight_DH.dtype).t()
+        if self._target.sample is not None:
+            self._target.sample.raise_logits(logits_CD)
+        q_old_CD = logits_CD.to(self._math_dtype).softmax(-1)
+        advantage_CD = advantage(overlap_credit(p_CD, q_old_CD), q_old_CD, torch.ones_like(q_old_CD[:, 0]))
+        stopped_CD = is_stopped(q_KCD[0], q_old_CD, advantage_CD, old.region)
+        counted_C1 = self._row_weight_KN[0, rows, None] > 0
+        self.stopped_R2 += stopped_mass(p_CD * counted_C1, q_old_CD, stopped_CD)
+        m_KCD = self._of_chunk(self._dz_KCD, rows)
+        m_KCD[0] = advantage_CD.masked_fill_(stopped_CD, 0.0)
+        return m_KCD, (m_KCD * q_KCD).sum(-1)
 
     def _target_distribution(self, rows: slice) -> tuple[Tensor, Tensor]:
         """p [C, D] and Σ p·log p [C]."""

@@ -18,7 +18,7 @@ verification (serve/engine/round_plan.py), and the weights of unrolled draft ste
 Shapes: N rows (positions), K unrolled draft steps, D reduced draft vocabulary.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -38,6 +38,8 @@ class LKStats:
     top1_match_N: Tensor
     """bool. True if draft and target have the same argmax; False where the target's is outside the draft vocabulary."""
     kl_decay: float = KL_DECAY
+    stopped_R2: Tensor = field(default_factory=lambda: torch.zeros(0, 2))
+    """Of all rows together: `stopped_mass` (modules/losses/ppo.py); of no ranges where it was not counted."""
 
     @property
     def loss_N(self) -> Tensor:

@@ -13,25 +13,23 @@ from typing import Literal
 import torch
 
 from aurora_lit.modules.losses.lk import LKStats
-from aurora_lit.modules.losses.policy import PolicyTerms
+from aurora_lit.modules.losses.ppo import Region
 
-BaseLoss = Literal["lk", "kl", "none"]
-""""lk": the LK loss. "kl": KL alone in its place. "none": the policy loss alone."""
+BaseLoss = Literal["lk", "kl"]
+""""lk": the LK loss. "kl": KL alone in its place."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class OnlineWeights:
-    """The online loss: LK(live) + w·PPO + β·LK(replay) + c_v·value."""
+    """The online loss: LK(live) + β·LK(replay) + c_v·value."""
 
     base_loss: BaseLoss = "lk"
-    ppo_weight: float = 1.0
-    """w = ppo_weight · (1 − exp(−3ᾱ)) · M / (M + N), with M sampled proposals and N targets of the base loss: the
-    policy loss gains weight as the draft's acceptance rate ᾱ grows, and with the number of samples. 0: no policy
-    loss."""
-    clip: float = 0.2
-    """PPO's ε."""
-    gae_lambda: float = 0.95
-    """λ of generalised advantage estimation."""
+    ppo: bool = False
+    """True: PPO takes the place of LK's 1 − α (modules/losses/ppo.py)."""
+    credits_depth: bool = True
+    """False: PPO with V = 0."""
+    region: Region | None = "clip"
+    """What keeps PPO near q_old where positions are used again at rest; None: q_old is always the present q."""
     replay_weight: float = 1.0
     """β."""
     fewest_live: int = 1
@@ -46,7 +44,7 @@ class OnlineWeights:
 
 @dataclass(frozen=True, kw_only=True)
 class OnlineReport:
-    """Loss and statistics of one batch, and each term of its loss; scalars, of which those of `policy` have a gradient.
+    """Loss and statistics of one batch, and each term of its loss; scalars.
 
     Rows of the statistics are target positions of each draft step.
     """
@@ -61,11 +59,6 @@ class OnlineReport:
     """Mean over the live positions, however few."""
     lk_replay: torch.Tensor
     value_loss: torch.Tensor
-    """Of all positions and, if there are policy terms, of the rounds too."""
-    policy: PolicyTerms
-    policy_weight: torch.Tensor
-    """w; 0 without policy terms."""
     tested_K: torch.Tensor
-    """Rounds of the batch, usable or not, in which proposal i was tested: those before it were accepted."""
+    """As in `OnlineBatch`."""
     accepted_K: torch.Tensor
-    """Rounds in which it was accepted: with `tested_K`, acceptance by position as it was served."""

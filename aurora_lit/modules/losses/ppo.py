@@ -1,98 +1,78 @@
-"""Proximal policy optimisation of a draft whose reward is acceptance: advantages, policy loss, value loss.
+"""PPO of a draft whose reward is acceptance, without sampling: the sum over all actions in the place of LK's 1 − α.
 
-A round is an episode. In state s_t (the context and the proposals before t) the draft draws a_t ~ q(·|s_t). The target
-accepts it with probability c_t, and the first rejection ends the round. The objective is the expected number of
-accepted proposals, J = E_{a~q} Σ_t Π_{i≤t} c_i. Acceptance thus has the role of the discount:
-J(s_t) = E_a[c_t (1 + J(s_{t+1}))], and J is 0 after a round's last proposal. Proposal t is tested with probability
-S_t = Π_{i<t} c_i. All proposals of a round are drawn before any is tested, so c_t is known for every t and replaces the
-accept bit: the same expectation with less variance.
+A chain of draft steps is an episode. In step t the draft draws a ~ q; α_t is the probability that it is accepted, and
+the first rejection ends the episode, so that acceptance is the discount. The objective is the expected number of
+accepted proposals, J = Σ_t Π_{i≤t} α_i. With S_t = Π_{i<t} α_i and V_{t+1}, the value of the state after an accepted
+proposal, the policy gradient theorem (Sutton et al. 1999) says ∇J = Σ_t S_t (1 + V_{t+1}) ∇α_t, and α_t is known in
+closed form, as is q. So nothing needs to be drawn. An action's credit is c = ∂α/∂q, and
 
-c does not depend on q: a proposal is accepted if it equals the target's own token. c(a) = 1[a = argmax p] for greedy
-requests. For sampled ones c(a) = p(a): these proposals are drawn to explore, with noise of their own, so the target's
-draw is independent of them. By the policy gradient theorem (Sutton et al. 1999),
-∇J = E Σ_t S_t ∇log q(a_t)·[c_t (1 + J(s_{t+1})) − b(s_t)] for any baseline b.
+    A(a) = (1 + V_{t+1}) · (c(a) − Σ_b q_old(b) c(b))
+    L = −S_t Σ_a q_old(a) · min(ρ(a) A(a), clip(ρ(a), 1 ± ε) A(a)),   ρ = q / q_old.
 
-This J is the acceptance of rounds that explore. In other rounds of sampled requests draft and target share their noise,
-and the LK loss trains that acceptance (modules/losses/lk.py). There the two disagree: J is largest for a draft that
-always proposes the target's likeliest token, acceptance with shared noise for q = p.
+q_old is the draft's own q when a position was first used. Where positions are used once ρ is 1, and the gradient is
+that of S_t (1 + V_{t+1}) (1 − α_t). Where they are used again, tokens that have moved away from q_old as far as they
+may get no gradient that would move them further.
 
-PPO: Schulman et al., arXiv 1707.06347. Generalised advantage estimation: Schulman et al., arXiv 1506.02438. Advantages
-are not normalised.
+PPO: Schulman et al., arXiv 1707.06347; all actions: Asadi et al., arXiv 1709.00503. Advantages are not normalised. V is
+the draft's value head along the recorded tokens (modules/losses/chain_losses.py).
 
-Leaves out the networks, and which rounds can be used (modules/losses/policy.py).
+Leaves out the loss as training computes it (modules/losses/fused_lk.py).
 
-Shapes: [..., K] proposals of a round; K1 = K + 1 states; D draft vocabulary; N any. Where a round has n < K proposals,
-the caller sets c and V to 0 from proposal n on, which makes its advantages 0 there.
+Shapes: [..., D] draft vocabulary.
 """
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
-_MAX_LOG_RATIO = 10.0
-"""Log-ratios are clamped to ±this, so that their exponential stays finite."""
+Region = Literal["clip", "tv"]
+""""clip": PPO's, of each token by itself. "tv": of all tokens of a row together, by their total variation distance."""
+CLIP = 0.2
+"""ε: how far a token's ρ may be from 1."""
+MOST_TV = 0.1
+"""How far q may be from q_old: ½ Σ |q − q_old|."""
+Q_RANGES = ((0.0, 0.01), (0.01, 0.1), (0.1, 2.0))
+"""Ranges of q_old, low end included, by which it is reported how much the region stops."""
 
 
-def survival(accept_prob_K: Tensor) -> Tensor:
-    """S_t = Π_{i<t} c_i: the probability that proposal t is tested."""
-    return torch.cat([torch.ones_like(accept_prob_K[..., :1]), accept_prob_K[..., :-1].cumprod(-1)], dim=-1)
+def overlap_credit(p_D: Tensor, q_old_D: Tensor) -> Tensor:
+    """c = 1[q_old < p] of α = Σ min(p, q), in fp32 or the dtype of p. p held fixed over q would miss a term."""
+    return (q_old_D < p_D).to(p_D.dtype)
 
 
-def acceptance_gae(accept_prob_K: Tensor, value_K1: Tensor, gae_lambda: float) -> Tensor:
-    """Advantages Â_t = δ_t + λ c_t Â_{t+1}, with δ_t = c_t (1 + V_{t+1}) − V_t and Â_K = 0.
+def greedy_credit(p_D: Tensor) -> Tensor:
+    """c = 1[a = argmax p] of α = q(argmax p), a surrogate of greedy verification, which is a step function of q."""
+    return torch.zeros_like(p_D).scatter(-1, p_D.argmax(-1, keepdim=True), 1.0)
 
-    This is arXiv 1506.02438 (eq. 16) with the acceptance probability as discount and 1 + V as the value of acceptance.
-    Â_t + V_t is the λ-return G_t = c_t (1 + (1 − λ) V_{t+1} + λ G_{t+1}), the value head's target. With λ = 1 it is
-    unbiased for any V, since Â_t = c_t + c_t c_{t+1} + … − V_t (V_K must be 0); with λ < 1 it is unbiased if V is
-    exact.
+
+def advantage(credit_D: Tensor, q_old_D: Tensor, gain: Tensor) -> Tensor:
+    """A of every token; gain [...]: 1 + V_{t+1}."""
+    return gain[..., None] * (credit_D - (q_old_D * credit_D).sum(-1, keepdim=True))
+
+
+def is_stopped(q_D: Tensor, q_old_D: Tensor, advantage_D: Tensor, region: Region) -> Tensor:
+    """bool. True where the gradient would move a token further out of the region."""
+    change_D = q_D - q_old_D
+    if region == "clip":
+        is_outside_D = change_D.abs() > CLIP * q_old_D
+    else:
+        is_outside_D = change_D.abs().sum(-1, keepdim=True) > 2 * MOST_TV
+    return is_outside_D & (advantage_D * change_D > 0)
+
+
+def stopped_mass(p_ND: Tensor, q_old_ND: Tensor, stopped_ND: Tensor) -> Tensor:
+    """By range of q_old, p of the stopped tokens and of all, summed over N rows [len(Q_RANGES), 2].
+
+    A clip of ρ stops a token of q_old = 0.001 that the target wants at 0.0012.
     """
-    advantage_K = torch.empty_like(accept_prob_K)
-    next_advantage = torch.zeros_like(accept_prob_K[..., 0])
-    for t in range(accept_prob_K.shape[-1] - 1, -1, -1):
-        accept = accept_prob_K[..., t]
-        delta = accept * (1 + value_K1[..., t + 1]) - value_K1[..., t]
-        next_advantage = delta + gae_lambda * accept * next_advantage
-        advantage_K[..., t] = next_advantage
-    return advantage_K
+    in_range = [p_ND * ((q_old_ND >= low) & (q_old_ND < high)) for low, high in Q_RANGES]
+    return torch.stack([torch.stack([(each * stopped_ND).sum(), each.sum()]) for each in in_range])
 
 
-def policy_ratio(logprob: Tensor, behaviour_logprob: Tensor) -> Tensor:
-    """ρ = q(a)/q_behaviour(a), from the log-probability logged when the proposal was drawn."""
-    return (logprob - behaviour_logprob).clamp(-_MAX_LOG_RATIO, _MAX_LOG_RATIO).exp()
-
-
-def clipped_policy_loss(
-    ratio_K: Tensor, advantage_K: Tensor, survival_K: Tensor, *, clip: float
-) -> tuple[Tensor, Tensor]:
-    """−S_t · min(ρÂ, clip(ρ, 1 ± ε)Â) of each proposal, not reduced; and whether the clip stops its gradient (bool).
-
-    arXiv 1707.06347, eq. 7. Summed over a round's proposals and averaged over rounds, it has the gradient −∇J at ρ = 1.
-    S_t and Â are of the round as it was served and get no gradient.
-    """
-    advantage_K, survival_K = advantage_K.detach(), survival_K.detach()
-    unclipped_K = ratio_K * advantage_K
-    clipped_K = ratio_K.clamp(1 - clip, 1 + clip) * advantage_K
-    return -survival_K * torch.minimum(unclipped_K, clipped_K), clipped_K < unclipped_K
-
-
-def value_loss(value_K: Tensor, return_K: Tensor, survival_K: Tensor) -> Tensor:
-    """Σ S_t (V_t − G_t)² / Σ S_t over all proposals: each counts by its probability of being tested."""
-    survival_K = survival_K.detach()
-    squares = survival_K * (value_K - return_K.detach()).square()
-    return squares.sum() / survival_K.sum().clamp_min(torch.finfo(value_K.dtype).tiny)
-
-
-def explained_variance(value_N: Tensor, return_N: Tensor, weight_N: Tensor) -> Tensor:
-    """1 − Var(G − V) / Var(G), weighted: 1 for an exact value head, 0 for one that predicts the mean."""
-    weight_N = weight_N / weight_N.sum().clamp_min(torch.finfo(weight_N.dtype).tiny)
-
-    def variance(x_N: Tensor) -> Tensor:
-        return (weight_N * (x_N - (weight_N * x_N).sum()).square()).sum()
-
-    return 1 - variance(return_N - value_N) / variance(return_N).clamp_min(torch.finfo(value_N.dtype).eps)
-
-
-def entropy(log_q_D: Tensor) -> Tensor:
-    """H(q) = −Σ q·log q over the last dim, in nats."""
-    return -(log_q_D.exp() * log_q_D).sum(-1)
+def ppo_loss(q_D: Tensor, q_old_D: Tensor, advantage_D: Tensor, region: Region) -> Tensor:
+    """A loss with the gradient of L / S_t for each row; of stopped tokens it has −q A as a constant."""
+    stopped_D = is_stopped(q_D, q_old_D, advantage_D, region)
+    return -(torch.where(stopped_D, q_D.detach(), q_D) * advantage_D).sum(-1)

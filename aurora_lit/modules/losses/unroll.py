@@ -1,8 +1,7 @@
 """The draft's chains in training: K steps on its own hidden states, as when serving (EAGLE-3's training-time test).
 
 A chain starts at a root position t, the last whose target hidden states the draft has. At step j it receives token
-t + 1 + j and proposes token t + 2 + j. `unroll` runs chains along the tokens of a trace; `unroll_rounds` runs the
-chains of served rounds along what was proposed there, accepted or not.
+t + 1 + j and proposes token t + 2 + j.
 
 Source: Li et al., arXiv 2503.01840.
 
@@ -11,28 +10,16 @@ is a prompt, which has no loss; of its positions only the keys and values are co
 
 Leaves out drafting with a KV cache, as serving does (serve/speculation/sources/drafter.py).
 
-Shapes: B traces, T positions, S keys of step 0, K steps, Q rounds, R chains of a trace (padded to the most of any), H
+Shapes: B traces, T positions, S keys of step 0, K steps, R chains of a trace (padded to the most of any), H
 draft hidden size, V target vocabulary, N heads, G key-value heads, D head size.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import nn
 
 from aurora_lit.modules.draft.eagle3 import Eagle3Draft
-
-
-@dataclass(frozen=True, kw_only=True)
-class RootStates:
-    """Step 0 of the chains of traces, by root position: what chains along other tokens go on from."""
-
-    hidden_BTH: torch.Tensor
-    key_BGTD: torch.Tensor
-    """The past that every chain attends to."""
-    value_BGTD: torch.Tensor
 
 
 def unroll(
@@ -124,7 +111,7 @@ class StepwiseChains:
         next_MH, before_MH = self._inputs(aux_BT3H, self.row_M, self._root_M)
         # Before the past, which has no gradient: autocast keeps the first copy that it makes of a weight.
         query, key, value = draft.project_qkv(next_MH[None], before_MH[None], self._root_M[None])
-        self.root_key_BGTD, self.root_value_BGTD = self._past(
+        self._root_key_BGTD, self._root_value_BGTD = self._past(
             aux_BT3H, is_root_BT, key[0].transpose(0, 1), value[0].transpose(0, 1)
         )
         self._chain: list[tuple[torch.Tensor, torch.Tensor]] = []
@@ -154,16 +141,6 @@ class StepwiseChains:
         query, key, value = draft.project_qkv(token_MH[None], hidden_MH[None], position_1M)
         self._chain.append((key[0].transpose(0, 1), value[0].transpose(0, 1)))
         self.hidden_MH = draft.complete_layer(self._attend(query[0].transpose(0, 1)), hidden_MH)
-
-    def root_states(self) -> RootStates:
-        """What `unroll_rounds` needs, of the present step, which must be 0."""
-        assert self.step == 0
-        B, T, H = self._embeds_BTH.shape
-        place_N = (self.row_M * T + self._root_M)[: self.count]
-        hidden_NH = self.hidden_MH.new_zeros(B * T, H).index_copy(0, place_N, self.hidden_MH[: self.count])
-        return RootStates(
-            hidden_BTH=hidden_NH.view(B, T, H), key_BGTD=self.root_key_BGTD, value_BGTD=self.root_value_BGTD
-        )
 
     def _inputs(
         self, aux_BT3H: torch.Tensor, row_X: torch.Tensor, position_X: torch.Tensor
@@ -199,7 +176,7 @@ class StepwiseChains:
 
     def _attend(self, query_MND: torch.Tensor) -> torch.Tensor:
         """Attention of the present step [M, N·D], in fp32 at least; here the chains of a trace lie side by side."""
-        B, _, T, _ = self.root_key_BGTD.shape
+        B, _, T, _ = self._root_key_BGTD.shape
         dtype = torch.promote_types(query_MND.dtype, torch.float32)
         rows = _RowsOfTraces(self.row_M[: self.count], num_traces=B)
 
@@ -210,7 +187,7 @@ class StepwiseChains:
         past_B1RT = _past_mask(rows.by_trace(self._root_M[: self.count]), T)
         # Not in bf16: these shapes differ from batch to batch.
         with torch.autocast(query_MND.device.type, enabled=False):
-            chain = [(self.root_key_BGTD.to(dtype), self.root_value_BGTD.to(dtype))]
+            chain = [(self._root_key_BGTD.to(dtype), self._root_value_BGTD.to(dtype))]
             chain += [(by_trace(key), by_trace(value)) for key, value in self._chain]
             attended_BRC = _chain_attention(by_trace(query_MND), chain, past_B1RT)
         return attended_BRC.flatten(0, 1)[_padded(rows.place_N)].to(query_MND.dtype)
@@ -277,38 +254,6 @@ def _scatter_positions(x_BRH: torch.Tensor, index_BR: torch.Tensor, T: int) -> t
     index_N = (index_BR.clamp_max(T) + torch.arange(B, device=index_BR.device)[:, None] * (T + 1)).flatten()
     out_NH = x_BRH.new_zeros(B * (T + 1), H).index_copy(0, index_N, x_BRH.reshape(B * R, H))
     return out_NH.view(B, T + 1, H)[:, :T]
-
-
-def unroll_rounds(
-    draft: Eagle3Draft,
-    roots: RootStates,
-    *,
-    row_Q: torch.Tensor,
-    root_Q: torch.Tensor,
-    proposal_QK: torch.Tensor,
-    embedding_VH: torch.Tensor,
-) -> torch.Tensor:
-    """Hidden states that the proposals of served rounds are drawn from [Q, K, H]: proposal i's has read 0 … i − 1.
-
-    Rows, roots and proposals are as in `Rounds` (modules/losses/batch.py). After a round's last proposal, the result
-    is arbitrary.
-    """
-    B, T, _ = roots.hidden_BTH.shape
-    draft.extend_positions(T + proposal_QK.shape[1])
-    rows = _RowsOfTraces(row_Q, num_traces=B)
-    start_Q = root_Q - 1  # the draft position that receives the root's token
-    start_BR = rows.by_trace(start_Q)
-    hidden_BRH = rows.by_trace(roots.hidden_BTH[row_Q, start_Q])
-    past_B1RT = _past_mask(start_BR, T)
-    embeds_BRKH = nn.functional.embedding(rows.by_trace(proposal_QK).clamp_min(0), embedding_VH)
-    chain = [(roots.key_BGTD, roots.value_BGTD)]
-    steps = [hidden_BRH]
-    for step in range(1, proposal_QK.shape[1]):
-        query, key, value = draft.project_qkv(embeds_BRKH[:, :, step - 1], hidden_BRH, start_BR + step)
-        chain.append((key, value))
-        hidden_BRH = draft.complete_layer(_chain_attention(query, chain, past_B1RT), hidden_BRH)
-        steps.append(hidden_BRH)
-    return torch.stack(steps, dim=2).flatten(0, 1)[rows.place_N]
 
 
 def _chain_attention(

@@ -72,13 +72,11 @@ class Commit:
             made = (row.uncut.proposal, [row.uncut.columns[column] for column in path])
         self._proposer.observe(sequence, made[0], path=made[1], tokens=tokens, finished=reason is not None)
         accepted_from = proposal.sources_of(path[1:])
-        explored = proposal.explored_at is not None
         self._counters.count(
             generated=len(tokens),
             proposed=proposed,
             accepted_from=accepted_from,
             remembered=len(proposal.remembered),
-            explored=explored,
         )
         if proposal.source is Source.DRAFT:
             sequence.draft_versions[draft_version] = None
@@ -94,7 +92,6 @@ class Commit:
             tested_choices=None if made[0].weighed is None else made[0].weighed.tested_by(tokens),
             finish_reason=reason,
             error=error,
-            explored=explored,
             only_copied=proposed > 0 and not proposal.num_drafted,
             accepted_from=accepted_from,
             draft_versions=tuple(sequence.draft_versions),

@@ -20,7 +20,6 @@ slot, V vocabulary.
 
 from __future__ import annotations
 
-import functools
 import time
 
 import torch
@@ -78,7 +77,6 @@ class Engine:
         memory: MemorySettings = NO_MEMORY,
         prefill_chunk_tokens: int = PREFILL_CHUNK_TOKENS,
         max_round_s: float = MAX_ROUND_S,
-        explore_seed: int = 0,
         draft_version: str = "",
         observer: TraceRecorder | None = None,
         grammars: GrammarCompiler | None = None,
@@ -91,9 +89,8 @@ class Engine:
         settings of threads and devices, which the target has.
 
         `memory`: as config.py resolves it (`resolved_memory`); its scope is that of prefixes and grammars too.
-        `explore_seed`: decides which rounds explore. `draft_version`: name of the draft's version, for outputs and
-        traces. `observer`: records rounds. `grammars`: of structured outputs; None: they are refused. `threads`: of
-        rounds; None: those that are set.
+        `draft_version`: name of the draft's version, for outputs and traces. `observer`: records rounds. `grammars`: of
+        structured outputs; None: they are refused. `threads`: of rounds; None: those that are set.
         Raises CheckpointError if the draft computes values that are not finite.
         """
         slots, capacity = settings.max_batch_size, slot_capacity(settings, memory)
@@ -158,14 +155,7 @@ class Engine:
         self.proposer = Proposer(
             weigher,
             ngram=NgramSource(tokens_SL=self._tokens_SL, memory=self.memory, looks_up=settings.lookup),
-            draft=DraftSource(
-                self._drafter,
-                weigher,
-                max_catch_up_s=max_round_s,
-                explore_share=settings.explore_share,
-                explore_temperature=settings.explore_temperature,
-                explore_seed=explore_seed,
-            ),
+            draft=DraftSource(self._drafter, weigher, max_catch_up_s=max_round_s),
         )
         self._commit = Commit(
             self._tokens_SL, max_seq_len=self.max_seq_len, proposer=self.proposer, counters=self.counters
@@ -283,8 +273,7 @@ class Engine:
             output = self._commit(row, outcome, logits_DV.get(index), draft_version=self.draft_version)
             outputs.append(output)
             if self._observer and row.sequence.request.store:
-                last = functools.partial(columns.last, index)
-                self._observer.on_round(row, output, last=last, version=self._draft_number)
+                self._observer.on_round(row, output, version=self._draft_number)
         self._prefill.complete(plan.prompts, columns, first=len(plan.decoding))
         seconds = time.perf_counter() - started  # what the end of a request takes is not a round's
         for row, output in zip(plan.decoding, outputs, strict=True):

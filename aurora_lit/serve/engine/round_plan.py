@@ -96,10 +96,6 @@ class Proposal:
     """The first so many tokens are the draft's; the others were copied."""
     copies: tuple[CopiedNode, ...] = ()
     """What is known about the copied tokens, and about those of the draft's that could have been copied too."""
-    explored_at: float | None = None
-    """The temperature at which they were drawn to explore; None: this round does not explore."""
-    logprobs: list[float] | None = None
-    """Of tokens that were drawn to explore: their log-probabilities under the draft at that temperature."""
     weighed: WeighedChain | None = None
     """What the draft's tokens were chosen from by their worth; None: all that it drafted are proposed."""
 
@@ -153,7 +149,6 @@ class Proposal:
             source=source,
             num_drafted=num_drafted,
             copies=copies,
-            logprobs=None if self.logprobs is None else [self.logprobs[column - 1] for column in columns[1:]],
         )
 
 

@@ -10,8 +10,7 @@ Lifecycle: created, passed to an Engine (which attaches it), and called by that 
     recorder = TraceRecorder(sink, hidden_size=target.hidden_size)
     engine = Engine(target, draft, options, observer=recorder)
 
-Shapes: S slots, L capacity of a slot, F = 3H auxiliary features, T positions, H hidden, R rounds, K proposals, N
-rejected positions.
+Shapes: S slots, L capacity of a slot, F = 3H auxiliary features, T positions, H hidden.
 """
 
 from __future__ import annotations
@@ -37,8 +36,6 @@ class _Segment:
     start: int = 0
     """First position that is in no earlier segment."""
     notes: list[RoundNote] = field(default_factory=list)
-    rejected: list[torch.Tensor] = field(default_factory=list)
-    """Last hidden states [N, H] of each round's rejected proposals."""
 
 
 class TraceRecorder:
@@ -89,22 +86,16 @@ class TraceRecorder:
         """What is kept here [S, L, …] of prompts too, for a prefix that is copied to a slot."""
         return [*([self._aux_SLF] if self._owns_aux else []), *([self.last_SLH] if self.keeps_prompts else [])]
 
-    def on_round(self, row: DecodingRow, output: Output, *, last: Callable[[], torch.Tensor], version: int) -> None:
-        """Add a committed round of one sequence, with the states of its rejected proposals, as `_note_of` has it.
+    def on_round(self, row: DecodingRow, output: Output, *, version: int) -> None:
+        """Add a committed round of one sequence. The segment goes to the sink if it is full.
 
-        `last`: returns the last hidden states [T, H] of the row's columns until the next round; a call takes 0.1 ms, so
-        it is made only for rounds that need them. `version`: number of the draft's version. The segment goes to the
-        sink if it is full.
+        `version`: number of the draft's version.
         """
-        sequence, (note, columns) = row.sequence, _note_of(row, output, version=version)
+        sequence = row.sequence
         segment = self._segments[sequence.slot]
         if segment.sequence is not sequence:
             segment = self._segments[sequence.slot] = _Segment(sequence=sequence, start=sequence.prompt_length)
-        segment.notes.append(note)
-        if note.accepted + 1 < len(note.proposals):
-            last_TH = last() if columns is None else last()[columns]
-            rejected_NH = last_TH[note.accepted + 1 : len(note.proposals)]
-            segment.rejected.append(rejected_NH.to(torch.bfloat16, copy=True))  # a view would keep the whole batch's
+        segment.notes.append(_note_of(row, output, version=version))
         if sequence.length - 1 - segment.start >= self._segment_tokens:
             self._emit(segment, sequence)
 
@@ -135,16 +126,10 @@ class TraceRecorder:
                 token_ids_T=self._tokens_SL[slot, first:end].to("cpu", torch.int32),
                 aux_T3H=self._aux_SLF[slot, first:end].to("cpu", torch.bfloat16),
                 last_TH=self.last_SLH[slot, first:end].cpu(),
-                rejected_last_NH=self._concatenate(segment.rejected),
                 **round_tensors(segment.notes, first=first),
             )
         )
-        segment.start, segment.notes, segment.rejected = end, [], []
-
-    def _concatenate(self, rejected: list[torch.Tensor]) -> torch.Tensor:
-        if not rejected:
-            return torch.zeros(0, self._hidden_size, dtype=torch.bfloat16)
-        return torch.cat(rejected).cpu()
+        segment.start, segment.notes = end, []
 
     def _allocate(self, num_slots: int, capacity: int, width: int, device: torch.device) -> torch.Tensor:
         """States by slot and position, `width` times the hidden size each."""
@@ -156,8 +141,8 @@ def verify_mode(params: SamplingParams) -> str:
     return "greedy" if is_greedy(params) else "sampled"
 
 
-def _note_of(row: DecodingRow, output: Output, *, version: int) -> tuple[RoundNote, list[int] | None]:
-    """A round as a trace has it, and which columns of the row that are; None: the first ones.
+def _note_of(row: DecodingRow, output: Output, *, version: int) -> RoundNote:
+    """A round as a trace has it.
 
     Of a tree, only the chain of first choices is recorded, as if it alone had been proposed: a draft learns from its
     first choices and is evaluated by them. So of a weighed chain those are recorded, proposed or not, of which the
@@ -167,33 +152,26 @@ def _note_of(row: DecodingRow, output: Output, *, version: int) -> tuple[RoundNo
     weighed, committed = (proposal if row.uncut is None else row.uncut.proposal).weighed, len(output.token_ids)
     if weighed is not None and output.tested_choices is not None:
         tested, right = output.tested_choices
-        note = RoundNote(
+        return RoundNote(
             root=sequence.length - committed - 1,
             version=version if tested else -1,
             source=Source.DRAFT if tested else Source.TARGET,
             proposals=weighed.tokens[:tested],
             accepted=right,
         )
-        return note, None
     columns = proposal.first_choices
     accepted = output.chain_accepted
     # Without a token after the accepted ones the request ended there, and the other proposals were not verified.
     count = len(columns) if committed > accepted else accepted
     source = proposal.source if count else Source.TARGET
-    drafted = source is Source.DRAFT
-    explored = drafted and proposal.explored_at is not None
     if source > Source.DRAFT:
         count = min(count, accepted + 1)  # nothing is learned from copied tokens after a rejected one
     if source is Source.GRAMMAR:
         source = Source.NGRAM  # as a trace records it
-    note = RoundNote(
+    return RoundNote(
         root=sequence.length - committed - 1,
-        version=version if drafted else -1,
+        version=version if source is Source.DRAFT else -1,
         source=source,
-        explored=explored,
-        draft_temperature=proposal.explored_at if explored and proposal.explored_at is not None else 1.0,
         proposals=[proposal.tokens[column - 1] for column in columns[:count]],
-        logprobs=proposal.logprobs[:count] if explored and proposal.logprobs is not None else None,
         accepted=accepted,
     )
-    return note, None if proposal.parents is None else [0, *columns]

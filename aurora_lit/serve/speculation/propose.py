@@ -113,8 +113,7 @@ class Proposer:
             drafted, proposed.drafting_s, proposed.catching_up_s = self.draft.candidates(sequences, rest)
             for i, proposal in drafted.items():
                 proposals[i] = proposal
-            if not any(proposal.explored_at is not None for proposal in drafted.values()):
-                self._merge(sequences, proposals, {i: found[i] for i in drafted if i in found})
+            self._merge(sequences, proposals, {i: found[i] for i in drafted if i in found})
         if any(proposal.copies for proposal in proposals):
             self._rounds_without_copies = 0
 

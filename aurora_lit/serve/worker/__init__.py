@@ -8,7 +8,6 @@ Start with loop.py. The files, each importing only those above it:
 
     parts.py            the engine's interface, and the parts that a worker consists of
     trace_sinks.py      destinations of traces: the ring, and a recording on disk
-    learner_signals.py  what the learner's page says between rounds: exploration, cores that it computes on
     domain_watch.py     loads the domains that the learner has published, or refuses them
     live_draft.py       the draft that serves: swaps between rounds, trials, rollbacks
     call_tracker.py     maps engine requests to client calls, and outputs to deltas

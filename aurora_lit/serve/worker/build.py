@@ -20,7 +20,7 @@ from aurora_lit.drafts.centroid_file import read_centroids
 from aurora_lit.drafts.checkpoint import load_draft
 from aurora_lit.errors import ConfigError, RingError
 from aurora_lit.grammars.matcher import GrammarCompiler
-from aurora_lit.ipc.learner_status import LEARNER_STATUS_NAME, LearnerStatusPage
+from aurora_lit.ipc.learner_status import LEARNER_STATUS_NAME, LearnerCores, LearnerStatusPage
 from aurora_lit.ipc.ring import RingWriter
 from aurora_lit.ipc.run_folder import RING_NAME
 from aurora_lit.kernels import native
@@ -41,7 +41,6 @@ from aurora_lit.serve.engine.slot_allocator import slot_capacity
 from aurora_lit.serve.engine.thread_budget import ThreadBudget, thread_budget
 from aurora_lit.serve.engine.trace_recorder import TraceRecorder
 from aurora_lit.serve.speculation.sources.runtime_draft import RuntimeDraft, prepare_draft
-from aurora_lit.serve.worker.learner_signals import ExplorationFollower, LearnerCores
 from aurora_lit.serve.worker.load_models import (
     check_one_process,
     eos_token_ids,
@@ -125,10 +124,7 @@ def build_worker(config: AuroraConfig, run_folder: Path) -> WorkerParts:
         centroids, version = read_centroids(path, target)
         return DomainAssigner(centroids, version=version)
 
-    exploration = ExplorationFollower(engine.proposer.draft, page)
-
     def before_round() -> None:
-        exploration.follow()
         if shard is not None:
             shard.ranks.announce(engine.draft_version)
 

@@ -84,7 +84,7 @@ class LiveDraft:
             if output.tested_choices is not None:
                 # How much of a weighed chain is proposed says how sure the draft is, not how good.
                 proposed, accepted = output.tested_choices
-            elif not output.num_proposed or output.only_copied or output.explored:
+            elif not output.num_proposed or output.only_copied:
                 continue
             else:
                 proposed, accepted = output.chain_proposed, output.chain_accepted

@@ -26,10 +26,10 @@ MakeBatcher = Callable[..., OnlineBatcher]
 
 
 @pytest.fixture
-def make(target_head: TargetHead, tmp_path: Path) -> MakeBatcher:
+def make(tmp_path: Path) -> MakeBatcher:
     def make(folder: Path = tmp_path, **changes: Any) -> OnlineBatcher:
         fields: dict[str, Any] = {"batch_positions": 128, "replay_share": 0.5, "live_bytes": 1 << 24, **changes}
-        return OnlineBatcher(target_head, Reservoir(folder / "r", limit_bytes=1 << 24, seed=0), **fields)
+        return OnlineBatcher(Reservoir(folder / "r", limit_bytes=1 << 24, seed=0), **fields)
 
     return make
 
@@ -46,20 +46,20 @@ def limited(make: MakeBatcher, tmp_path: Path) -> MakeBatcher:
     return limited
 
 
-def taken(batcher: OnlineBatcher, *, oldest_fresh: int = 0) -> OnlineBatch:
+def taken(batcher: OnlineBatcher) -> OnlineBatch:
     """The next batch; there is one."""
-    batch = batcher.next_batch(oldest_fresh=oldest_fresh)
+    batch = batcher.next_batch()
     assert batch is not None
     return batch
 
 
 def test_batches_mix_live_and_remembered_and_stay_within_their_size(make: MakeBatcher, served: list[Trace]) -> None:
     batcher = make()
-    assert batcher.next_batch(oldest_fresh=0) is None
+    assert batcher.next_batch() is None
     for trace in served:
         batcher.add(trace)
     batches = []
-    while batch := batcher.next_batch(oldest_fresh=0):
+    while batch := batcher.next_batch():
         batches.append(batch)
     for batch in batches:
         trained = int((batch.traces.weight_BT > 0).sum())
@@ -69,7 +69,9 @@ def test_batches_mix_live_and_remembered_and_stay_within_their_size(make: MakeBa
     assert sum(int(batch.live_B.sum()) for batch in batches) == len(served), "each is live once"
     assert any(batch.live_B.any() and not batch.live_B.all() for batch in batches)
     assert batcher.positions_out == pytest.approx(MAX_PASSES * batcher.positions_in, abs=128)
-    assert (batcher.num_stale, len(batcher.reservoir)) == (0, len(served))
+    assert len(batcher.reservoir) == len(served)
+    assert [batch.at_rest for batch in batches] == [not batch.live_B.any() for batch in batches]
+    assert batches[-1].at_rest
 
 
 def test_all_of_a_long_answer_is_learned_and_replayed_beside_shorter_ones(
@@ -108,12 +110,11 @@ def test_the_most_informative_come_first_and_the_oldest_make_room(
     batcher = make(replay_share=0.0, batch_positions=60)
     for trace in served:
         batcher.add(trace)
-    batch = taken(batcher, oldest_fresh=9)
+    batch = taken(batcher)
     best = max(map(informativeness, served))
     ids_T = batch.traces.token_ids_BT[0]
     first = next(t for t in served if torch.equal(t.token_ids_T.long(), ids_T[: len(t.token_ids_T)]))
     assert informativeness(first) == best
-    assert batcher.num_stale == len(batch.live_B)
     small = make(tmp_path / "..", live_bytes=served[-1].num_bytes + 10)
     small.reservoir.add(served[0])
     for trace in served:
@@ -145,7 +146,7 @@ def test_only_what_is_still_held_is_replayed_while_nothing_arrives(
 
     def started() -> OnlineBatcher:
         remembered = Reservoir(tmp_path / "r", limit_bytes=limit_bytes, seed=0)
-        return OnlineBatcher(target_head, remembered, batch_positions=64, replay_share=0.5, live_bytes=1 << 24)
+        return OnlineBatcher(remembered, batch_positions=64, replay_share=0.5, live_bytes=1 << 24)
 
     batcher = started()
     for number, trace in enumerate(served * 5):
@@ -153,14 +154,14 @@ def test_only_what_is_still_held_is_replayed_while_nothing_arrives(
         assert taken(batcher)
     assert batcher.num_waiting == 0
     replayed = 0
-    while batch := batcher.next_batch(oldest_fresh=0):
+    while batch := batcher.next_batch():
         replayed += int((batch.traces.weight_BT > 0).sum())
     held = batcher.reservoir.positions
     assert held < sum(map(trained_positions, served))
     assert held < replayed < MAX_PASSES * held + 64
     batcher = started()
     assert batcher.reservoir.positions == held
-    assert batcher.next_batch(oldest_fresh=0) is None
+    assert batcher.next_batch() is None
     batcher.add(served[0])
     assert taken(batcher)
 
@@ -221,7 +222,7 @@ def test_one_client_cannot_fill_more_than_its_share_of_a_batch(
     for trace in traces:
         batcher.add(trace)
     shares: list[Counter[str]] = []
-    while batch := batcher.next_batch(oldest_fresh=0):
+    while batch := batcher.next_batch():
         shares.append(positions_of(batch, who))
     assert max(share["flood"] for share in shares) > 64, "it has its share"
     assert max(share["flood"] for share in shares) <= 128
@@ -319,7 +320,7 @@ def test_few_remembered_traces_are_read_for_a_batch(
     read: list[int] = []
     monkeypatch.setattr(reservoir, "from_bytes", lambda data: read.append(1) or from_bytes(data))
     rows = 0
-    while batch := batcher.next_batch(oldest_fresh=0):
+    while batch := batcher.next_batch():
         rows += len(batch.live_B)
     assert rows > 10
     assert len(read) < 2 * rows

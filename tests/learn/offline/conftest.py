@@ -30,11 +30,11 @@ def good_draft(target: Target) -> Eagle3Draft:
 @pytest.fixture(scope="session")
 def stream(target: Target) -> list[Trace]:
     """A few prompts asked again and again, of two domains, answered by way of a draft that knows nothing."""
-    return serve(target, random_draft(target), asked(), explore_share=0.3, explore_temperature=1.0, explore_seed=1)
+    return serve(target, random_draft(target), asked())
 
 
 @pytest.fixture(scope="session")
 def of_another_target() -> Callable[[Trace], Trace]:
     """A trace with states that are twice as wide."""
-    states = ("aux_T3H", "last_TH", "rejected_last_NH")
+    states = ("aux_T3H", "last_TH")
     return lambda trace: replace(trace, **{name: torch.cat([getattr(trace, name)] * 2, -1) for name in states})

@@ -9,21 +9,20 @@ from typing import Any
 
 import pytest
 import torch
-from support.live_traces import online_module, serve, some_requests
+from support.live_traces import online_module, serve
 from support.replay_harness import asked, make_replay, scored_rounds
 from support.tiny_models import random_draft
 
 from aurora_lit.drafts.checkpoint import load_draft
 from aurora_lit.errors import AuroraError
 from aurora_lit.kernels import native
-from aurora_lit.learn.data.labelled_trace import crop, label_traces
-from aurora_lit.learn.data.online_batch import collate_online
+from aurora_lit.learn.data.collate import collate_online
+from aurora_lit.learn.data.labelled_trace import crop
 from aurora_lit.learn.data.target_head import TargetHead
 from aurora_lit.learn.offline import loop as loop_module
 from aurora_lit.learn.offline.loop import blocks, read_traces
 from aurora_lit.learn.offline.scoring import RoundTotals
 from aurora_lit.models.interface import Target
-from aurora_lit.modules.losses.batch import OnlineBatch
 from aurora_lit.modules.losses.objective import OnlineWeights
 from aurora_lit.traces.log import TraceLogWriter
 from aurora_lit.traces.record import Trace
@@ -57,40 +56,6 @@ def test_each_trace_is_scored_before_it_is_learned_from_and_scores_rise(
     assert sum(s.learning != rounds for s, rounds in zip(tail, served, strict=True)) <= 2
     scored_length = sum((s.learning for s in tail), RoundTotals()).accepted_length
     assert scored_length == pytest.approx(sum(served, RoundTotals()).accepted_length, rel=0.01)
-
-
-def test_the_policy_learns_from_the_replays_own_rounds(target: Target, tmp_path: Path) -> None:
-    """These answers were recorded without a draft; the rounds are those of a server with this one, exploring."""
-    plain = serve(target, None, asked(2))
-    assert not any(trace.num_proposed_R.any() for trace in plain)
-    explores = ("engine.explore_share=0.5", "engine.explore_temperature=1.5")
-    replay = make_replay(target, random_draft(target), tmp_path, *explores, steps_per_trace=0.5)
-    short = serve(target, None, some_requests(2, seed=3, max_tokens=3))  # no round of theirs is known wholly
-    replay.process_block([*short, *plain])
-    assert replay.learner.steps >= 10
-    assert replay.learner.mean("policy_weight") > 0
-    assert replay.learner.mean("mean_ratio") == pytest.approx(1, abs=0.3), "the rounds are on-policy but for the steps"
-    traces = replay.simulate_rounds(plain)
-    assert set(torch.cat([trace.draft_temperature_R[trace.explored_R] for trace in traces]).tolist()) == {1.5}
-
-
-def test_only_the_replays_own_rounds_are_fresh_whatever_version_was_served_when_they_were_recorded(
-    target: Target, stream: list[Trace], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    replay = make_replay(target, random_draft(target), tmp_path, steps_per_trace=0.5)
-    sampled = serve(target, random_draft(target), some_requests(12, seed=2, domain="code", temperature=0.7))
-    recorded = [
-        replace(trace, round_version_R=torch.full_like(trace.round_version_R, 40 * (number % 2)))
-        for number, traces in enumerate(zip(stream, sampled, strict=False))
-        for trace in traces
-    ]
-    batches: list[OnlineBatch] = []
-    monkeypatch.setattr(replay.learner, "update", batches.append)
-    replay.process_block(recorded)
-    fresh_Q = torch.cat([batch.rounds.fresh_Q for batch in batches])
-    is_greedy_Q = torch.cat([batch.rounds.temperature_Q for batch in batches]) == 0
-    assert 0 < int(is_greedy_Q.sum()) < len(is_greedy_Q)
-    assert torch.equal(fresh_Q, is_greedy_Q)
 
 
 @pytest.mark.parametrize("ema_decay", [0.0, 0.9])
@@ -160,13 +125,10 @@ def test_other_targets_and_damaged_traces_are_skipped(
 def test_the_shards_of_a_batch_sum_to_its_gradient(
     target: Target, stream: list[Trace], of: int, fewest_live: int
 ) -> None:
-    target_head = TargetHead(target)
     within_its_answer = crop(stream[0], len(stream[0].token_ids_T) - stream[0].answer_start - 1)
-    labelled_traces = label_traces([within_its_answer, *stream[1:6]], target_head)
-    batch = collate_online(labelled_traces[:4], [labelled.trace for labelled in labelled_traces[4:]], oldest_fresh=0)
-    assert batch.rounds.behaviour_logprob_QK.isfinite().any()
+    batch = collate_online([within_its_answer, *stream[1:4]], stream[4:6])
     draft = random_draft(target)
-    weights = OnlineWeights(ppo_weight=0.0, replay_weight=0.5, fewest_live=fewest_live)
+    weights = OnlineWeights(replay_weight=0.5, fewest_live=fewest_live)
     module = online_module(target, draft, online=weights)
 
     def gradient(batches: Sequence[Any]) -> torch.Tensor:
@@ -176,12 +138,7 @@ def test_the_shards_of_a_batch_sum_to_its_gradient(
         return torch.cat([p.grad.to_dense().flatten() for p in draft.parameters() if p.grad is not None])
 
     parts = [batch.shard(number, world_size=of) for number in range(of)]
-    assert sum(len(part.rounds.row_Q) for part in parts) == len(batch.rounds.row_Q)
     torch.testing.assert_close(gradient(parts), gradient([batch]), rtol=1e-3, atol=1e-6)
-    module.online = replace(weights, ppo_weight=1.0)
-    whole, summed = gradient([batch]), gradient(parts)
-    # The policy's weight is each part's own, and so is what its averages are over.
-    assert torch.cosine_similarity(whole, summed, dim=0) > 0.95
 
 
 @pytest.mark.skipif(native.library() is None, reason="nothing is copied without kernels")

@@ -11,8 +11,6 @@ from support.replay_harness import K, in_order
 from support.tiny_models import make_engine, random_draft, run
 from support.trace_examples import keep_in
 
-from aurora_lit.learn.data.labelled_trace import label_traces
-from aurora_lit.learn.data.online_batch import collate_online
 from aurora_lit.learn.data.target_head import TargetHead
 from aurora_lit.learn.offline.on_policy import RoundSimulator
 from aurora_lit.learn.offline.scoring import RoundScorer, RoundWalk
@@ -41,11 +39,8 @@ def pieces(target: Target) -> list[Trace]:
     return in_order(traces)
 
 
-def make_simulator(
-    target: Target, draft: Eagle3Draft, *, explore_share: float = 0.0, **changes: float
-) -> RoundSimulator:
-    module = online_module(target, draft, num_steps=K)
-    return RoundSimulator(module=module, explore_share=explore_share, batch_positions=256, **changes)  # type: ignore[arg-type]
+def make_simulator(target: Target, draft: Eagle3Draft, *, reach: int = 0) -> RoundSimulator:
+    return RoundSimulator(module=online_module(target, draft, num_steps=K), reach=reach, batch_positions=256)
 
 
 def whole_rounds(trace: Trace) -> list[tuple[int, int, tuple[int, ...]]]:
@@ -68,7 +63,6 @@ def test_simulated_rounds_are_those_of_a_live_engine(
     for trace in found:
         check(trace)
         assert set(trace.round_version_R.tolist()) == {7}
-        assert not trace.explored_R.any()
 
 
 def some_copies(trace: Trace) -> list[int]:
@@ -119,60 +113,12 @@ def test_segments_of_a_request_have_the_rounds_of_the_whole(
     assert found == {trace.request_id: whole_rounds(trace) for trace in whole}
 
 
-@pytest.mark.slow
-def test_exploring_rounds_accept_as_a_live_engines_do(
-    target: Target, good_draft: Eagle3Draft, recorded: list[Trace]
-) -> None:
-    many = [replace(r, request_id=f"{n}-{r.request_id}") for n in range(8) for r in some_requests(10, max_tokens=40)]
-    live = serve(target, good_draft, many, explore_share=0.5, explore_temperature=1.5, explore_seed=3)
-    simulated = make_simulator(target, good_draft, explore_share=0.5, explore_temperature=1.5).simulate_rounds(
-        [replace(trace, request_id=f"{n}-{trace.request_id}") for n in range(8) for trace in recorded], version=0
-    )
-
-    def explored(traces: list[Trace]) -> tuple[float, float]:
-        inside = [t.round_root_R <= len(t.token_ids_T) - 1 - K for t in traces]
-        drawn = torch.cat([t.explored_R[r] for t, r in zip(traces, inside, strict=True)])
-        accepted = torch.cat([t.num_accepted_R[r] for t, r in zip(traces, inside, strict=True)])
-        return float(drawn.float().mean()), float(accepted[drawn].float().mean())
-
-    (live_share, live_length), (share, length) = explored(live), explored(simulated)
-    assert share == pytest.approx(0.5, abs=0.03)
-    assert live_share == pytest.approx(0.5, abs=0.08)  # the sequences of a round explore together
-    assert length == pytest.approx(live_length, abs=0.12)  # about 600 rounds each
-    plain = make_simulator(target, good_draft).simulate_rounds(recorded, version=0)
-    assert length < float(torch.cat([t.num_accepted_R for t in plain]).float().mean()) - 0.2
-
-
-def test_the_policy_sees_its_own_rounds(target: Target, good_draft: Eagle3Draft, recorded: list[Trace]) -> None:
-    found = make_simulator(target, good_draft, explore_share=0.6, explore_temperature=1.3).simulate_rounds(
-        recorded, version=0
-    )
-    target_head = TargetHead(target)
-    module = online_module(target, good_draft, num_steps=K)
-
-    def policy(traces: list[Trace]) -> tuple[int, float, float]:
-        batch = collate_online(label_traces(traces, target_head), [], oldest_fresh=0)
-        terms = module.training_step(batch).policy
-        return terms.num_rounds, float(terms.mean_ratio), float(terms.clip_fraction)
-
-    rounds, ratio, clipped = policy(found)
-    assert rounds == sum(int(trace.explored_R.sum()) for trace in found) > 40
-    assert ratio == pytest.approx(1, abs=1e-4)
-    assert clipped == 0
-    colder = make_simulator(target, good_draft, explore_share=0.6, explore_temperature=0.3)
-    mislabelled = [
-        replace(trace, draft_temperature_R=torch.where(trace.explored_R, 1.3, 1.0))
-        for trace in colder.simulate_rounds(recorded, version=0)
-    ]
-    assert policy(mislabelled)[2] > 0.1, "wrong log-probabilities show in the ratios"
-
-
 def test_requests_that_are_not_greedy_keep_their_rounds_which_are_of_no_version_here(
     target: Target, good_draft: Eagle3Draft
 ) -> None:
     for params in ({"temperature": 0.7, "seed": 5}, {"temperature": 0.7}):
         traces = serve(target, random_draft(target), some_requests(3, **params))
-        found = make_simulator(target, good_draft, explore_share=1.0).simulate_rounds(traces, version=9)
+        found = make_simulator(target, good_draft).simulate_rounds(traces, version=9)
         for own, trace in zip(found, traces, strict=True):
             assert set(own.round_version_R.tolist()) == {-1}
             assert to_bytes(replace(own, round_version_R=trace.round_version_R)) == to_bytes(trace)

@@ -360,7 +360,7 @@ def test_two_processes_learn_what_one_learns(recorded: list[str], tmp_path: Path
         started = []
         for machine in range(machines):
             command = [str(fabric), "run", *how, "--node-rank", str(machine), str(script), "--", *recorded]
-            command += ["--out", str(out), "learn.ppo_weight=0"]
+            command += ["--out", str(out)]
             started.append(subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, **pipes))
         spoken = ""
         for process in started:

@@ -25,8 +25,7 @@ def make(target: Target, traffic: list[Trace], tmp_path: Path) -> MakeHarness:
 
 @pytest.fixture(scope="session")
 def traffic(target: Target) -> list[Trace]:
-    """Few prompts asked often: what a draft of a random target can learn. Some rounds explore, some requests draw."""
+    """Few prompts asked often: what a draft of a random target can learn. Some requests draw."""
     asked = [*some_requests(10), *some_requests(4, seed=1, temperature=0.5)]
     requests = [replace(r, request_id=f"{n}-{r.request_id}") for n in range(4) for r in asked]
-    draft = random_draft(target)
-    return serve(target, draft, requests, explore_share=0.5, explore_temperature=1.0, explore_seed=1)
+    return serve(target, random_draft(target), requests)

@@ -15,8 +15,8 @@ from support.live_traces import make_controller, online_module
 from support.tiny_models import random_draft
 
 from aurora_lit.drafts.initial import initial_draft
-from aurora_lit.learn.data.labelled_trace import first_trained_position, label_traces
-from aurora_lit.learn.data.online_batch import collate_online
+from aurora_lit.learn.data.collate import collate_online
+from aurora_lit.learn.data.labelled_trace import first_trained_position
 from aurora_lit.learn.data.target_head import TargetHead
 from aurora_lit.learn.data.training_state import write_state
 from aurora_lit.learn.online.learner import PATIENCE_TRIALS, STARTING_VERSION, Learner, weights_digest
@@ -44,22 +44,20 @@ def make(target: Target, tmp_path: Path) -> MakeLearner:
 
 @pytest.fixture
 def batch(target_head: TargetHead, traffic: list[Trace]) -> OnlineBatch:
-    return collate_online(label_traces(traffic[:6], target_head), [], oldest_fresh=0)
+    return collate_online(traffic[:6], [])
 
 
 def test_a_batch_with_a_loss_that_is_not_finite_changes_nothing(
     make: MakeLearner, target_head: TargetHead, traffic: list[Trace]
 ) -> None:
     learner = make()
-    labelled = label_traces([traffic[0]], target_head)[0]
-    aux_T3H = labelled.trace.aux_T3H.clone()
+    aux_T3H = traffic[0].aux_T3H.clone()
     aux_T3H[4, 0] = float("nan")
     before = copy.deepcopy(learner.draft.state_dict())
-    poison = replace(labelled, trace=replace(labelled.trace, aux_T3H=aux_T3H))
-    assert learner.update(collate_online([poison], [], oldest_fresh=0)) is None
+    assert learner.update(collate_online([replace(traffic[0], aux_T3H=aux_T3H)], [])) is None
     assert (learner.num_nonfinite, learner.steps) == (1, 0)
     assert all(torch.equal(tensor, before[name]) for name, tensor in learner.draft.state_dict().items())
-    assert learner.update(collate_online([labelled], [], oldest_fresh=0)) is not None
+    assert learner.update(collate_online([traffic[0]], [])) is not None
     assert any(not torch.equal(tensor, before[name]) for name, tensor in learner.draft.state_dict().items())
 
 
@@ -226,7 +224,7 @@ def test_positions_are_those_that_a_step_has_trained_on(
     make: MakeLearner, target_head: TargetHead, traffic: list[Trace]
 ) -> None:
     learner = make()
-    batch = collate_online(label_traces(traffic[:3], target_head), traffic[3:5], oldest_fresh=0)
+    batch = collate_online(traffic[:3], traffic[3:5])
     assert learner.update(batch) is not None
     assert learner.positions == sum(len(each.token_ids_T) - first_trained_position(each) for each in traffic[:5])
 

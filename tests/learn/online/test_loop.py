@@ -61,7 +61,6 @@ def test_damaged_traces_and_those_without_finite_loss_are_counted_and_change_no_
         other,
         aux_T3H=torch.cat([other.aux_T3H] * 2, -1),
         last_TH=torch.cat([other.last_TH] * 2, -1),
-        rejected_last_NH=torch.cat([other.rejected_last_NH] * 2, -1),
     )
     bad = [b"", b"no trace", to_bytes(traffic[0])[:-7], to_bytes(traffic[0]).replace(b"aux", b"axu", 1)]
     harness.ring.records.extend([*bad, foreign, foreign, huge])
@@ -158,11 +157,9 @@ def test_metrics_that_cannot_be_written_are_reported_and_learning_continues(
     assert harness.page.read().loss > 0, "also where the last step's metrics were logged"
 
 
-def test_domains_set_learning_rate_and_exploration_and_are_reported(make: MakeHarness, traffic: list[Trace]) -> None:
+def test_domains_set_the_learning_rate_and_are_reported(make: MakeHarness, traffic: list[Trace]) -> None:
     detector = DomainDetector(max_domains=4, novelty_threshold=0.7)
-    controller = make_controller(
-        detector=detector, explore_shares=(0.02, 0.2), warmup_steps=0, min_lr_factor=0.5, decay_tokens=600.0
-    )
+    controller = make_controller(detector=detector, warmup_steps=0, min_lr_factor=0.5, decay_tokens=600.0)
     harness = make(controller=controller, publish_every_s=3600.0, gate_requests=2)
 
     def learn(traces: Sequence[Trace]) -> float:
@@ -174,21 +171,18 @@ def test_domains_set_learning_rate_and_exploration_and_are_reported(make: MakeHa
         return float(rate)
 
     chat = [trace for trace in traffic if trace.domain == "chat"]
-    assert controller.explore_share == pytest.approx(0.2), "all is new"
     for n in range(6):
         last = learn(chat[8 * n : 8 * n + 8])
     assert last == pytest.approx(0.5 * 4e-3, rel=0.1)
     page = harness.page.read()
     assert page.domains.startswith("chat 100% (heat 0.0")
     assert page.rate_factor == pytest.approx(0.5, abs=0.03)
-    assert page.explore_share == pytest.approx(0.02, abs=0.01)
 
     code = [replace(trace, domain="code", request_id=f"code{n}") for n, trace in enumerate(chat[:12])]
     rates = [learn(code[4 * n : 4 * n + 4]) for n in range(3)]
     assert max(rates) > 1.1 * last, "the new domain is learned faster"
     page = harness.page.read()
     assert "code" in page.domains
-    assert page.explore_share > 0.03
     assert set(harness.loop.batcher.reservoir.domains) == {"chat", "code"}
 
 
@@ -231,16 +225,6 @@ def test_a_domain_has_no_number_that_a_killed_learner_had_used(
     harness.ring.records.extend(replace(trace, domain="") for trace in traffic)
     harness.tick_until(lambda: bool(detector.domains))
     assert set(detector.domains) == {"auto-8"}
-
-
-def test_rounds_of_drafts_that_are_too_old_are_told_to_the_batches(make: MakeHarness) -> None:
-    harness = make(max_staleness=2)
-    oldest: list[int] = []
-    harness.loop.batcher.next_batch = lambda *, oldest_fresh: oldest.append(oldest_fresh)  # type: ignore[method-assign, assignment, return-value]
-    for number in (0, 1, 7):
-        harness.loop._current_version = f"draft-{number:06d}" if number else None
-        harness.loop._step()
-    assert oldest == [-2, -1, 5]
 
 
 def test_the_status_page_says_how_far_the_learner_is_behind(make: MakeHarness) -> None:

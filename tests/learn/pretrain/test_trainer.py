@@ -56,7 +56,7 @@ def trainer(target: Target, folder: Path, *, learning_rate: float = 4e-3) -> Dra
     options = TrainerOptions(
         total_positions=40_000, batch_positions=512, max_length=64, learning_rate=learning_rate, warmup_steps=5
     )
-    online = OnlineWeights(ppo_weight=0.0)
+    online = OnlineWeights()
     module = draft_module(target, random_draft(target), num_steps=2, online=online)
     return DraftTrainer(module, folder, options)
 
@@ -264,6 +264,6 @@ def test_a_state_of_a_draft_with_another_vocabulary_is_refused(target: Target, l
     trainer(target, tmp_path / "fit").fit(log, shards, until_positions=1_000)
     other = random_draft(target)
     other.d2t[0] = 0  # its first token is 0 instead of 1
-    module = draft_module(target, other, num_steps=2, online=OnlineWeights(ppo_weight=0.0))
+    module = draft_module(target, other, num_steps=2, online=OnlineWeights())
     with pytest.raises(AuroraError, match="another vocabulary or shape; repeat the --start-from"):
         DraftTrainer(module, tmp_path / "fit", TrainerOptions(total_positions=40_000))

@@ -156,39 +156,17 @@ def default() -> dict[str, Any]:
 
 
 def behaviour_with(overrides: list[str]) -> dict[str, Any]:
-    """A configuration's controller in numbers: how much it explores, and domains and rates along fixed traffic."""
+    """A configuration's controller in numbers: domains and rates along fixed traffic."""
     controller, step = with_rate(controller_for(load_config(None, overrides)))
-    cold, hot = controller._explore_shares
     prompts, domains, rates = PromptMaker(), [], [step()]
     for n in range(120):
         trace = controller.assign_domain(prompts.trace(("code", "chat", "prose", "sql")[n % 4]))
         domains.append(trace.domain)
         controller.record_batch(FakeBatch((trace.domain, 100, True)))  # type: ignore[arg-type]
         rates.append(step())
-    return {"cold": cold, "hot": hot, "domains": domains, "first_rate": rates[0], "rates": rates}
+    return {"domains": domains, "first_rate": rates[0], "rates": rates}
 
 
-@pytest.mark.parametrize(
-    ("override", "changed"),
-    [
-        ("domain.detect=false", {"domains", "rates"}),
-        ("schedule.explore_share=0.3", {"hot"}),
-        ("engine.explore_share=0.2", {"cold", "hot"}),
-    ],
-)
-def test_every_setting_has_its_effect(override: str, changed: set[str], default: dict[str, Any]) -> None:
-    other = behaviour_with([override])
-    assert {name for name in default if default[name] != other[name]} - {"first_rate"} == changed - {"first_rate"}
-
-
-def test_hot_exploration_adds_to_the_cold_one_and_stays_in_range() -> None:
-    assert behaviour_with(["engine.explore_share=0.3", "schedule.explore_share=0.5"])["hot"] == pytest.approx(0.8)
-    assert behaviour_with(["engine.explore_share=0.9", "schedule.explore_share=0.5"])["hot"] == 1.0
-
-
-def test_exploration_goes_from_cold_to_hot_in_proportion_to_heat() -> None:
-    controller, _ = with_rate(make_controller(explore_shares=(0.1, 0.5), decay_tokens=100.0))
-    assert controller.explore_share == pytest.approx(0.5)
-    controller.record_batch(FakeBatch(("a", 100, True)))  # type: ignore[arg-type]
-    assert controller.explore_share == pytest.approx(0.1 + 0.4 * controller.heat)
-    assert 0.1 < controller.explore_share < 0.3
+def test_every_setting_has_its_effect(default: dict[str, Any]) -> None:
+    other = behaviour_with(["domain.detect=false"])
+    assert {name for name in default if default[name] != other[name]} - {"first_rate"} == {"domains", "rates"}

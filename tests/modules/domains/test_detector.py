@@ -239,15 +239,14 @@ def test_a_drop_of_acceptance_is_detected_and_the_drafts_progress_is_not() -> No
     rng, prompts = random.Random(0), PromptMaker()
     detector = DomainDetector(max_domains=8, novelty_threshold=0.7)
 
-    def shifts(*accepted: float, explored: bool = False) -> list[Shift]:
-        traces = (prompts.trace("code", label="code", accepted=a, explored=explored) for a in accepted)
+    def shifts(*accepted: float) -> list[Shift]:
+        traces = (prompts.trace("code", label="code", accepted=a) for a in accepted)
         return [shift for trace in traces if (shift := detector.assign(trace).shift)]
 
     def noise() -> float:
         return rng.choice([-0.1, 0.0, 0.1])
 
     assert shifts(*(0.2 + 0.6 * n / 300 + noise() for n in range(300))) == []
-    assert shifts(*([0.1] * 40), explored=True) == [], "exploring rounds accept less by design"
     (shift,) = shifts(*(0.45 + noise() for _ in range(60)))
     assert (shift.cause, shift.domain) == ("acceptance", "code")
     assert 0.2 < shift.novelty < 0.5
@@ -257,7 +256,6 @@ def test_the_acceptance_rate_is_the_drafts_own() -> None:
     prompts = PromptMaker()
     assert acceptance_rate(prompts.trace("code")) is None
     assert acceptance_rate(prompts.trace("code", accepted=0.3)) == pytest.approx(0.3)
-    assert acceptance_rate(prompts.trace("code", accepted=0.3, explored=True)) is None
     replayed = prompts.trace("code", accepted=0.3)
     replayed.round_version_R[:] = RECORDED_VERSION
     assert acceptance_rate(replayed) is None, "the draft of a replayed sampled request is not the one that is served"
@@ -273,7 +271,6 @@ def test_the_acceptance_rate_is_that_of_proposals_that_were_verified() -> None:
             trace,
             source_R=torch.full((num,), Source.DRAFT),
             round_version_R=torch.zeros(num, dtype=torch.int32),
-            explored_R=torch.zeros(num, dtype=torch.bool),
             num_proposed_R=torch.full((num,), proposed),
             num_accepted_R=torch.tensor(accepted),
         )

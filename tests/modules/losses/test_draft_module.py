@@ -1,4 +1,4 @@
-"""The losses of DraftModule: weights of positions, the online terms and their sum, and which rounds can be used."""
+"""The losses of DraftModule: weights of positions, the online terms and their sum, PPO along chains and at rest."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 from support.tiny_models import VOCAB, draft_batch, draft_module, random_draft, save_model, supervised_loss
-from support.toy_rounds import chain_logprobs, rounds, some_rounds
 from torch import Tensor
 
 from aurora_lit.models.interface import Target
@@ -17,11 +16,9 @@ from aurora_lit.models.loading import load_target
 from aurora_lit.modules.losses.batch import OnlineBatch
 from aurora_lit.modules.losses.chain_losses import _uniform
 from aurora_lit.modules.losses.draft_module import DraftModule
-from aurora_lit.modules.losses.fused_lk import fused_lk_loss
-from aurora_lit.modules.losses.lk import LKStats, lk_loss, overlap
+from aurora_lit.modules.losses.lk import KL_DECAY, lk_loss, overlap
 from aurora_lit.modules.losses.objective import OnlineReport, OnlineWeights
-
-OFF = OnlineWeights(ppo_weight=0.0)
+from aurora_lit.modules.losses.ppo import Region
 
 
 @pytest.fixture(scope="module")
@@ -29,22 +26,16 @@ def target(tmp_path_factory: pytest.TempPathFactory) -> Target:
     return load_target(save_model("llama", tmp_path_factory.mktemp("llama")), precision="fp32")
 
 
-def online_batch(target: Target, *, verified: str = "own_draw") -> OnlineBatch:
-    """Three texts and four rounds of different lengths; the behaviour policy differs a little from the draft."""
+def online_batch(target: Target) -> OnlineBatch:
+    """Three texts, of which the second is replayed, and what was proposed in four rounds."""
     ids_BT = torch.randint(0, VOCAB, (3, 20), generator=torch.Generator().manual_seed(1))
-    proposed = [(2, 9, (8, 9, 10)), (0, 4, (11, 12)), (2, 3, (13,)), (0, 15, (14, 15, 16))]
-    batch = rounds(target, ids_BT, proposed, verified=verified, accepted=[1, 2, 0, 3])
-    behaviour_QK = present_logprobs(target, batch) + torch.tensor([0.5, 0.05, -0.5])
-    recorded = replace(batch.rounds, behaviour_logprob_QK=behaviour_QK)
-    return replace(batch, rounds=recorded, live_B=torch.tensor([True, False, True]))
-
-
-@torch.no_grad()
-def present_logprobs(target: Target, batch: OnlineBatch) -> Tensor:
-    """The present draft's log-probabilities; NaN after a round's last proposal. It does not have the ids 0, 5 and 6."""
-    index_QK = (batch.rounds.proposal_QK - 3).clamp_min(0)
-    logq_QK = chain_logprobs(module(target), batch).gather(2, index_QK[..., None])[..., 0]
-    return logq_QK.where(batch.rounds.proposal_QK >= 0, float("nan"))
+    return OnlineBatch(
+        traces=draft_batch(target, ids_BT),
+        live_B=torch.tensor([True, False, True]),
+        proposed_P=torch.arange(8, 17),
+        tested_K=torch.tensor([4, 3, 1]),
+        accepted_K=torch.tensor([3, 2, 1]),
+    )
 
 
 def module(target: Target, **changes: Any) -> DraftModule:
@@ -80,7 +71,7 @@ def test_positions_without_weight_do_not_count(target: Target) -> None:
 
 def test_without_online_terms_and_later_steps_it_is_the_supervised_loss(target: Target) -> None:
     batch = replace(online_batch(target), live_B=torch.ones(3, dtype=torch.bool))
-    made = draft_module(target, random_draft(target), num_steps=1, online=OFF)
+    made = draft_module(target, random_draft(target), num_steps=1, online=OnlineWeights())
     # Online the target's distribution is that within the draft vocabulary, and so are the positions that count.
     within = replace(
         batch.traces,
@@ -96,11 +87,9 @@ def test_without_online_terms_and_later_steps_it_is_the_supervised_loss(target: 
     gradients[0] = [share * gradient for gradient in gradients[0]]
     for a, b in zip(*gradients, strict=True):
         torch.testing.assert_close(a, b.to_dense())
-    assert online.policy.num_rounds == 0
-    assert online.policy_weight == 0
 
 
-EVERY_STEP = replace(OFF, certain_survival=0.0)
+EVERY_STEP = OnlineWeights(certain_survival=0.0)
 """No chain ends by chance."""
 
 
@@ -164,10 +153,10 @@ def test_what_the_value_head_is_taught_is_the_expected_acceptance_though_chains_
     target: Target, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("aurora_lit.modules.losses.chain_losses.noise_bits", new_bits())
-    batch, value_alone = texts_alone(target, copies=20), replace(OFF, base_loss="none")
+    batch = texts_alone(target, copies=20)
 
     def gradient(certain_survival: float, turns: int) -> Tensor:
-        made = module(target, online=replace(value_alone, certain_survival=certain_survival), value_weight=1.0)
+        made = module(target, online=OnlineWeights(certain_survival=certain_survival), value_weight=1.0)
         weight = made.draft.value_head.weight
         each = [torch.autograd.grad(made.training_step(batch).loss, weight)[0] for _ in range(turns)]
         return torch.stack(each).mean(0)
@@ -193,14 +182,8 @@ def test_which_chains_end_depends_on_the_targets_states_alone_and_is_uniform() -
 
 
 def texts_alone(target: Target, *, copies: int = 1) -> OnlineBatch:
-    """The same texts, all live, without rounds; all of them several times if asked."""
-    batch = online_batch(target)
-    return replace(
-        batch,
-        traces=batch.traces.select(torch.arange(3).repeat(copies)),
-        live_B=torch.ones(3 * copies, dtype=torch.bool),
-        rounds=batch.rounds.select(batch.rounds.row_Q[:0]),
-    )
+    """The same texts, all live, without proposals; all of them several times if asked."""
+    return OnlineBatch.without_rounds(online_batch(target).traces.select(torch.arange(3).repeat(copies)))
 
 
 def can_be_proposed(made: DraftModule, batch: OnlineBatch) -> Tensor:
@@ -219,7 +202,7 @@ def test_a_loss_over_sampled_tokens_has_the_gradient_of_the_whole_vocabulary(tar
     """Averaged over many samples, for the hidden states and for the rows of the tokens that are in all of them."""
     batch = online_batch(target)
     short = replace(batch.traces, token_ids_BT=batch.traces.token_ids_BT % 8 + 8)
-    batch = replace(batch, traces=short, rounds=batch.rounds.select(batch.rounds.row_Q[:0]))
+    batch = replace(batch, traces=short, proposed_P=batch.proposed_P[:0])
     made = module(target, online=EVERY_STEP, value_weight=0.0)
 
     def gradients(sampled_tokens: int) -> tuple[Tensor, Tensor]:
@@ -241,170 +224,180 @@ def test_a_loss_over_sampled_tokens_has_the_gradient_of_the_whole_vocabulary(tar
 
 
 def test_the_total_is_the_sum_of_its_terms(target: Target) -> None:
-    weights = OnlineWeights(ppo_weight=0.7, replay_weight=0.4)
-    report = step(target, online_batch(target), weights, value_weight=0.2)
-    policy = report.policy
-    assert policy.num_rounds == 4
-    assert 4 < policy.num_proposals <= 9
-    total = report.lk_live + 0.4 * report.lk_replay + report.policy_weight * policy.policy_loss
-    total = total + 0.2 * report.value_loss
-    torch.testing.assert_close(report.loss, total)
-
-    valid_KBT = report.mask_KBT * torch.tensor([1.0, 0.0, 1.0])[:, None]
-    mean_alpha = (report.stats.alpha_N.view_as(valid_KBT) * valid_KBT).sum() / valid_KBT.sum()
-    evidence = policy.num_proposals / (policy.num_proposals + valid_KBT.sum())
-    torch.testing.assert_close(report.policy_weight, 0.7 * (1 - torch.exp(-3 * mean_alpha)) * evidence)
-
-
-def test_the_policy_weight_grows_with_the_sampled_proposals_unless_it_is_the_only_loss(target: Target) -> None:
-    batch = online_batch(target)
-    many, few = step(target, batch), step(target, some_rounds(batch, [0]))
-    assert 0 < few.policy_weight < 0.5 * many.policy_weight
-    bare = OnlineWeights(base_loss="none")
-    torch.testing.assert_close(
-        step(target, batch, bare).policy_weight, step(target, some_rounds(batch, [0]), bare).policy_weight
-    )
-
-
-def test_the_policy_alone_computes_no_gradients_of_the_supervised_loss(
-    target: Target, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    batch, sums = online_batch(target), []
-
-    def recorded(**inputs: Any) -> tuple[Tensor, LKStats]:
-        sums.append(fused_lk_loss(**inputs))
-        return sums[-1]
-
-    monkeypatch.setattr("aurora_lit.modules.losses.chain_losses.fused_lk_loss", recorded)
-    full, bare = (step(target, batch, weights) for weights in (OnlineWeights(), OnlineWeights(base_loss="none")))
-    needed = [loss.requires_grad for loss, _ in sums]
-    assert needed == [True] * (len(sums) // 2) + [False] * (len(sums) // 2)
-    torch.testing.assert_close(bare.stats.alpha_N, full.stats.alpha_N)
-    torch.testing.assert_close(bare.value_loss, full.value_loss)
-    assert bare.loss.requires_grad, "policy and value head are trained"
+    report = step(target, online_batch(target), OnlineWeights(replay_weight=0.4), value_weight=0.2)
+    torch.testing.assert_close(report.loss, report.lk_live + 0.4 * report.lk_replay + 0.2 * report.value_loss)
+    assert report.value_loss > 0
 
 
 def test_live_and_replayed_traces_are_averaged_separately(target: Target) -> None:
     batch = online_batch(target)
-    report = step(target, batch, OFF)
+    report = step(target, batch, OnlineWeights())
     for name, rows in (("lk_live", [0, 2]), ("lk_replay", [1])):
-        alone = OnlineBatch(
-            traces=batch.traces.select(torch.tensor(rows)),
-            live_B=torch.ones(len(rows), dtype=torch.bool),
-            rounds=batch.rounds.select(batch.rounds.row_Q[:0]),
+        alone = OnlineBatch.without_rounds(batch.traces.select(torch.tensor(rows)))
+        torch.testing.assert_close(
+            getattr(report, name), step(target, alone, OnlineWeights(), value_weight=0.0).loss.detach()
         )
-        torch.testing.assert_close(getattr(report, name), step(target, alone, OFF, value_weight=0.0).loss.detach())
 
 
 def test_live_positions_weigh_no_more_than_among_the_fewest(target: Target) -> None:
     """The batch has 38; replayed ones weigh what they did."""
     batch = online_batch(target)
-    report = step(target, batch, replace(OFF, fewest_live=64, replay_weight=0.4), value_weight=0.0)
+    report = step(target, batch, OnlineWeights(fewest_live=64, replay_weight=0.4), value_weight=0.0)
     torch.testing.assert_close(report.loss.detach(), 38 / 64 * report.lk_live + 0.4 * report.lk_replay)
-    enough = step(target, batch, replace(OFF, fewest_live=38, replay_weight=0.4), value_weight=0.0)
+    enough = step(target, batch, OnlineWeights(fewest_live=38, replay_weight=0.4), value_weight=0.0)
     torch.testing.assert_close(enough.loss.detach(), report.lk_live + 0.4 * report.lk_replay)
 
 
 def test_every_weight_changes_the_loss(target: Target) -> None:
     batch = online_batch(target)
     plain = step(target, batch).loss.detach()
-    changes: tuple[dict[str, Any], ...] = ({"ppo_weight": 0.0}, {"ppo_weight": 0.5}, {"clip": 0.6}, {"gae_lambda": 0.3})
-    for changed in (*changes, {"replay_weight": 0.5}, {"fewest_live": 64}):
-        assert abs(float(step(target, batch, OnlineWeights(**changed)).loss.detach() - plain)) > 1e-5, changed
+    for changed in ({"replay_weight": 0.5}, {"fewest_live": 64}, {"base_loss": "kl"}, {"ppo": True}):
+        assert abs(float(step(target, batch, OnlineWeights(**changed)).loss.detach() - plain)) > 1e-5, changed  # type: ignore[arg-type]
 
 
-# -- the rounds ----------------------------------------------------------------------------------------------------
+def test_what_was_proposed_is_in_the_sample_of_tokens_for_certain(target: Target) -> None:
+    made, batch = module(target, online=OnlineWeights(sampled_tokens=32)), online_batch(target)
+    short = replace(batch.traces, token_ids_BT=batch.traces.token_ids_BT % 8 + 8)
+    batch = replace(batch, traces=short, proposed_P=torch.tensor([40, 5, 41]))  # it does not have id 5
+    sample = made._sample_tokens(batch)
+    assert sample is not None
+    certain = set(made.draft.draft_token_ids[sample.index_S[: sample.num_certain]].tolist())
+    assert {*range(8, 16), 40, 41} <= certain
+    assert len(certain) < 32
 
 
-def test_rounds_of_different_lengths_do_not_influence_each_other(target: Target) -> None:
-    batch = online_batch(target)
-    together = step(target, batch).policy
-    alone = [step(target, some_rounds(batch, [q])).policy for q in range(4)]
-    torch.testing.assert_close(together.policy_loss, torch.stack([a.policy_loss for a in alone]).mean())
-    torch.testing.assert_close(together.accepted_length, torch.stack([a.accepted_length for a in alone]).mean())
-    assert together.num_proposals == sum(a.num_proposals for a in alone)
-    reversed_ = step(target, some_rounds(batch, [3, 2, 1, 0])).policy
-    torch.testing.assert_close(together.policy_loss, reversed_.policy_loss)
+# -- PPO -----------------------------------------------------------------------------------------------------------
 
 
-def test_rounds_without_a_policy_ratio_are_left_out(target: Target) -> None:
-    """Stale ones, proposals that were not drawn to explore or one of which was not, and tokens that the draft lacks."""
-    batch = online_batch(target)
-    others = step(target, some_rounds(batch, [1, 2, 3]))
-    for name, index, value in (
-        ("fresh_Q", 0, False),
-        ("behaviour_logprob_QK", 0, float("nan")),
-        ("behaviour_logprob_QK", (0, 2), float("nan")),
-        ("proposal_QK", (0, 1), 5),
-    ):
-        spoiled = getattr(batch.rounds, name).clone()
-        spoiled[index] = value
-        report = step(target, replace(batch, rounds=replace(batch.rounds, **{name: spoiled})))
-        assert report.policy.num_rounds == 3, (name, index)
-        torch.testing.assert_close(report.policy.policy_loss, others.policy.policy_loss)
-        assert report.tested_K[0] == 4, "statistics of serving count all rounds"
+def valued_module(target: Target, weights: OnlineWeights) -> DraftModule:
+    """With a value head that differs from position to position."""
+    made = module(target, online=weights, value_weight=0.0)
+    torch.nn.init.normal_(made.draft.value_head.weight, std=0.2, generator=torch.Generator().manual_seed(2))
+    torch.nn.init.constant_(made.draft.value_head.bias, 1.0)
+    return made
 
 
-@pytest.mark.parametrize("index", [[], [0]])
-def test_a_batch_without_usable_rounds_is_supervised_only(index: list[int], target: Target) -> None:
-    batch = some_rounds(online_batch(target), index)
-    batch = replace(batch, rounds=replace(batch.rounds, fresh_Q=torch.zeros(len(index), dtype=torch.bool)))
-    report = step(target, batch)
-    torch.testing.assert_close(report.loss, step(target, batch, OFF).loss)
-    report.loss.backward()
+def draft_gradient(made: DraftModule, loss: Tensor) -> Tensor:
+    parameters = [p for n, p in made.draft.named_parameters() if "value" not in n]
+    return torch.cat([each.to_dense().flatten() for each in torch.autograd.grad(loss, parameters)])
 
 
-def test_acceptance_by_position_is_what_was_served(target: Target) -> None:
-    report = step(target, online_batch(target))  # proposed 3, 2, 1, 3 and accepted 1, 2, 0, 3
-    assert report.tested_K.tolist() == [4, 3, 1]
-    assert report.accepted_K.tolist() == [3, 2, 1]
+def test_ppo_credits_each_step_with_the_value_of_the_next(target: Target) -> None:
+    batch = texts_alone(target)
+    made = valued_module(target, replace(EVERY_STEP, ppo=True))
+    found = draft_gradient(made, made.training_step(batch).loss)
+    p_BTD, hidden_KBTH = target_distribution(made, batch), made.unroll(batch.traces)
+    B, T = batch.traces.token_ids_BT.shape
+    counts_BT, expected = can_be_proposed(made, batch), torch.zeros(())
+    for row in range(B):
+        for first in range(1, T):
+            reached = torch.tensor(1.0)
+            for step in range(min(3, T - first)):
+                place = first + step
+                if not counts_BT[row, place]:
+                    break
+                goes_on = step < 2 and place + 1 < T and bool(counts_BT[row, place + 1])
+                next_value = torch.zeros(())
+                if goes_on:
+                    next_value = made.draft.compute_value(hidden_KBTH[step + 1, row, place + 1]).detach()
+                q_D = made.draft.compute_logits(hidden_KBTH[step, row, place]).softmax(-1)
+                p_D = p_BTD[row, place]
+                alpha = overlap(p_D, q_D)
+                share = torch.exp(-KL_DECAY * alpha.detach())
+                kl = (p_D * (p_D.log() - q_D.log())).sum()
+                gain = 1 + next_value.clamp(0, 2 - step)
+                expected = expected + reached * (share * kl + (1 - share) * gain * (1 - alpha))
+                reached = reached * alpha.detach()
+    torch.testing.assert_close(found, draft_gradient(made, expected / (B * (T - 1))), rtol=1e-4, atol=1e-6)
+    made.online = EVERY_STEP
+    plain = draft_gradient(made, made.training_step(batch).loss)
+    assert float((found - plain).norm() / plain.norm()) > 0.1
+    made.online = replace(EVERY_STEP, ppo=True, credits_depth=False)
+    torch.testing.assert_close(draft_gradient(made, made.training_step(batch).loss), plain, rtol=1e-5, atol=1e-7)
 
 
-def test_the_ratio_is_taken_at_the_temperature_of_the_round(target: Target) -> None:
-    batch = online_batch(target)
-    batch = replace(batch, rounds=replace(batch.rounds, draft_temperature_Q=torch.full((4,), 0.5)))
-    behaviour = replace(batch.rounds, behaviour_logprob_QK=present_logprobs(target, batch))
-    on_policy = step(target, replace(batch, rounds=behaviour)).policy
-    assert float(on_policy.mean_ratio) == pytest.approx(1.0, abs=1e-5)
-    assert on_policy.clip_fraction == 0
-    off_policy = step(target, batch).policy
-    assert abs(float(off_policy.mean_ratio) - 1) > 0.1
-    assert off_policy.clip_fraction > 0
+def test_where_chains_end_by_chance_ppo_has_the_same_gradient_in_expectation(
+    target: Target, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("aurora_lit.modules.losses.chain_losses.noise_bits", new_bits())
+    batch = texts_alone(target, copies=10)
+    made = valued_module(target, replace(EVERY_STEP, ppo=True))
+    exact = draft_gradient(made, made.training_step(batch).loss)
+    made.online = OnlineWeights(ppo=True)
+    found = torch.stack([draft_gradient(made, made.training_step(batch).loss) for _ in range(20)]).mean(0)
+    assert torch.nn.functional.cosine_similarity(found, exact, dim=0) > 0.998
+    assert float(found.norm() / exact.norm()) == pytest.approx(1.0, abs=0.03)
+
+
+@pytest.mark.parametrize("region", ["clip", "tv"])
+def test_at_rest_ppo_keeps_to_the_draft_that_the_rest_began_with(target: Target, region: Region) -> None:
+    batch = replace(online_batch(target), live_B=torch.zeros(3, dtype=torch.bool), at_rest=True)
+    made = valued_module(target, replace(EVERY_STEP, ppo=True, region=region))
+
+    def gradient(of_region: Region | None) -> Tensor:
+        made.online = replace(made.online, region=of_region)
+        return draft_gradient(made, made.training_step(batch).loss)
+
+    def stopped() -> Tensor:
+        made.online = replace(made.online, region=region)
+        return made.training_step(batch).stats.stopped_R2
+
+    torch.testing.assert_close(gradient(region), gradient(None), rtol=1e-4, atol=1e-6)
+    names = set(made.state_dict())
+    assert stopped()[:, 0].sum() == 0
+    assert stopped()[:, 1].sum() > 10
+    made.draft.lm_head.weight.data.mul_(1.5)
+    mass_R2 = stopped()
+    assert 0 < mass_R2[:, 0].sum() < mass_R2[:, 1].sum()
+    assert set(made.state_dict()) == names, "what is kept for the rest is not saved"
+    kept, free = gradient(region), gradient(None)
+    assert float((kept - free).norm() / free.norm()) > 0.01
+    stopped()  # it begins anew, since without a region nothing is kept
+    assert stopped()[:, 0].sum() == 0
+    made.draft.lm_head.weight.data.mul_(1.5)
+    assert stopped()[:, 0].sum() > 0
+    for end_of_rest in (lambda: made.training_step(online_batch(target)), made.forget_rest):
+        end_of_rest()
+        assert stopped()[:, 0].sum() == 0, "the next rest begins with the present draft"
+        made.draft.lm_head.weight.data.mul_(1.2)
+
+
+# -- batches -------------------------------------------------------------------------------------------------------
 
 
 def test_the_value_loss_does_not_train_the_draft(target: Target) -> None:
-    made = module(target)
-    made.training_step(online_batch(target)).policy.value_loss.backward()
-    trained = {name for name, parameter in made.draft.named_parameters() if parameter.grad is not None}
-    assert trained == {"value_head.weight", "value_head.bias"}
+    made = module(target, value_weight=1e6)
+    batch = replace(online_batch(target), live_B=torch.zeros(3, dtype=torch.bool))
+    made.online = replace(made.online, replay_weight=0.0)
+    assert float(draft_gradient(made, made.training_step(batch).loss).abs().max()) == 0
 
 
 def test_it_runs_in_bf16(target: Target) -> None:
     batch = online_batch(target)
-    exact = step(target, batch)
     half = replace(
         batch,
-        rounds=replace(batch.rounds, path_last_QKH=batch.rounds.path_last_QKH.bfloat16()),
         traces=replace(
             batch.traces,
             aux_BT3H=batch.traces.aux_BT3H.bfloat16(),
             last_BTH=batch.traces.last_BTH.bfloat16(),
         ),
     )
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        made = module(target)
-        report = made.training_step(half)
-    report.loss.backward()
-    torch.testing.assert_close(report.loss, exact.loss, rtol=0.05, atol=0.02)
-    assert report.policy.mean_ratio.dtype == torch.float32
-    torch.testing.assert_close(report.policy.mean_ratio, exact.policy.mean_ratio, rtol=0.02, atol=0.0)
-    for name, parameter in made.draft.named_parameters():
-        assert parameter.grad is not None, name
-        assert parameter.grad.to_dense().isfinite().all(), name
+    for weights in (EVERY_STEP, replace(EVERY_STEP, ppo=True)):
+        exact = step(target, batch, weights)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            made = module(target, online=weights)
+            reports = [made.training_step(each) for each in (half, replace(half, at_rest=True))]
+        for report in reports:
+            made.zero_grad()
+            report.loss.backward()
+            torch.testing.assert_close(report.loss, exact.loss, rtol=0.05, atol=0.02)
+            for name, parameter in made.draft.named_parameters():
+                assert parameter.grad is not None, name
+                assert parameter.grad.to_dense().isfinite().all(), name
 
 
 def test_moving_a_batch_moves_all_tensors(target: Target) -> None:
     moved = online_batch(target).to("meta")
-    for record in (moved, moved.traces, moved.rounds):
+    for record in (moved, moved.traces):
         assert all(v.device.type == "meta" for v in vars(record).values() if isinstance(v, Tensor))
     assert moved.traces.domains == ("chat",) * 3

@@ -208,6 +208,7 @@ def test_the_native_kernel_equals_torch(dtype: torch.dtype, monkeypatch: pytest.
     lse = torch.logaddexp((target_h @ target_weight.t()).logsumexp(-1), outside)
     row_weight = torch.rand(K, N, generator=gen)
     row_weight[1, 4:7] = 0.0
+    gain = 1 + torch.rand(K, N, generator=gen)
     results = []
     for uses_kernel in (True, False):
         monkeypatch.setattr(lk_loss_kernel, "is_supported", lambda logits, uses_kernel=uses_kernel: uses_kernel)
@@ -215,7 +216,7 @@ def test_the_native_kernel_equals_torch(dtype: torch.dtype, monkeypatch: pytest.
         weight = torch.randn(D, H, generator=torch.Generator().manual_seed(6)).requires_grad_()
         target = TargetRows(h_NG=target_h, weight_DG=target_weight, lse_N=lse)
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
-            loss, stats = fused_lk_loss(h_NH=h, weight_DH=weight, row_weight_N=row_weight, target=target)
+            loss, stats = fused_lk_loss(h_NH=h, weight_DH=weight, row_weight_N=row_weight, target=target, gain_N=gain)
         loss.backward()
         results.append((loss, stats.alpha_N, stats.kl_N, stats.top1_match_N, h.grad, weight.grad))
     for ours, expected in zip(*(result[:4] for result in results), strict=True):

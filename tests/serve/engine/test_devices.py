@@ -144,15 +144,15 @@ def test_precisions_of_the_cpus_kernels_are_refused_elsewhere(
 
 
 @pytest.mark.slow
-def test_unseeded_exploring_and_recorded_rounds_stay_on_the_device(folder: Path, device: torch.device) -> None:
+def test_unseeded_and_recorded_rounds_stay_on_the_device(folder: Path, device: torch.device) -> None:
     traces: list[Trace] = []
     target = load_target(folder, precision="fp32", device=device)
     draft = random_draft(load_target(folder, precision="fp32"))
     recorder = TraceRecorder(traces.append, hidden_size=target.hidden_size, segment_tokens=3, overlap_tokens=1)
-    engine = make_engine(target, draft, observer=recorder, explore_share=0.5, max_batch_size=3)
+    engine = make_engine(target, draft, observer=recorder, max_batch_size=3)
     requests = [request(str(i), prompt(i, 4 + i), max_tokens=6, temperature=1.0 if i % 2 else 0.0) for i in range(6)]
     assert all(len(answer.token_ids) == 6 for answer in run(engine, requests).values())
-    assert engine.counters.explored_drafts
+    assert engine.counters.drafts
     assert len(traces) >= 6
     for trace in traces:
         assert {tensor.device.type for tensor in (trace.token_ids_T, trace.aux_T3H, trace.last_TH)} == {"cpu"}

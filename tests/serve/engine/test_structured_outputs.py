@@ -18,7 +18,6 @@ from llguidance import LLMatcher, LLParserLimits
 from scipy.stats import chi2
 from support.grammars import END, VOCAB_SIZE, backend, compiler, law, text_of
 from support.tiny_models import Answer, make_engine, random_draft, request, run, save_model, trained_draft
-from support.trace_examples import keep_in
 
 from aurora_lit.errors import RequestError
 from aurora_lit.grammars import matcher
@@ -28,8 +27,6 @@ from aurora_lit.models.loading import load_target
 from aurora_lit.modules.draft.eagle3 import Eagle3Draft
 from aurora_lit.request import Request, Source, StructuredOutputsParams
 from aurora_lit.serve.engine.engine import Engine
-from aurora_lit.serve.engine.trace_recorder import TraceRecorder
-from aurora_lit.traces.record import Trace
 
 PROMPT = [1, 3, 0]
 REGEX = "[ab]{1,2}0,0(1|[bc]{2})"
@@ -44,7 +41,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "branches": {"branches": True},
     "weighed": {"branches": True, "adaptive": True},
     "copies": {"copied_tokens": 15},
-    "all": {"branches": True, "copied_tokens": 15, "explore_share": 0.3, "explore_temperature": 1.5},
+    "all": {"branches": True, "copied_tokens": 15},
 }
 OPTIONS: dict[str, dict[str, Any]] = {
     "greedy": {"temperature": 0.0},
@@ -238,18 +235,6 @@ def test_rows_without_a_grammar_need_no_logits_beside_one_that_has(case: Case, m
     assert any(0 < some < all_ for all_, some in dense)
     after = dense[7:]  # the one with the grammar has ended; then a native pass chooses all tokens itself
     assert not after if case.target.decoder is not None else not any(some for _, some in after)
-
-
-def test_traces_of_masked_rows_hold_no_behaviour_log_probabilities(case: Case) -> None:
-    """A learner would compute their rewards from the unmasked distribution, so they do not explore."""
-    for regex, has_logprobs in (("[abc01]{9,12}", False), (None, True)):
-        traces: list[Trace] = []
-        recorder = TraceRecorder(keep_in(traces), hidden_size=case.target.hidden_size)
-        engine = case.engine(explore_share=1.0, observer=recorder)
-        run(engine, requests(8, temperature=0.0, regex=regex))
-        assert (sum(int(trace.explored_R.sum()) for trace in traces) > 2) == has_logprobs
-        assert engine.counters.drafts > 2
-        assert any(bool(trace.behaviour_logprob_RK.isfinite().any()) for trace in traces) == has_logprobs
 
 
 class SlowCompiler(GrammarCompiler):

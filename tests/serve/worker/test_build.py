@@ -49,8 +49,6 @@ def test_every_setting_of_the_engine_reaches_it(target: Target, monkeypatch: pyt
         "lookup": (True, False),
         "adaptive": (True, False),
         "prefix_cache_mb": (7, 0),
-        "explore_share": (0.125, 0.25),
-        "explore_temperature": (1.5, 2.0),
     }
     monkeypatch.setattr(build, "Engine", lambda target, draft, settings, **more: (settings, more["memory"]))
     for number in (0, 1):

@@ -380,8 +380,8 @@ def test_a_draft_that_is_wrong_a_little_more_often_where_it_is_weighed_is_rolled
     assert live.num_rollbacks == 1
 
 
-@pytest.mark.parametrize(("of_output", "rollbacks"), [({}, 1), ({"only_copied": True}, 0), ({"explored": True}, 0)])
-def test_only_proposals_of_the_draft_in_rounds_without_exploration_count_in_a_trial(
+@pytest.mark.parametrize(("of_output", "rollbacks"), [({}, 1), ({"only_copied": True}, 0)])
+def test_only_proposals_of_the_draft_count_in_a_trial(
     of_output: dict[str, Any], rollbacks: int, store: DraftStore
 ) -> None:
     assert judged(store, **of_output).num_rollbacks == rollbacks

@@ -5,26 +5,17 @@ positions a round until it has. Where it has native steps and the target compute
 tokens of each level, and those beside them, only those are proposed that repay their columns. Elsewhere whole chains
 are proposed.
 
-Exploration: in a share of the rounds that draft, all greedy sequences that may be stored draw their proposals from the
-draft at a separate temperature, so that a learner sees what else the draft could have proposed, and how probable it
-was; those with penalties, a bias or a grammar do not, since their rewards cannot be computed. Verification does not
-change, so the output stays exact, but fewer of these proposals are accepted. Such rounds propose chains. Sampled
-sequences do not explore: what is accepted of them depends on the noise that target and draft share, and a policy
-rewarded by p(a) alone would learn to propose the likeliest token, which that noise accepts less.
-
 Left out: the draft's passes (drafter.py), and what a column costs (serve/speculation/weigh.py).
 """
 
 from __future__ import annotations
 
-import random
 import time
 from collections.abc import Sequence
 from typing import NamedTuple
 
 from aurora_lit.kernels.draft_steps import Drafted
 from aurora_lit.kernels.matmul import ColumnDraws
-from aurora_lit.modules.sampling.distribution import uses_temperature_only
 from aurora_lit.request import Source
 from aurora_lit.serve.engine.round_plan import Proposal, WeighedChain
 from aurora_lit.serve.engine.sequence import RunningSequence
@@ -54,22 +45,11 @@ class DraftSource:
     >>> source.observe(sequence, proposal, path=[0, 1], tokens=[5, 6], finished=False)  # after the round
     """
 
-    def __init__(
-        self,
-        drafter: Drafter | None,
-        weigher: Weigher,
-        *,
-        max_catch_up_s: float = 1.0,
-        explore_share: float = 0.0,
-        explore_temperature: float = 1.0,
-        explore_seed: int = 0,
-    ) -> None:
+    def __init__(self, drafter: Drafter | None, weigher: Weigher, *, max_catch_up_s: float = 1.0) -> None:
         """`drafter` None: there is no draft, and no candidate."""
         self._drafter, self._weigher = drafter, weigher
         self.rates = DraftRates()
         self._max_catch_up_s = max_catch_up_s
-        self.explore_share, self.explore_temperature = explore_share, explore_temperature
-        self._rng = random.Random(explore_seed)
 
     def candidates(self, sequences: Sequence[RunningSequence], asked: Sequence[int]) -> DraftCandidates:
         """What the draft proposes for the sequences at `asked` of those of a round."""
@@ -77,21 +57,13 @@ class DraftSource:
             return DraftCandidates({})
         started, proposals, num_levels = time.perf_counter(), dict[int, Proposal](), 0
         ready, num_read = self._caught_up(sequences, asked)
-        explores = [False] * len(ready)
         if ready:
-            drafting = [sequences[i] for i in ready]
-            if self.explore_share and self._rng.random() < self.explore_share:
-                explores = [
-                    sequence.request.store and sequence.temperature == 0 and uses_temperature_only(sequence.params)
-                    for sequence in drafting
-                ]
-            drafted = self._run(drafting, explores, batch_size=len(sequences))
+            drafted = self._run([sequences[i] for i in ready], batch_size=len(sequences))
             num_levels = drafted.num_levels
-            proposals = dict(zip(ready, self._proposals(drafted, explores), strict=True))
+            proposals = dict(zip(ready, _proposals(drafted), strict=True))
         drafting_s = time.perf_counter() - started
         catching_up_s = min(drafting_s, self._costs.catch_up_s(len(ready), uncached=num_read))
-        if not any(explores):
-            self._costs.observe_draft(len(ready), num_levels, drafting_s, uncached=num_read)
+        self._costs.observe_draft(len(ready), num_levels, drafting_s, uncached=num_read)
         return DraftCandidates(proposals, drafting_s, catching_up_s)
 
     def observe(
@@ -133,18 +105,16 @@ class DraftSource:
             room, num_read = room - count, num_read + count
         return sorted(ready), num_read
 
-    def _run(self, sequences: list[RunningSequence], explores: list[bool], *, batch_size: int) -> Drafted:
+    def _run(self, sequences: list[RunningSequence], *, batch_size: int) -> Drafted:
         """Draft for some sequences of a round with so many."""
         assert self._drafter is not None
-        limits, noise = self._weigher.limits, self._noise(sequences, explores)
+        limits, noise = self._weigher.limits, _shared_noise(sequences)
         inputs = DraftInputs(
             slots=[sequence.slot for sequence in sequences], lengths=[sequence.length for sequence in sequences]
         )
         # A draft that was swapped in may have no native steps.
-        if any(explores) or not (limits.sibling_tokens and self._drafter.is_native):
-            return self._drafter.propose(
-                inputs, num_steps=limits.draft_tokens, noise=noise, with_logprobs=any(explores)
-            )
+        if not (limits.sibling_tokens and self._drafter.is_native):
+            return self._drafter.propose(inputs, num_steps=limits.draft_tokens, noise=noise)
         rates = [self.rates.rate_of(sequence) for sequence in sequences]
         return self._drafter.propose_weighed(
             inputs,
@@ -155,39 +125,30 @@ class DraftSource:
             noise=noise,
         )
 
-    def _noise(self, sequences: list[RunningSequence], explores: list[bool]) -> ColumnDraws | None:
-        """The noise that the target draws with; where a sequence explores, noise of its own."""
-        if not any(explores) and all(sequence.temperature == 0 for sequence in sequences):
-            return None
-        temperatures, keys = [], []
-        for sequence, explore in zip(sequences, explores, strict=True):
-            temperatures.append(self.explore_temperature if explore else sequence.temperature)
-            keys.append(self._rng.getrandbits(63) if explore else sequence.noise_key)
-        positions = [sequence.length - sequence.prompt_length for sequence in sequences]
-        return ColumnDraws(temperatures, keys, positions)
 
-    def _proposals(self, drafted: Drafted, explores: list[bool]) -> list[Proposal]:
-        if drafted.first_choices is not None and drafted.shares is not None:
-            assert drafted.parents is not None
-            weighed = map(WeighedChain, drafted.first_choices, drafted.shares)
-            return [
-                Proposal(
-                    tokens=tokens,
-                    parents=None if parents == list(range(len(tokens))) else parents,
-                    source=Source.DRAFT if tokens else Source.TARGET,
-                    num_drafted=len(tokens),
-                    weighed=chain,
-                )
-                for tokens, parents, chain in zip(drafted.tokens, drafted.parents, weighed, strict=True)
-            ]
-        tokens, logprobs = drafted.tokens, drafted.logprobs
-        return [
-            Proposal(
-                tokens=tokens[b],
-                source=Source.DRAFT,
-                num_drafted=len(tokens[b]),
-                explored_at=self.explore_temperature if explore else None,
-                logprobs=logprobs[b] if logprobs is not None and explore else None,
-            )
-            for b, explore in enumerate(explores)
-        ]
+def _shared_noise(sequences: list[RunningSequence]) -> ColumnDraws | None:
+    """The noise that the target draws with; None: all are greedy."""
+    if all(sequence.temperature == 0 for sequence in sequences):
+        return None
+    return ColumnDraws(
+        [sequence.temperature for sequence in sequences],
+        [sequence.noise_key for sequence in sequences],
+        [sequence.length - sequence.prompt_length for sequence in sequences],
+    )
+
+
+def _proposals(drafted: Drafted) -> list[Proposal]:
+    if drafted.first_choices is None or drafted.shares is None:
+        return [Proposal(tokens=chain, source=Source.DRAFT, num_drafted=len(chain)) for chain in drafted.tokens]
+    assert drafted.parents is not None
+    weighed = map(WeighedChain, drafted.first_choices, drafted.shares)
+    return [
+        Proposal(
+            tokens=tokens,
+            parents=None if parents == list(range(len(tokens))) else parents,
+            source=Source.DRAFT if tokens else Source.TARGET,
+            num_drafted=len(tokens),
+            weighed=chain,
+        )
+        for tokens, parents, chain in zip(drafted.tokens, drafted.parents, weighed, strict=True)
+    ]

@@ -75,11 +75,8 @@ class DraftRates:
     ) -> None:
         """Update by the outcome of what the draft proposed for a sequence.
 
-        `path`: the accepted columns, column 0 first; `tokens`: what the sequence got. Rounds that explore are left
-        out: they say nothing about others.
+        `path`: the accepted columns, column 0 first; `tokens`: what the sequence got.
         """
-        if proposal.explored_at is not None:
-            return
         if proposal.weighed is not None:
             # The round's tokens tell of the chain whether it was right, as far as they agree, proposed or not.
             tested, right = proposal.weighed.tested_by(tokens)

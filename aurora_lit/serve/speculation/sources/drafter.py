@@ -193,52 +193,34 @@ class Drafter:
 
     # -- proposing -----------------------------------------------------------------------------------------------------
 
-    def propose(
-        self,
-        inputs: DraftInputs,
-        *,
-        num_steps: int,
-        noise: ColumnDraws | None = None,
-        with_logprobs: bool = False,
-    ) -> Drafted:
-        """Draft a chain of `num_steps` tokens for each sequence.
-
-        `with_logprobs`: also return the tokens' log-probabilities; without native steps, so it takes longer.
-        """
-        if self.is_native and not with_logprobs:
+    def propose(self, inputs: DraftInputs, *, num_steps: int, noise: ColumnDraws | None = None) -> Drafted:
+        """Draft a chain of `num_steps` tokens for each sequence."""
+        if self.is_native:
             return self._draft_levels(inputs, noise=noise, num_levels=num_steps)
         hidden_BH = self.prefill(inputs)
         slots_B = torch.tensor(inputs.slots, device=self._tokens_SL.device)
         starts_B = torch.tensor(inputs.lengths, device=slots_B.device) - 1
         tokens: list[torch.Tensor] = []
-        logprobs: list[torch.Tensor] = []
         values: list[torch.Tensor] = []
         for step in range(num_steps):
             if step:
                 hidden_BH = self.forward(tokens[-1][:, None], hidden_BH[:, None], slots_B, starts_B + step - 1)[:, 0]
             normed_BH = self.draft.norm(hidden_BH)  # once for both heads
-            token_B, logprob_B = self._choose(self.draft.lm_head(normed_BH).float(), noise, step)
-            tokens.append(token_B)
-            logprobs.append(logprob_B)
+            tokens.append(self._choose(self.draft.lm_head(normed_BH).float(), noise, step))
             values.append(self.draft.value_head(normed_BH).squeeze(-1))
-        chains = torch.stack(tokens, dim=1).tolist()
-        return Drafted(chains, None, torch.stack(values).tolist(), torch.stack(logprobs, dim=1).tolist())
+        return Drafted(torch.stack(tokens, dim=1).tolist(), None, torch.stack(values).tolist())
 
-    def _choose(
-        self, logits_BD: torch.Tensor, noise: ColumnDraws | None, step: int
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The token of one step of a chain, and its log-probability at the noise's temperature (else at 1)."""
+    def _choose(self, logits_BD: torch.Tensor, noise: ColumnDraws | None, step: int) -> torch.Tensor:
+        """The token of one step of a chain [B]."""
         ids_D = self._runtime_draft.target_id_D
-        score_BD = logits_BD
         if noise is not None:
             device = logits_BD.device
             temperature_B1 = torch.tensor(noise.temperatures, dtype=torch.float32, device=device)[:, None]
             key_B, position_B = (torch.tensor(each, device=device) for each in (noise.keys, noise.positions))
             is_drawn_B1 = temperature_B1 > 0
             logits_BD = logits_BD / torch.where(is_drawn_B1, temperature_B1, 1.0)
-            score_BD = logits_BD + gumbel(key_B, position_B + step, ids_D) * is_drawn_B1
-        index_B1 = score_BD.argmax(-1, keepdim=True)
-        return ids_D[index_B1[:, 0]], logits_BD.log_softmax(-1).gather(1, index_B1)[:, 0]
+            logits_BD = logits_BD + gumbel(key_B, position_B + step, ids_D) * is_drawn_B1
+        return ids_D[logits_BD.argmax(-1)]
 
     def propose_weighed(
         self,
