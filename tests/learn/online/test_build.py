@@ -48,6 +48,12 @@ def test_learning_from_scratch_publishes_an_untrained_draft_of_the_same_shape(
     assert not torch.allclose(draft.lm_head.weight, configured.lm_head.weight, atol=0.01)
 
 
+def test_the_loss_is_what_is_asked_for(server: ServerStandIn) -> None:
+    for overrides, expected in (([], False), (["learn.ppo=true"], True)):
+        with server.loop(*overrides) as loop:
+            assert loop.learner.module.module.online.ppo == expected
+
+
 def test_learning_begins_although_current_names_no_version(server: ServerStandIn) -> None:
     server.store.folder.mkdir(parents=True, exist_ok=True)
     (server.store.folder / "CURRENT").write_text("draft-1\r\n")

@@ -25,6 +25,7 @@ from aurora_lit.modules.domains.detector import DomainDetector
 from aurora_lit.modules.draft.eagle3 import Eagle3Draft
 from aurora_lit.modules.losses.batch import OnlineBatch
 from aurora_lit.modules.losses.draft_module import clip_gradients
+from aurora_lit.modules.losses.objective import OnlineWeights
 from aurora_lit.traces.record import Trace
 
 MakeLearner = Callable[..., Learner]
@@ -218,6 +219,34 @@ def test_a_state_of_another_starting_draft_is_not_used(make: MakeLearner, target
     assert not learner(second).resume(), "draft.checkpoint names another one of the same vocabulary"
     learner(first, version="draft-000001").save()
     assert learner(second).resume(), "the served draft is not the starting one"
+
+
+def test_learning_by_ppo_at_rest_saves_what_lk_saves_and_begins_anew_after_a_restart(
+    make: MakeLearner, traffic: list[Trace]
+) -> None:
+    """So each goes on from the other's state; of the rest that a kill ended nothing is kept."""
+    learner, rest = make(), collate_online([], traffic[:5])
+    names = learner.state_dict()["module"].keys()
+    learner.module.module.online = OnlineWeights(ppo=True)
+    for stops in (False, True):
+        report = learner.update(rest)
+        assert report is not None
+        assert bool(report.stats.stopped_R2[:, 0].sum() > 0) == stops
+    assert learner.state_dict()["module"].keys() == names
+    learner.save()
+    other = make()
+    assert other.resume()
+    learner.restart_from(random_draft_of(learner), version="start")
+    report = learner.update(rest)
+    assert report is not None
+    assert report.stats.stopped_R2[:, 0].sum() == 0
+
+
+def random_draft_of(learner: Learner) -> Eagle3Draft:
+    """A copy of its draft with another head."""
+    draft = copy.deepcopy(learner.draft)
+    torch.nn.init.normal_(draft.lm_head.weight, generator=torch.Generator().manual_seed(1))
+    return draft
 
 
 def test_positions_are_those_that_a_step_has_trained_on(
