@@ -13,6 +13,7 @@ May import: models/tokenizer.py, tool_calls/, ipc/. Start with routes.py. The fi
     tool_fields.py    their fields for tools, calls and results
     message_fields.py  their fields for a conversation: messages, and how the prompt is rendered
     prediction.py     the field for a predicted answer, and how much of it was right
+    llama_cpp_fields.py  the fields of llama.cpp's server
     fim_prompt.py     the prompt of a hole in a file: its parts in their order, and what is cut
     schema.py         request bodies: every field and its range; no field is silently ignored
     fim_schema.py     the bodies of the routes that fill holes only

@@ -43,6 +43,7 @@ class Predicting(Strict):
         of_body = {name: getattr(self, name, None) for name in type(self).model_fields}
         for name, is_combined in (
             ("n", (of_body["n"] or 1) > 1),
+            ("n_cmpl", (of_body["n_cmpl"] or 1) > 1),
             ("logprobs", of_body["logprobs"] is not None and of_body["logprobs"] is not False),
             ("presence_penalty", (of_body["presence_penalty"] or 0) > 0),
             ("frequency_penalty", (of_body["frequency_penalty"] or 0) > 0),

@@ -116,7 +116,7 @@ class GenerationRoutes:
             self._worker_client.replace(slot)
         prepare = partial(prepare_completion, marks=self._fim_marks, default_tokens=None)
         response = partial(InfillResponse, body=body)
-        return await self._answer(body, request, prepare, response, id_prefix="infill", choices_field="n_cmpl")
+        return await self._answer(body, request, prepare, response, id_prefix="infill")
 
     async def _answer(
         self,
@@ -127,14 +127,12 @@ class GenerationRoutes:
         *,
         num_prompts: int = 1,
         id_prefix: str,
-        choices_field: str = "n",
     ) -> Response:
         check_model(body.model, served=self._model)
         body = body.with_defaults(self._default_sampling)
         started_s = time.monotonic()
-        places = self._worker_client.places(
-            num_prompts=num_prompts, num_choices=body.num_choices, choices_field=choices_field
-        )
+        field, number = body.choices
+        places = self._worker_client.places(num_prompts=num_prompts, num_choices=number, choices_field=field)
         with places:
             prepared = await asyncio.to_thread(
                 prepare,

@@ -2,9 +2,9 @@
 
 No field is silently ignored: an unsupported one is refused by name, unless its value means "not used" (NEUTRAL).
 Structured outputs, tools and conversations have files of their own (structured_fields.py, tool_fields.py,
-message_fields.py, prediction.py), and so have the bodies of the routes that only fill holes (fim_schema.py). Leaves out
-checks that need a tokenizer or the model's limits (serve/http/tokenize.py) and the wording of error bodies
-(serve/http/errors.py).
+message_fields.py, prediction.py), and so have llama.cpp's fields (llama_cpp_fields.py) and the bodies of the routes
+that only fill holes (fim_schema.py). Leaves out checks that need a tokenizer or the model's limits
+(serve/http/tokenize.py) and the wording of error bodies (serve/http/errors.py).
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from aurora_lit.errors import RequestError
 from aurora_lit.request import MAX_DOMAIN_CHARACTERS, SamplingParams
 from aurora_lit.serve.http.body import Strict, WholeText, at_most, drop_neutral, shorten
 from aurora_lit.serve.http.fim_prompt import Hole
+from aurora_lit.serve.http.llama_cpp_fields import MAX_CHOICES, LlamaCpp
 from aurora_lit.serve.http.message_fields import Messages, Templated
 from aurora_lit.serve.http.prediction import Predicting
 from aurora_lit.serve.http.structured_fields import Structured
 from aurora_lit.serve.http.tool_fields import ToolChoosing, Tools
 
 MAX_LOGPROBS = 20
-MAX_CHOICES = 128
 MAX_STOPS = 16
 MAX_TOKEN_IDS = 1024
 """Of stop_token_ids, and of logit_bias."""
@@ -40,20 +40,38 @@ T = TypeVar("T")
 NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "audio": (None,),
     "best_of": (None, 1),
+    "dry_multiplier": (None, 0, 0.0),
+    "dynatemp_range": (None, 0, 0.0),
     "function_call": (None, "none"),
     "functions": (None, []),
+    "grammar": (None, ""),
     "guided_decoding_backend": (None,),
     "guided_whitespace_pattern": (None,),
+    "json_schema": (None,),
     "length_penalty": (None, 1, 1.0),
+    "lora": (None, []),
+    "mirostat": (None, 0),
     "modalities": (None, ["text"]),
+    "n_cache_reuse": (None, 0),
+    "n_discard": (None, 0),
+    "n_keep": (None, 0, -1),
+    "n_probs": (None, 0),
+    "post_sampling_probs": (None, False),
     "prediction": (None,),
     "prompt_cache_key": (None,),
+    "repeat_penalty": (None, 1, 1.0),
+    "return_progress": (None, False),
+    "return_tokens": (None, False),
     "safety_identifier": (None,),
     "service_tier": (None, "auto", "default"),
     "suffix": (None, ""),
+    "timings_per_token": (None, False),
+    "top_n_sigma": (None, -1, -1.0),
+    "typical_p": (None, 1, 1.0),
     "use_beam_search": (None, False),
     "verbosity": (None, "medium"),
     "web_search_options": (None,),
+    "xtc_probability": (None, 0, 0.0),
 }
 """Fields of other servers that clients send, with the values that have no effect."""
 
@@ -80,8 +98,8 @@ class StreamOptions(Strict):
     include_obfuscation: bool | None = None
 
 
-class Sampling(Structured):
-    """The fields that chat and text completion share."""
+class Sampling(Structured, LlamaCpp):
+    """The fields that all routes share that generate."""
 
     model: str | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
@@ -112,7 +130,7 @@ class Sampling(Structured):
     prompt_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     cache_salt: Annotated[str, Field(min_length=1, max_length=MAX_SALT_CHARACTERS)] | None = None
 
-    TOKEN_LIMITS: ClassVar[tuple[str, ...]] = ("max_tokens", "max_completion_tokens")
+    TOKEN_LIMITS: ClassVar[tuple[str, ...]] = ("max_tokens", "max_completion_tokens", "n_predict")
     """The fields that limit an answer's length."""
 
     @model_validator(mode="before")
@@ -157,8 +175,12 @@ class Sampling(Structured):
         return self
 
     def with_defaults(self, defaults: Mapping[str, Any]) -> Self:
-        """The same body, in which these parameters have these values if the client gave none, or null."""
-        return self.model_copy(update={name: value for name, value in defaults.items() if getattr(self, name) is None})
+        """The same body, in which these parameters have these values if the client gave none, or null.
+
+        Those of samplers that it does not ask for are off.
+        """
+        missing = {name: value for name, value in defaults.items() if getattr(self, name) is None}
+        return self.model_copy(update=missing | self.switched_off(num_choices=self.choices[1]))
 
     @property
     def may_be_stored(self) -> bool:
@@ -171,26 +193,32 @@ class Sampling(Structured):
         return (self.metadata or {}).get(DOMAIN_KEY, "")
 
     @property
-    def num_choices(self) -> int:
-        """Number of choices per prompt."""
-        return 1 if self.n is None else self.n
+    def choices(self) -> tuple[str, int]:
+        """The name under which the request gives the number of choices per prompt, and the number."""
+        name, number = self._given_as(("n", "n_cmpl"))
+        return name, _or(number, 1)
 
     @property
     def is_watched(self) -> bool:
         """True if something looks at the answers before they end."""
-        return bool(self.stream or self.stop)
+        return bool(self.stream or self.stop or self.n_indent or self.most_s)
 
     @property
     def token_limit(self) -> tuple[str, int | None]:
-        """The name under which the request gives max_tokens, and its value; None if it does not.
+        """The name under which the request gives max_tokens, and its value; None if it does not, or says "no limit"."""
+        name, limit = self._given_as(self.TOKEN_LIMITS)
+        return name, None if limit == -1 else limit
 
-        Raises RequestError if it gives two names, and they differ.
+    def _given_as(self, names: tuple[str, ...]) -> tuple[str, int | None]:
+        """Which of the names of one field the request has, and its value; None if it has none.
+
+        Raises RequestError if it has two, and they differ.
         """
-        given = [(name, value) for name in self.TOKEN_LIMITS if (value := getattr(self, name)) is not None]
+        given = [(name, value) for name in names if (value := getattr(self, name)) is not None]
         if len({value for _, value in given}) > 1:
-            both = " and ".join(f"{name}={value}" for name, value in given)
-            raise RequestError(f"{both} differ; send one of them", param=given[-1][0])
-        return given[-1] if given else (self.TOKEN_LIMITS[0], None)
+            all_given = " and ".join(f"{name}={value}" for name, value in given)
+            raise RequestError(f"{all_given} differ; send one of them", param=given[-1][0])
+        return given[-1] if given else (names[0], None)
 
     def sampling_params(
         self, *, max_tokens: int, vocab_size: int, logprobs: int | None, echoed_logprobs: int | None = None

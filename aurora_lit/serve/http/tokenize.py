@@ -78,7 +78,7 @@ class Prepared:
     num_choices: int = 1
     """Of each prompt."""
     drop_output: bool = False
-    """max_tokens is 0: the one token that the engine generates is dropped."""
+    """max_tokens or n_predict is 0: the one token that the engine generates is dropped."""
     options: AnswerOptions = DEFAULT_OPTIONS
     prompt_logprobs: int | None = None
     """Alternatives per token of the prompt, whose log-probabilities the response has; None: it has none."""
@@ -107,7 +107,9 @@ def prepare_chat(
     # The template contains the special tokens.
     prompt_ids = _encode(tokenizer, text, limits, param="messages", add_special_tokens=False)
     max_tokens = _check_length(len(prompt_ids), body, limits, default=None, param="messages")
-    params = body.sampling_params(max_tokens=max_tokens, vocab_size=limits.vocab_size, logprobs=body.num_logprobs)
+    params = body.sampling_params(
+        max_tokens=max(1, max_tokens), vocab_size=limits.vocab_size, logprobs=body.num_logprobs
+    )
     _check_structure(body, tokenizer, limits)
     if use is not None:
         params = replace(
@@ -121,12 +123,15 @@ def prepare_chat(
         call=call,
         prompt_texts=(),
         num_prompt_tokens=len(prompt_ids),
-        num_choices=body.num_choices,
+        num_choices=body.choices[1],
+        drop_output=body.token_limit[1] == 0,
         options=AnswerOptions(
             # A grammar takes an answer with the space that it begins with; other answers begin without one.
             continues_prompt=bool(body.continue_final_message) or body.structure is not None,
             by_token=bool(body.return_token_sources),
             grammar_field=body.structure[0] if body.structure else "tools" if use is not None and use.grammar else "",
+            min_indent=body.n_indent or 0,
+            most_s=body.most_s,
         ),
         prompt_logprobs=body.prompt_logprobs,
         tools=use,
@@ -172,11 +177,13 @@ def prepare_completion(
 ) -> Prepared:
     """Tokenize each prompt, or check its ids; a hole is laid out. client: see `Request`.
 
-    marks: of a model that fills holes. default_tokens: max_tokens of a body without it; None: the rest of the context.
+    marks: of a model that fills holes. default_tokens: max_tokens of a body that says nothing of it; None: the rest of
+    the context.
     Raises RequestError if a prompt is empty or too long, or has a hole that the model cannot fill.
     """
     if not body.prompts:
         raise RequestError("prompt is an empty list; send at least one prompt", param="prompt")
+    default_tokens = None if body.n_predict == -1 else default_tokens
     ids, texts, was_cut = [], [], False
     for prompt in body.prompts:
         if isinstance(prompt, Hole):
@@ -219,14 +226,14 @@ def prepare_completion(
         call=_call(call_id, ids, params, body, client, predicted),
         prompt_texts=tuple(texts) if body.echo else (),
         num_prompt_tokens=sum(map(len, ids)),
-        num_choices=body.num_choices,
+        num_choices=body.choices[1],
         drop_output=body.token_limit[1] == 0,
         options=AnswerOptions(
             continues_prompt=True,
             by_token=bool(body.return_token_sources),
             grammar_field=body.structure[0] if body.structure else "",
-            min_indent=(body.n_indent or 0) if isinstance(body, InfillRequest) else 0,
-            most_s=body.most_s if isinstance(body, InfillRequest) else None,
+            min_indent=body.n_indent or 0,
+            most_s=body.most_s,
         ),
         prompt_logprobs=body.prompt_logprobs,
         was_cut=was_cut,
@@ -423,7 +430,7 @@ def _call(
     requests: list[Request] = []
     name = uuid.uuid4().hex  # not the call's id, which the client knows: traces on disk have the name
     for prompt_ids, options in zip(prompts, params, strict=True):
-        for choice in range(body.num_choices):
+        for choice in range(body.choices[1]):
             # Random generators take 63-bit seeds.
             seed = None if options.seed is None else (options.seed + choice) % 2**63
             of_prompt = options.prompt_logprobs if choice == 0 or body.stream else None

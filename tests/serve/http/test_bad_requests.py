@@ -19,9 +19,15 @@ from aurora_lit.errors import RequestError
 from aurora_lit.ipc.engine_status import EngineStatusPage, WorkerState
 from aurora_lit.serve.api import AuroraAPI
 from aurora_lit.serve.http.errors import install_error_handlers
-from aurora_lit.serve.http.fim_schema import NEUTRAL_IN_INFILL, FimRequest, InfillRequest
+from aurora_lit.serve.http.fim_schema import FimRequest, InfillRequest
 from aurora_lit.serve.http.routes import GenerationRoutes
-from aurora_lit.serve.http.schema import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
+from aurora_lit.serve.http.schema import (
+    NEUTRAL,
+    ChatRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    TokenizeRequest,
+)
 from aurora_lit.serve.http.stream_events import StreamShape
 from aurora_lit.serve.http.token_routes import TokenRoutes
 from aurora_lit.serve.http.worker_client import WorkerClient
@@ -95,6 +101,8 @@ VALUES_OF_CHAT = {
     "modalities": [["text", "audio"]],
     "model": [5],
     "n": [0, -1, 9, 10**9],  # server.max_queue is 8
+    "n_cmpl": [9],
+    "n_predict": [5, -1, 0, 1000],  # and max_tokens is 4
     "prediction": ["hello", *({"type": "content", "content": each} for each in ("\ud800", "hello " * 200))],
     "presence_penalty": [3],
     "prompt": ["hello"],
@@ -125,6 +133,8 @@ VALUES_OF_TEXT = {
     "max_tokens": [0],
     "messages": [HELLO],
     "n": [9],
+    "n_cmpl": [9],
+    "n_predict": [5, 0],
     "prompt": ["", [], ["a", ""], [[]], None, "\udfff", [282], "hello " * 200, ["a", *"b" * 8]],
     "structured_outputs": [{}, {"regex": "a", "choice": ["a"]}],
     "suffix": [7, "\ud800"],
@@ -137,6 +147,7 @@ VALUES_OF_FILL = {
     "max_tokens": [200],  # more than the context
     "min_tokens": [5],
     "n": [9],
+    "n_predict": [5],
     "prompt": ["\ud800", [1]],
     "random_seed": [8],  # and seed is 7
     "suffix": ["\ud800"],
@@ -145,7 +156,6 @@ VALUES_OF_INFILL = {
     "input_extra": [[{"text": "a"}] * 1025],
     "input_prefix": ["\ud800", None],
     "input_suffix": ["\ud800"],
-    "lora": [[{"id": 0, "scale": 0.5}]],
     "max_tokens": [4],
     "n": [1],
     "n_cmpl": [9],
@@ -154,12 +164,17 @@ VALUES_OF_INFILL = {
     "prompt_logprobs": [1],
     "return_token_sources": [True],
     "stream_options": [{"include_usage": True}],
-    **{name: ["something else"] for name in NEUTRAL_IN_INFILL},
+    **{name: ["something else"] for name in NEUTRAL},
 }
 OTHERS = [
     # (path, body, param)
     (CHAT, chat(continue_final_message=True, add_generation_prompt=True), "continue_final_message"),
     (CHAT, chat(stop=[""]), "stop[0]"),
+    (CHAT, chat(n=1, n_cmpl=2), "n_cmpl"),
+    (CHAT, chat(n_cmpl=2, prediction={"type": "content", "content": "a"}), "n_cmpl"),
+    (CHAT, chat(samplers=["top_k", "mirostat"]), "samplers[1]"),
+    (CHAT, {"messages": HELLO, "n_predict": 1000}, "n_predict"),
+    (CHAT, chat(lora=[{"id": 0, "scale": 0.5}]), "lora"),
     (CHAT, chat(stop_token_ids=[-1]), "stop_token_ids[0]"),
     (CHAT, chat(stream=True, stream_options={"surprise": True}), "stream_options.surprise"),
     (CHAT, chat(stream=True, stream_options={"include_obfuscation": 1}), "stream_options.include_obfuscation"),

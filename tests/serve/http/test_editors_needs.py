@@ -12,7 +12,48 @@ import httpx
 import pytest
 from support.fake_server import FakeServer
 
+from aurora_lit.serve.http.fim_schema import FimRequest, InfillRequest
+from aurora_lit.serve.http.schema import ChatRequest, CompletionRequest, Sampling
+
 HOLE = {"input_prefix": "abc", "input_suffix": "xyz", "n_predict": 8, "id_slot": 0}
+SYSTEM = {"role": "system", "content": "You are a text-editing assistant.\n--- SELECTION\nx = 1\n"}
+INSTRUCTION = {"role": "user", "content": "INSTRUCTION: rename x"}
+CHATS_OF_LLAMA_VIM = [
+    {
+        "id_slot": 1,
+        "messages": [SYSTEM, {"role": "user", "content": ""}],
+        "samplers": [],
+        "n_predict": 0,
+        "stream": False,
+        "cache_prompt": True,
+        "response_fields": [""],
+        "model": "",
+    },
+    {
+        "id_slot": 1,
+        "messages": [SYSTEM, INSTRUCTION],
+        "min_p": 0.1,
+        "temperature": 0.1,
+        "samplers": ["min_p", "temperature"],
+        "stream": True,
+        "cache_prompt": True,
+        "model": "",
+    },
+]
+"""What its instructions send (commit a1c8e6e): a warm-up while they are typed, and the request."""
+LIST = {"name": "ls", "description": "Lists", "parameters": {"type": "object", "properties": {}}, "strict": True}
+CHATS_OF_LLAMA_VSCODE = [
+    {"messages": [SYSTEM, INSTRUCTION], "stream": False, "cache_prompt": True, "temperature": 0.8, "top_p": 0.95},
+    {"messages": [SYSTEM, INSTRUCTION], "stream": False, "temperature": 0.8},
+    {
+        "messages": [SYSTEM, INSTRUCTION],
+        "stream": True,
+        "max_tokens": 8,
+        "tool_choice": "auto",
+        "tools": [{"type": "function", "function": LIST}],
+    },
+]
+"""Its edits, its chat and its agent (commit 3938fb3)."""
 
 
 @pytest.fixture(scope="module")
@@ -71,6 +112,60 @@ def test_a_chat_has_an_event_a_round_and_timings_at_its_end(client: httpx.Client
         assert timings["prompt_ms"] > 0
     several = client.post("/v1/chat/completions", json={**body, "n": 2}).json()
     assert "timings" not in several
+
+
+@pytest.mark.parametrize("body", [*CHATS_OF_LLAMA_VIM, *CHATS_OF_LLAMA_VSCODE])
+def test_chats_of_llama_cpps_editors_are_answered(body: dict[str, Any], client: httpx.Client) -> None:
+    response = client.post("/v1/chat/completions", json=body)
+    assert response.status_code == 200, response.text
+    if body["stream"]:
+        choices = [chunk["choices"][0] for chunk in chunks(response)]
+        text = "".join(choice["delta"].get("content") or "" for choice in choices)
+    else:
+        choices = response.json()["choices"]
+        text = choices[0]["message"]["content"]
+    assert choices[-1]["finish_reason"]
+    assert bool(text) == (body.get("n_predict") != 0)
+
+
+def test_llama_cpps_fields_mean_on_every_route_what_they_mean_in_infill(client: httpx.Client) -> None:
+    def answers(path: str, **fields: Any) -> list[tuple[str, int]]:
+        prompt = (
+            {"messages": [{"role": "user", "content": "abc\ndef\n"}]} if "chat" in path else {"prompt": "abc\ndef\n"}
+        )
+        response = client.post(path, json={**prompt, **fields})
+        assert response.status_code == 200, response.text
+        body = response.json()
+        texts = [choice["message"]["content"] if "message" in choice else choice["text"] for choice in body["choices"]]
+        return [(text, body["usage"]["completion_tokens"]) for text in texts]
+
+    for path in ("/v1/chat/completions", "/v1/completions", "/v1/fim/completions"):
+        (whole,) = answers(path, n_predict=40)
+        assert whole[1] == 40
+        assert answers(path, n_predict=40, max_tokens=40) == [whole], "two names of one field"
+        assert answers(path, n_predict=0) == [("", 0)], "the prompt is read"
+        assert answers(path, n_predict=-1)[0][1] > 40, "no limit, of completions either"
+        assert len(answers(path, n_predict=2, n_cmpl=3)) == 3
+        indented = answers(path, n_predict=40, n_indent=1)[0][0]
+        assert whole[0].startswith(indented + "\n")
+        same = answers(path, n_predict=40, id_slot=7, cache_prompt=False, t_max_prompt_ms=1, response_fields=["a"])
+        assert same == [whole]
+
+
+@pytest.mark.parametrize("kind", [ChatRequest, CompletionRequest, FimRequest, InfillRequest])
+def test_samplers_that_are_not_asked_for_are_off_also_where_a_model_has_defaults(kind: type[Sampling]) -> None:
+    prompts = {"prompt": "a", "messages": [INSTRUCTION], "input_prefix": "a", "input_suffix": "b"}
+    own = {name: value for name, value in prompts.items() if kind.model_fields.get(name)}
+    defaults = {"temperature": 0.7, "top_k": 20, "repetition_penalty": 1.1}
+
+    def settings(**fields: Any) -> list[float | None]:
+        body = kind.model_validate({**own, "min_p": 0.1, **fields}).with_defaults(defaults)
+        return [body.temperature, body.top_k, body.repetition_penalty, body.min_p]
+
+    assert settings() == [0.7, 20, 1.1, 0.1]
+    assert settings(samplers=["min_p", "temperature"]) == [0.7, 0, 1.0, 0.1]
+    assert settings(samplers=["top_k", "infill"]) == [0.0, 20, 1.0, 0.0]
+    assert settings(samplers=["top_k", "infill"], n_cmpl=2) == [0.7, 20, 1.0, 0.0]
 
 
 def test_a_newer_request_for_a_hole_replaces_one_that_waits() -> None:

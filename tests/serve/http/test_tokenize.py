@@ -193,7 +193,7 @@ def test_a_long_list_of_what_is_no_prompt_is_refused_at_its_first_mistake() -> N
 )
 def test_as_many_choices_as_are_asked_for_need_no_best_of(fields: dict[str, Any], accepted: bool) -> None:
     if accepted:
-        assert CompletionRequest.model_validate({"prompt": "a", **fields}).num_choices == fields["n"]
+        assert CompletionRequest.model_validate({"prompt": "a", **fields}).choices == ("n", fields["n"])
     else:
         with pytest.raises(RequestError, match="best_of"):
             CompletionRequest.model_validate({"prompt": "a", **fields})
