@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import datetime
+import fcntl
 import json
+import os
+import threading
 from pathlib import Path
 
 import pytest
@@ -69,6 +72,56 @@ def test_a_start_goes_on_where_the_last_server_ended(server: Server) -> None:
     later.saved_s = 1.0
     assert later.seconds() == (16.0, 1.0)
     assert later.savings.report()["since"] == "2026-11-30"
+
+
+def test_servers_on_one_folder_add_to_the_same_sums(server: Server) -> None:
+    other = server.restarted(day=0)
+    for each, saved_s in ((server, 10.0), (other, 5.0), (server, 11.0)):
+        each.saved_s = saved_s
+        each.seconds()
+        each.savings.keep()
+    assert other.seconds() == (15.0, 15.0), "as of the last time that it kept them"
+    other.savings.keep()
+    assert other.seconds() == server.seconds() == server.restarted(day=0).seconds() == (16.0, 16.0)
+    other.day, other.saved_s = 1, 7.0
+    assert other.seconds() == (18.0, 2.0)
+    other.savings.keep()
+    server.day, server.saved_s = 1, 14.0
+    assert server.seconds() == (19.0, 3.0)
+    server.savings.keep()
+    assert server.seconds() == server.restarted(day=1).seconds() == (21.0, 5.0)
+
+
+def test_nothing_is_lost_where_servers_keep_at_the_same_moment(server: Server) -> None:
+    def serve() -> None:
+        each = server.restarted(day=0)
+        for _ in range(20):
+            each.saved_s += 1.0
+            each.seconds()
+            each.savings.keep()
+
+    threads = [threading.Thread(target=serve) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert server.restarted(day=0).seconds() == (80.0, 80.0)
+
+
+def test_a_lock_that_another_keeps_is_waited_for_a_while_and_the_sum_is_kept_later(
+    server: Server, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(module, "_LOCK_EVERY_S", 0.0)
+    server.saved_s = 3.0
+    server.seconds()
+    server.path.parent.mkdir()
+    descriptor = os.open(server.path.parent, os.O_RDONLY)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    server.savings.keep()
+    assert "cannot be written" in caplog.text
+    os.close(descriptor)
+    server.savings.keep()
+    assert server.restarted(day=0).seconds() == (3.0, 3.0)
 
 
 def test_it_is_kept_while_the_server_runs_and_when_it_ends(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
