@@ -13,7 +13,8 @@ those that wait and those in flight, and the resident memory, threads, files and
 first token's time is the median of ten requests with one prompt, each under a new `cache_salt`, so that the whole
 prompt is read. First a tenth as many requests, but at least 40, run unmeasured: threads start and caches fill when they
 are first needed. The exit status is 1 if more slots are held than before, or if processes, threads, files or sockets
-became more in both halves, as what leaks does and a pool that fills does not.
+became more in both halves, as what leaks does and a pool that fills does not. Memory grows until the prefix cache has
+its `engine.prefix_cache_mb`.
 """
 
 from __future__ import annotations
