@@ -48,7 +48,7 @@ a chain or as a tree with siblings or copies beside it. Of a round whose sequenc
 
 @dataclass(frozen=True, kw_only=True)
 class StructuredOutputsParams:
-    """What an output must be: exactly one of these (names and meaning are vLLM's)."""
+    """What an output must be: exactly one of these (names and meaning are vLLM's, but for `begins_with`)."""
 
     json: str | Mapping[str, Any] | None = None
     """A JSON schema."""
@@ -60,6 +60,8 @@ class StructuredOutputsParams:
     """A context-free grammar, in llguidance's Lark dialect or in GBNF."""
     json_object: bool | None = None
     """True: any JSON object."""
+    begins_with: str | None = None
+    """A text; whatever follows it is free."""
 
 
 @dataclass(frozen=True, kw_only=True)

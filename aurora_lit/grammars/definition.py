@@ -70,6 +70,8 @@ def grammar_of(asked: StructuredOutputsParams) -> str:
         return _of_schema({"type": "object"})
     if asked.json is not None:
         return _of_schema(json.loads(asked.json) if isinstance(asked.json, str) else asked.json)
+    if asked.begins_with is not None:
+        return LLMatcher.grammar_from_regex(rf"{re.escape(asked.begins_with)}[\s\S]*")
     if asked.regex is not None:
         return LLMatcher.grammar_from_regex(asked.regex)
     if asked.choice is not None:

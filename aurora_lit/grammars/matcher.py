@@ -54,13 +54,19 @@ Mask = NDArray[np.uint8]
 class Branch:
     """What is allowed after tokens; walks down a tree of them and back."""
 
-    def __init__(self, matcher: LLMatcher, *, vocab_size: int, end_tokens: frozenset[int]) -> None:
-        """`end_tokens`: those that end the output."""
-        self._matcher, self._end_tokens = matcher, end_tokens
+    def __init__(
+        self, matcher: LLMatcher, *, vocab_size: int, end_tokens: frozenset[int], begins_only: bool = False
+    ) -> None:
+        """`end_tokens`: those that end the output. `begins_only`: where it may end, all that follows is free."""
+        self._matcher, self._end_tokens, self._begins_only = matcher, end_tokens, begins_only
+        self._num_free = 0
+        """Tokens since then."""
         self._vocab_size, self._mask_bytes = vocab_size, 4 * -(-vocab_size // 32)
 
     def allowed(self) -> Mask | None:
         """The tokens that may follow; None: llguidance has failed, and the branch cannot be used any more."""
+        if self.is_done:
+            return np.full(self._mask_bytes, 0xFF, dtype=np.uint8)
         mask_W = np.zeros(self._mask_bytes, dtype=np.uint8)
         self._matcher.unsafe_compute_mask_ptr(mask_W.ctypes.data, self._mask_bytes)
         if self._matcher.is_accepting():
@@ -68,20 +74,34 @@ class Branch:
                 mask_W[token >> 3] |= 1 << (token & 7)
         return None if self._matcher.is_error() or not mask_W.any() else mask_W
 
+    @property
+    def is_done(self) -> bool:
+        """True if all that may follow is free."""
+        return self._begins_only and (self._num_free > 0 or self._matcher.is_accepting())
+
     def enter(self, token: int) -> None:
         """Go on with a token that is allowed here."""
-        self._matcher.consume_token(token)
+        if self.is_done:
+            self._num_free += 1
+        else:
+            self._matcher.consume_token(token)
 
     def leave(self) -> None:
         """Go back by one token."""
-        self._matcher.rollback(1)
+        if self._num_free:
+            self._num_free -= 1
+        else:
+            self._matcher.rollback(1)
 
     def copy(self) -> Branch:
         """The same place, from which to walk on. Both share a lexer, and fail where one of them reaches its limits."""
-        return Branch(self._matcher.deep_copy(), vocab_size=self._vocab_size, end_tokens=self._end_tokens)
+        matcher = self._matcher.deep_copy()
+        return Branch(matcher, vocab_size=self._vocab_size, end_tokens=self._end_tokens, begins_only=self._begins_only)
 
     def forced(self) -> list[int]:
         """The tokens that must follow, with the end if that must."""
+        if self.is_done:
+            return []
         tokens = self._matcher.compute_ff_tokens()
         after = self._matcher.deep_copy()
         after.consume_tokens(tokens)
@@ -133,6 +153,11 @@ class Grammar:
             self._here.enter(token)
         after = self.forced[len(tokens) :]
         self._look_ahead(after if self.forced[: len(tokens)] == list(tokens) else [])
+
+    @property
+    def is_done(self) -> bool:
+        """True if all that may follow is free."""
+        return self._here.is_done
 
     @property
     def takes_proposals(self) -> bool:
@@ -237,7 +262,8 @@ class GrammarCompiler:
         matcher, seconds = self._matcher(asked)
         compiled = _Compiled(asked, matcher, owners[0], seconds)
         grammar = self._begin(compiled, end_tokens)  # one that cannot begin is not kept
-        if compiled.is_quick:  # otherwise what one output reaches would end all that share it
+        # Otherwise what one output reaches would end all that share it; and few begin with the same text.
+        if compiled.is_quick and asked.begins_with is None:
             with self._changing_compiled:
                 self._compiled.append(compiled)
         return grammar
@@ -255,7 +281,8 @@ class GrammarCompiler:
 
     def _begin(self, compiled: _Compiled, end_tokens: frozenset[int]) -> Grammar:
         def beginning(start: LLMatcher) -> Branch:
-            return Branch(start, vocab_size=self._vocab_size, end_tokens=end_tokens)
+            begins_only = compiled.asked.begins_with is not None
+            return Branch(start, vocab_size=self._vocab_size, end_tokens=end_tokens, begins_only=begins_only)
 
         def compile_again(*, in_round: bool) -> Branch:
             with self._changing_compiled:  # whatever begins with it would fail too

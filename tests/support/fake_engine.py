@@ -143,7 +143,11 @@ class FakeEngine:
             says_client = self._special["<|client|>"] in request.prompt_ids
             script = self._tokenizer.encode(request.client or "nobody") if says_client else request.prompt_ids
             script = [token_id for token_id in script if token_id not in self._marks] or [self._special["<|end|>"]]
-            self._running[request_id] = _Running(request=request, script=itertools.cycle(script))
+            asked = request.params.structured_outputs
+            begins = self._tokenizer.encode((asked and asked.begins_with) or "")
+            self._running[request_id] = _Running(
+                request=request, script=itertools.chain(begins, itertools.cycle(script))
+            )
             self.counters.prompt_tokens += len(request.prompt_ids)
         if self._running:
             time.sleep(self._options.round_s)

@@ -28,11 +28,6 @@ def is_greedy(params: SamplingParams) -> bool:
     return params.temperature < GREEDY_BELOW
 
 
-def uses_temperature_only(params: SamplingParams) -> bool:
-    """True if p is the softmax of the target's raw logits at the temperature (at 0: their argmax) and nothing else."""
-    return params.structured_outputs is None and not has_options(params)
-
-
 def has_options(params: SamplingParams) -> bool:
     """True if penalties, a bias, top-k, top-p or min-p change p; the last three do not if it is greedy."""
     shifted = params.repetition_penalty != 1 or params.presence_penalty or params.frequency_penalty or params.logit_bias

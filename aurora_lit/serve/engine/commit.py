@@ -65,6 +65,8 @@ class Commit:
         if sequence.grammar is not None and reason is None:
             try:
                 sequence.grammar.advance(tokens)
+                if sequence.grammar.is_done:
+                    sequence.grammar = None
             except RequestError as failure:
                 reason, error = "error", failure.message
         made = (proposal, path)

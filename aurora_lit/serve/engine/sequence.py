@@ -12,7 +12,7 @@ import torch
 
 from aurora_lit.grammars.matcher import Grammar
 from aurora_lit.kernels.suffix_index import Place
-from aurora_lit.modules.sampling.distribution import is_greedy, uses_temperature_only
+from aurora_lit.modules.sampling.distribution import has_options, is_greedy
 from aurora_lit.request import Request, SamplingParams, TokenLogprob
 
 
@@ -64,7 +64,7 @@ class RunningSequence:
     temperature: float = field(init=False)
     """The request's sampling temperature; 0: greedy."""
     always_needs_logits: bool = field(init=False)
-    """True if it `needs_logits` until its end."""
+    """True if it `needs_logits` until its end, with a grammar or without."""
     prediction: torch.Tensor | None = field(init=False)
     """The request's, int64 on the CPU; None: it has none."""
     place: Place = field(init=False)
@@ -78,7 +78,7 @@ class RunningSequence:
         self.place = Place(0, self.prompt_length) if predicted else Place()
         self.temperature = 0.0 if is_greedy(params) else params.temperature
         self.noise_key = _as_int64(self.request.noise_key if params.seed is None else params.seed)
-        self.always_needs_logits = params.logprobs is not None or not uses_temperature_only(params)
+        self.always_needs_logits = params.logprobs is not None or has_options(params)
 
     @property
     def num_cached_tokens(self) -> int:
@@ -92,7 +92,11 @@ class RunningSequence:
         That is with penalties, a bias, top-k, top-p or min-p, a grammar, with log-probabilities, and while it may not
         end yet.
         """
-        return self.always_needs_logits or self.length - self.prompt_length < self.params.min_tokens
+        return (
+            self.always_needs_logits
+            or self.grammar is not None
+            or self.length - self.prompt_length < self.params.min_tokens
+        )
 
     @property
     def speculates(self) -> bool:

@@ -90,6 +90,7 @@ class AnswerStream:
                 keeps_stop=params.include_stop_str_in_output,
                 skips_special_tokens=params.skip_special_tokens,
                 min_indent=options.min_indent,
+                begins_with="" if params.structured_outputs is None else params.structured_outputs.begins_with or "",
             )
             for request, params in ((request, request.params) for request in requests)
         ]

@@ -48,17 +48,19 @@ class TextStream:
         keeps_stop: bool = False,
         skips_special_tokens: bool = True,
         min_indent: int = 0,
+        begins_with: str = "",
     ) -> None:
         """Create an empty stream, to be fed from the first generated token on.
 
         follows: tokens whose text goes before, since some decoders leave out a space at the beginning of a text.
         min_tokens: stop strings that so many tokens complete do not count. keeps_stop: the stop string that ends the
         text is part of it. skips_special_tokens: they give no text. min_indent: the text ends before the first line
-        break that is followed by fewer spaces and tabs; an empty line has none.
+        break that is followed by fewer spaces and tabs; an empty line has none. begins_with: how the text begins, which
+        is left out.
         """
         self._tokenizer, self._skips_special_tokens = tokenizer, skips_special_tokens
         self._stop, self._keeps_stop = tuple(stop), keeps_stop
-        self._min_tokens = min_tokens
+        self._min_tokens, self._num_left_out = min_tokens, len(begins_with)
         self._num_tokens = 0
         self._window: list[int] = []
         self._num_done = 0
@@ -79,6 +81,8 @@ class TextStream:
             return ""
         self._num_tokens += len(token_ids)
         fresh = self._add_in_parts(token_ids)
+        if self._num_left_out:
+            self._num_left_out, fresh = max(0, self._num_left_out - len(fresh)), fresh[self._num_left_out :]
         if self._stop:
             fresh = self._cut(fresh)
         return self._cut_line(fresh) if self._min_indent else fresh

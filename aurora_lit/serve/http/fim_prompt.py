@@ -1,8 +1,11 @@
 """The prompt of a hole in a file: laid out as the model's family has learned it, and cut to what fits.
 
 What stays while a person types comes first, so that the prefix cache has it: the repository's name, other files in the
-order in which they are sent (oldest first), the file, what is before the hole, what is after it. Families that have
-learned it the other way round have what is after the hole first.
+order in which they are sent (oldest first), the file, what is before the hole, what is after it. The last lines before
+the hole, in which a person types, come after that, as the beginning of what the model fills in: so a key costs a few
+tokens, and not all of what is after the hole again. The word at the cursor is left to the answer, which must begin with
+it, since a prompt that ends within a word has other tokens than the model has learned. Families that have learned it
+the other way round have what is after the hole first, and what is before it last anyway.
 
 What is before the hole keeps its end, what is after it its beginning, and of the other files the newest are kept. A cut
 stays where it is while a person types, or nothing of the next prompt would be known: a text may begin with any line
@@ -15,6 +18,7 @@ Leaves out the marks (models/fim.py), and the request that the prompt becomes pa
 
 from __future__ import annotations
 
+import re
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -27,6 +31,11 @@ _REPOSITORY = "myproject"
 _CHARACTERS_OF_TOKEN = 16
 """No more of a text is tokenized than so many characters for each token that fits."""
 _HASHED_TOKENS = 16
+_TYPED_LINES = 8
+"""At most so many lines before the hole stand after what is after it. On HumanEval-Infilling as many holes are filled
+right with eight as with one or none (docs/results/user-experience.md)."""
+_WORD = re.compile(r"(?:\w+|[^\S\n]+|[^\w\s\ufffd]+)\Z")
+"""What may go on after the cursor: a name, spaces, or signs."""
 _PARTS = 4
 """What is after the hole has a quarter of the limit if what is before it fills the rest, and a cut is up to a quarter
 deeper than it must be."""
@@ -61,10 +70,16 @@ class HolePrompt(NamedTuple):
     token_ids: tuple[int, ...]
     was_cut: bool
     """Not all that was sent is part of it."""
+    begins_with: str = ""
+    """The end of what is before the hole, where the answer must begin with it."""
 
 
-def lay_out(hole: Hole, marks: FimMarks, *, num_tokens: int) -> HolePrompt:
-    """The prompt, of at most so many tokens; if they are too few, of the marks and names alone."""
+def lay_out(hole: Hole, marks: FimMarks, *, num_tokens: int, may_begin: bool = True) -> HolePrompt:
+    """The prompt, of at most so many tokens; if they are too few, of the marks and names alone.
+
+    may_begin: the answer can be made to begin with a text. False: a word at the cursor, and the lines of it, stand
+    before the hole.
+    """
     head, name = list[int](), list[int]()
     if hole.file_name and marks.repository is not None:
         head = [marks.repository, *marks.encode(f"{_REPOSITORY}\n")]
@@ -74,7 +89,18 @@ def lay_out(hole: Hole, marks: FimMarks, *, num_tokens: int) -> HolePrompt:
     around = room if hole.most_around is None else min(room, hole.most_around)
 
     num_characters = around * _CHARACTERS_OF_TOKEN
-    before = marks.encode(hole.prefix[max(0, len(hole.prefix) - num_characters) :])
+    at = max(0, len(hole.prefix) - num_characters)
+    is_suffix_last = marks.middle is not None and not marks.suffix_first
+    typed_at = max(at, _typed_at(hole.prefix)) if is_suffix_last else len(hole.prefix)
+    found = _WORD.search(hole.prefix, typed_at)
+    word = found[0] if found else ""
+    typed = marks.encode(hole.prefix[typed_at : len(hole.prefix) - len(word)], continues=True)
+    if (word and not may_begin) or len(typed) > around // _PARTS:  # the latter if lines are long
+        typed_at, typed, word = len(hole.prefix), [], ""
+    reserved = _in_steps(len(typed), around, parts=4 * _PARTS)
+    room, around = room - reserved, around - reserved
+
+    before = marks.encode(hole.prefix[at:typed_at])
     after = marks.encode(hole.suffix[:num_characters], continues=True)
     kept_after = after[: max(around // _PARTS, around - _in_steps(len(before), around))]
     kept_before = before[_first_kept_token(before, around - len(kept_after), marks) :]
@@ -91,7 +117,14 @@ def lay_out(hole: Hole, marks: FimMarks, *, num_tokens: int) -> HolePrompt:
     parts = [[marks.prefix, *kept_before], [marks.suffix, *kept_after]]
     first, second = reversed(parts) if marks.suffix_first else parts
     end = [] if marks.middle is None else [marks.middle]
-    return HolePrompt((*marks.begins, *head, *files, *first, *second, *end), was_cut)
+    return HolePrompt((*marks.begins, *head, *files, *first, *second, *end, *typed), was_cut, word)
+
+
+def _typed_at(prefix: str) -> int:
+    """Where the last lines begin: after one of the last line breaks, the same one while a person types."""
+    breaks = [found.end() for found in re.finditer("\n", prefix)][-_TYPED_LINES:]
+    ends = [prefix[max(0, at - _HASHED_TOKENS) : at] for at in breaks]
+    return min(zip(map(_hash, ends), breaks, strict=True), default=(0, 0))[1]
 
 
 def _file_name(name: str, marks: FimMarks) -> list[int]:
@@ -120,9 +153,9 @@ def _others(files: Sequence[OtherFile], marks: FimMarks, *, most: int) -> list[l
     return newest_first[:num_kept][::-1]
 
 
-def _in_steps(number: int, limit: int) -> int:
+def _in_steps(number: int, limit: int, *, parts: int = _PARTS) -> int:
     """`number`, rounded up to a part of the limit: so that what depends on it seldom changes."""
-    step = max(1, limit // _PARTS)
+    step = max(1, limit // parts)
     return -(-number // step) * step
 
 
@@ -135,5 +168,5 @@ def _first_kept_token(ids: Sequence[int], most: int, marks: FimMarks) -> int:
     return min(lines or window, key=lambda at: _hash(ids[at : at + _HASHED_TOKENS]))
 
 
-def _hash(ids: Sequence[int]) -> int:
-    return zlib.crc32(repr(list(ids)).encode())
+def _hash(part: Sequence[object]) -> int:
+    return zlib.crc32(repr(list(part)).encode())

@@ -21,7 +21,7 @@ from aurora_lit.grammars.definition import fault_of, names_special_tokens
 from aurora_lit.ipc.messages import Call
 from aurora_lit.models.fim import FimMarks
 from aurora_lit.models.tokenizer import Tokenizer, tokenizer_json
-from aurora_lit.request import Request, RequestKind, SamplingParams
+from aurora_lit.request import Request, RequestKind, SamplingParams, StructuredOutputsParams
 from aurora_lit.serve.http.answer_stream import DEFAULT_OPTIONS, AnswerOptions
 from aurora_lit.serve.http.body import NO_TEXT, is_text, shorten
 from aurora_lit.serve.http.detokenizer import decode
@@ -184,13 +184,14 @@ def prepare_completion(
     if not body.prompts:
         raise RequestError("prompt is an empty list; send at least one prompt", param="prompt")
     default_tokens = None if body.n_predict == -1 else default_tokens
-    ids, texts, was_cut = [], [], False
+    ids, texts, words, was_cut = list[tuple[int, ...]](), list[str](), list[str](), False
     for prompt in body.prompts:
         if isinstance(prompt, Hole):
             check_text(prompt.prefix, param="prompt")
-            prompt_ids, is_cut = _lay_out(prompt, marks, body, limits, default_tokens)
-            was_cut |= is_cut
-            ids.append(prompt_ids)
+            laid_out = _lay_out(prompt, marks, body, limits, default_tokens)
+            was_cut |= laid_out.was_cut
+            ids.append(laid_out.token_ids)
+            words.append(laid_out.begins_with)
             continue
         if not prompt:
             raise RequestError("prompt is empty; send text or token ids", param="prompt")
@@ -205,8 +206,9 @@ def prepare_completion(
             skips = body.skip_special_tokens is not False
             texts.append(decode(tokenizer, prompt_ids, skips_special_tokens=skips) if body.echo else "")
         ids.append(prompt_ids)
+        words.append("")
     params, fills_hole = [], any(isinstance(prompt, Hole) for prompt in body.prompts)
-    for prompt_ids in ids:
+    for prompt_ids, word in zip(ids, words, strict=True):
         max_tokens = _check_length(len(prompt_ids), body, limits, default=default_tokens, param="prompt")
         options = body.sampling_params(
             max_tokens=max(1, max_tokens),
@@ -217,6 +219,8 @@ def prepare_completion(
         if marks is not None and marks.marks_hole(prompt_ids):
             fills_hole = True
             options = replace(options, stop_token_ids=(*options.stop_token_ids, *sorted(marks.stops)))
+        if word:
+            options = replace(options, structured_outputs=StructuredOutputsParams(begins_with=word))
         params.append(options)
     _check_structure(body, tokenizer, limits)
     predicted: tuple[int, ...] = ()
@@ -262,7 +266,8 @@ def _lay_out(
     wanted = body.token_limit[1]
     if wanted is None:
         wanted = min(_TOKENS_OF_HOLE, limits.max_seq_len // 4) if default_tokens is None else default_tokens
-    return lay_out(hole, marks, num_tokens=limits.max_seq_len - max(1, wanted))
+    is_free = body.structure is None and not body.ignore_eos and body.logprobs is None
+    return lay_out(hole, marks, num_tokens=limits.max_seq_len - max(1, wanted), may_begin=is_free)
 
 
 def _encode(

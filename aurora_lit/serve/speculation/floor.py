@@ -74,7 +74,7 @@ class RoundKind(NamedTuple):
     def of(cls, sequences: Sequence[RunningSequence], *, threads: int) -> RoundKind:
         """That of a round in which these sequences decode."""
         sampled = any(sequence.temperature > 0 for sequence in sequences)
-        needs_logits = any(sequence.always_needs_logits for sequence in sequences)
+        needs_logits = any(each.always_needs_logits or each.grammar is not None for each in sequences)
         return cls(len(sequences), sampled, threads, needs_logits)
 
     @property

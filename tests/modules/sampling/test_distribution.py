@@ -21,9 +21,8 @@ from aurora_lit.modules.sampling.distribution import (
     is_greedy,
     probabilities,
     token_logprobs,
-    uses_temperature_only,
 )
-from aurora_lit.request import SamplingParams, StructuredOutputsParams
+from aurora_lit.request import SamplingParams
 
 
 def distribution(
@@ -104,10 +103,7 @@ def test_a_token_outside_the_vocabulary_is_refused(params: SamplingParams) -> No
     ],
 )
 def test_which_requests_need_nothing_but_temperature(params: SamplingParams, temperature_only: bool) -> None:
-    assert uses_temperature_only(params) == temperature_only
     assert has_options(params) != temperature_only
-    constrained = replace(params, structured_outputs=StructuredOutputsParams(regex="a"))
-    assert (uses_temperature_only(constrained), has_options(constrained)) == (False, has_options(params))
 
 
 def test_temperatures_too_small_to_divide_by_are_greedy() -> None:

@@ -96,6 +96,24 @@ def plain_answers(case: Case) -> Callable[[str], tuple[list[Request], dict[str, 
     return of
 
 
+def test_an_output_that_must_begin_with_a_text_is_free_after_it(case: Case) -> None:
+    """It goes on as plain decoding does from there."""
+    beginning = StructuredOutputsParams(begins_with="ab")
+    [any_request] = requests(1, temperature=0.0, structured_outputs=beginning, regex=None)
+    asked = [replace(any_request, request_id=str(n), prompt_ids=(1, n % 8, n // 8)) for n in range(64)]
+    answers = tokens(run(case.engine(**WAYS["all"]), asked))
+    assert len({text_of(answer) for answer in answers.values()}) > 5
+    free, goes_on, rest = replace(any_request.params, structured_outputs=None), [], {}
+    for each in asked:
+        answer = answers[each.request_id]
+        assert text_of(answer).startswith("ab")
+        begun = next(n for n in range(len(answer)) if text_of(answer[:n]).startswith("ab"))
+        prompt_ids = (*each.prompt_ids, *answer[:begun])
+        goes_on.append(replace(each, prompt_ids=prompt_ids, params=replace(free, max_tokens=12 - begun)))
+        rest[each.request_id] = answer[begun:]
+    assert tokens(run(case.engine(drafts=False), goes_on)) == rest
+
+
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize(
     "options", [pytest.param(o, marks=pytest.mark.slow) if o == "temperature 1" else o for o in OPTIONS]

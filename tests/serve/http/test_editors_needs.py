@@ -15,7 +15,7 @@ from support.fake_server import FakeServer
 from aurora_lit.serve.http.fim_schema import FimRequest, InfillRequest
 from aurora_lit.serve.http.schema import ChatRequest, CompletionRequest, Sampling
 
-HOLE = {"input_prefix": "abc", "input_suffix": "xyz", "n_predict": 8, "id_slot": 0}
+HOLE = {"input_prefix": "abc\n", "input_suffix": "xyz", "n_predict": 8, "id_slot": 0}
 SYSTEM = {"role": "system", "content": "You are a text-editing assistant.\n--- SELECTION\nx = 1\n"}
 INSTRUCTION = {"role": "user", "content": "INSTRUCTION: rename x"}
 CHATS_OF_LLAMA_VIM = [
@@ -76,7 +76,7 @@ def streamed(client: httpx.Client, path: str, **body: Any) -> list[Any]:
     ("path", "body"),
     [
         ("/v1/completions", {"prompt": "abcdefgh", "max_tokens": 8}),
-        ("/v1/fim/completions", {"prompt": "abcd", "suffix": "efgh", "max_tokens": 8}),
+        ("/v1/fim/completions", {"prompt": "abc\n", "suffix": "efgh", "max_tokens": 8}),
         ("/infill", HOLE),
     ],
 )

@@ -71,7 +71,7 @@ OF_LLAMA_VSCODE = {
     "t_max_predict_ms": 500,
 }
 STOPS_OF_CONTINUE = ["<|endoftext|>", *FIM_MARKS, "<|im_start|>", "<|im_end|>"]
-HOLE = {"input_prefix": "abc", "input_suffix": "xyz", "n_predict": 9}
+HOLE = {"input_prefix": "abc\n", "input_suffix": "xyz", "n_predict": 9}
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +97,7 @@ def events(response: httpx.Response) -> list[str]:
 def test_an_infill_answer_has_llama_cpps_fields(client: httpx.Client) -> None:
     answer = infill(client, id_slot=3)
     prompt = TOKENIZER.encode(
-        "<|repo_name|>myproject\n<|file_sep|>filename\n<|fim_prefix|>abc<|fim_suffix|>xyz<|fim_middle|>"
+        "<|repo_name|>myproject\n<|file_sep|>filename\n<|fim_prefix|>abc\n<|fim_suffix|>xyz<|fim_middle|>"
     )
     assert answer["content"] == "myproject"
     counts = ("index", "id_slot", "tokens_predicted", "tokens_evaluated", "tokens_cached")
@@ -129,7 +129,7 @@ def test_llama_vims_completion_and_warm_up(client: httpx.Client) -> None:
 def test_llama_vscode_gets_an_array_of_answers(client: httpx.Client) -> None:
     answers = client.post("/infill", json=OF_LLAMA_VSCODE).json()
     assert [answer["index"] for answer in answers] == [0, 1, 2]
-    assert {answer["content"] for answer in answers} == {"myproj"}
+    assert {answer["content"] for answer in answers} == {"mypro"}, "and the space that stands before the cursor"
     assert len(infill(client, n_cmpl=1)) > 10, "one answer is an object"
 
 
@@ -150,13 +150,24 @@ def test_what_ends_an_answer(client: httpx.Client) -> None:
         "word",
         "oj",
     ]
-    # The engine repeats "myproject\nfilename\nabcxyz".
+    # The engine repeats "myproject\nfilename\nabc\nxyz".
     assert infill(client, n_predict=30, n_indent=1)["content"] == "myproject"
     slow = infill(client, n_predict=400, t_max_predict_ms=1)
     assert slow["content"].startswith("myproject\n")
     assert (slow["stop_type"], slow["has_new_line"]) == ("limit", True)
     assert slow["tokens_predicted"] < 100
     assert infill(client, n_predict=400, t_max_predict_ms=0)["tokens_predicted"] == 400
+
+
+def test_an_answer_goes_on_with_the_word_at_the_cursor(client: httpx.Client) -> None:
+    """The engine writes that word again; it is neither text nor looked through for stop strings."""
+    answer = infill(client, prompt="  co", stop=["com", "c"], n_predict=12)
+    assert (answer["content"], answer["tokens_predicted"], answer["stopping_word"]) == ("myproje", 10, "c")
+    answer = infill(client, prompt="x ", n_predict=3, stop=[" "])
+    assert (answer["content"], answer["tokens_predicted"]) == ("my", 3)
+    body = {"prompt": "a\nbc", "suffix": "d", "max_tokens": 4}
+    texts = [client.post("/v1/completions", json={**body, **fields}).json() for fields in ({}, {"logprobs": 0})]
+    assert [text["choices"][0]["text"] for text in texts] == ["a\n", "a\nbc"]
 
 
 def test_samplers_say_which_parameters_count(client: httpx.Client) -> None:
@@ -212,18 +223,18 @@ def test_marks_in_a_raw_prompt_are_marks_and_end_its_answer(client: httpx.Client
 
 
 def test_mistrals_route_answers_like_a_chat(client: httpx.Client) -> None:
-    body = {"model": MODEL, "prompt": "ab", "suffix": "c", "max_tokens": 4, "random_seed": 1, "metadata": {"a": "b"}}
+    body = {"model": MODEL, "prompt": "ab\n", "suffix": "c", "max_tokens": 4, "random_seed": 1, "metadata": {"a": "b"}}
     answer = client.post("/v1/fim/completions", json={**body, "min_tokens": 2, "top_p": 0.9}).json()
     (choice,) = answer["choices"]
     assert answer["object"] == "chat.completion"
-    assert choice["message"]["content"] == "abca"
+    assert choice["message"]["content"] == "ab\nc"
     assert choice["finish_reason"] == "length"
-    assert answer["usage"]["prompt_tokens"] == 6
+    assert answer["usage"]["prompt_tokens"] == 7
     *chunks, done = events(client.post("/v1/fim/completions", json={**body, "stream": True}))
     assert done == "[DONE]"
-    assert "".join(json.loads(chunk)["choices"][0]["delta"].get("content", "") for chunk in chunks) == "abca"
-    without = client.post("/v1/fim/completions", json={"prompt": "ab", "max_tokens": 4}).json()
-    assert (without["choices"][0]["message"]["content"], without["usage"]["prompt_tokens"]) == ("abab", 5)
+    assert "".join(json.loads(chunk)["choices"][0]["delta"].get("content", "") for chunk in chunks) == "ab\nc"
+    without = client.post("/v1/fim/completions", json={"prompt": "ab\n", "max_tokens": 4}).json()
+    assert (without["choices"][0]["message"]["content"], without["usage"]["prompt_tokens"]) == ("ab\na", 6)
 
 
 def test_the_routes_are_described(client: httpx.Client) -> None:
