@@ -184,11 +184,13 @@ def prepare_completion(
     if not body.prompts:
         raise RequestError("prompt is an empty list; send at least one prompt", param="prompt")
     default_tokens = None if body.n_predict == -1 else default_tokens
+    is_free = body.structure is None and body.logprobs is None and not body.ignore_eos
+    may_begin = is_free and getattr(tokenizer, "backend_tokenizer", None) is not None
     ids, texts, words, was_cut = list[tuple[int, ...]](), list[str](), list[str](), False
     for prompt in body.prompts:
         if isinstance(prompt, Hole):
             check_text(prompt.prefix, param="prompt")
-            laid_out = _lay_out(prompt, marks, body, limits, default_tokens)
+            laid_out = _lay_out(prompt, marks, body, limits, default_tokens, may_begin=may_begin)
             was_cut |= laid_out.was_cut
             ids.append(laid_out.token_ids)
             words.append(laid_out.begins_with)
@@ -251,9 +253,18 @@ def _kind(body: Sampling, kind: RequestKind) -> RequestKind:
 
 
 def _lay_out(
-    hole: Hole, marks: FimMarks | None, body: Sampling, limits: Limits, default_tokens: int | None
+    hole: Hole,
+    marks: FimMarks | None,
+    body: Sampling,
+    limits: Limits,
+    default_tokens: int | None,
+    *,
+    may_begin: bool,
 ) -> HolePrompt:
-    """A hole's prompt, with room for the answer. Raises RequestError if the model cannot fill holes."""
+    """A hole's prompt, with room for the answer. may_begin: see `lay_out`.
+
+    Raises RequestError if the model cannot fill holes.
+    """
     if marks is None:
         is_field = isinstance(body, CompletionRequest)
         asked = "suffix" if is_field else "this route"
@@ -266,8 +277,7 @@ def _lay_out(
     wanted = body.token_limit[1]
     if wanted is None:
         wanted = min(_TOKENS_OF_HOLE, limits.max_seq_len // 4) if default_tokens is None else default_tokens
-    is_free = body.structure is None and not body.ignore_eos and body.logprobs is None
-    return lay_out(hole, marks, num_tokens=limits.max_seq_len - max(1, wanted), may_begin=is_free)
+    return lay_out(hole, marks, num_tokens=limits.max_seq_len - max(1, wanted), may_begin=may_begin)
 
 
 def _encode(
