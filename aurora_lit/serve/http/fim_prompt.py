@@ -33,7 +33,7 @@ _CHARACTERS_OF_TOKEN = 16
 _HASHED_TOKENS = 16
 _TYPED_LINES = 8
 """At most so many lines before the hole stand after what is after it. On HumanEval-Infilling as many holes are filled
-right with eight as with one or none (docs/results/user-experience.md)."""
+right with eight as with one or none (docs/results/editors.md)."""
 _WORD = re.compile(r"(?:\w+|[^\S\n]+|[^\w\s\ufffd]+)\Z")
 """What may go on after the cursor: a name, spaces, or signs."""
 _PARTS = 4
