@@ -351,7 +351,7 @@ def _body(kind: type[_Body], params: SamplingParams, **more: Any) -> _Body:
     if isinstance(bias, Mapping):
         given["logit_bias"] = {str(token_id): value for token_id, value in bias.items()}
     if isinstance(structure, StructuredOutputsParams):
-        structure = asdict(structure)
+        structure = {name: value for name, value in asdict(structure).items() if value is not None}
     if isinstance(structure, Mapping):  # the form of a body
         given["structured_outputs"] = {**structure, "choice": _listed(structure.get("choice"))}
     del given["logprobs"]
