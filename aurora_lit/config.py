@@ -39,7 +39,10 @@ DEFAULT_CONFIG = PROJECT_FOLDER / "configs" / "smollm2.yaml"
 _COPIED_TOKENS = 15
 """Most tokens that a round copies for a sequence. More are seldom accepted, and each makes every slot longer."""
 _SUCCESSORS = dict.fromkeys(
-    ("engine.explore_share", "engine.explore_temperature", "schedule", "learn.ppo_weight", "learn.ppo_clip"),
+    (
+        *("engine.explore_share", "engine.explore_temperature", "schedule"),
+        *("learn.ppo_weight", "learn.ppo_clip", "learn.gae_lambda", "learn.value_weight"),
+    ),
     "learn.ppo",
 )
 """What replaces settings that are gone: PPO needs no rounds that explore."""

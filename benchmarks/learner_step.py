@@ -42,7 +42,7 @@ from aurora_lit.drafts.store import DraftStore
 from aurora_lit.durable import is_as_begun
 from aurora_lit.errors import AuroraError, ConfigError
 from aurora_lit.ipc.learner_status import LearnerStatusPage
-from aurora_lit.learn.data import labelled_trace, online_batcher
+from aurora_lit.learn.data import online_batcher, trace_parts
 from aurora_lit.learn.data.online_batcher import OnlineBatcher
 from aurora_lit.learn.offline.loop import read_traces
 from aurora_lit.learn.online import learner as learner_module
@@ -245,7 +245,7 @@ def time_steps(deployment: Deployment, traces: list[Trace], *, steps: int) -> tu
         spent_s = time.process_time() - started
         assert decision is not None, "too few requests are held out: give more prompts"
         tried = [trace for request in held_out if request.was_tried for trace in request.traces]
-        positions = sum(len(trace.token_ids_T) - labelled_trace.first_trained_position(trace) for trace in tried)
+        positions = sum(len(trace.token_ids_T) - trace_parts.first_trained_position(trace) for trace in tried)
         figures = [f"{spent_s * 1e3:.0f}", f"{spent_s / decision.num_requests * 1e3:.0f}"]
         scores = [f"{decision.champion:.3f}", f"{decision.challenger:.3f}"]
         trial.add_row(name, str(decision.num_requests), str(positions), *figures, *scores)

@@ -202,6 +202,7 @@ def test_an_override_arrives(override: str, key: str, value: object) -> None:
         ),
         ("engine.explore_share=0.1", "engine.explore_share=0.1: there is no such setting; did you mean learn.ppo?"),
         ("schedule.explore_share=0.1", "schedule: there is no such setting; did you mean learn.ppo?"),
+        ("learn.gae_lambda=0.9", "learn.gae_lambda=0.9: there is no such setting; did you mean learn.ppo?"),
         ("learn.ppo_weight=0", "learn.ppo_weight=0: there is no such setting; did you mean learn.ppo?"),
         ("engin.threads=3", "engin: there is no such setting; did you mean engine?"),
         ("engine.zzz=3", "engine.zzz=3: there is no such setting; use one of speculate,"),

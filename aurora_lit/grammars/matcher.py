@@ -245,12 +245,13 @@ class GrammarCompiler:
     ) -> Future[Grammar]:
         """The beginning of an output that `end_tokens` may end. The future raises RequestError.
 
-        What is kept does not wait for other grammars. `owners`: what was compiled for one of them may be used; what is
-        compiled now is for the first one.
+        What is kept does not wait for other grammars, nor does one that says only how the output begins. `owners`: what
+        was compiled for one of them may be used; what is compiled now is for the first one.
         """
         kept = self._kept(asked, owners)
         if kept is None:
-            return self._thread.submit(self._compile, asked, end_tokens, owners)
+            thread = self._thread if asked.begins_with is None else self._beginning  # it compiles in a millisecond
+            return thread.submit(self._compile, asked, end_tokens, owners)
         return self._beginning.submit(self._begin, kept, end_tokens)
 
     def _compile(

@@ -208,19 +208,24 @@ def test_a_compiled_grammar_is_used_by_its_owner_alone(compiled: list[Structured
         assert len(compiled) == number, owners
 
 
-def test_a_compiled_grammar_does_not_wait_for_one_that_is_being_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_compiled_or_quick_grammar_waits_for_no_other_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     of_one, go, end = compiler(), threading.Event(), frozenset([END])
     known, slow = StructuredOutputsParams(regex="b"), StructuredOutputsParams(regex="c")
+    quick = StructuredOutputsParams(begins_with="a")
     of_one.compile(known, end_tokens=end).result()
     of_class = GrammarCompiler._matcher
 
     def slowly(self: GrammarCompiler, asked: StructuredOutputsParams) -> Any:
-        go.wait(20)
+        if asked is slow:
+            go.wait(20)
         return of_class(self, asked)
 
     monkeypatch.setattr(GrammarCompiler, "_matcher", slowly)
-    waiting, ready = (of_one.compile(asked, end_tokens=end) for asked in (slow, known))
+    waiting, ready, begun = (of_one.compile(asked, end_tokens=end) for asked in (slow, known, quick))
     ready.result(timeout=15)
+    assert tokens_of(begun.result(timeout=15).allowed) >= {TOKENS.index("a")}
     assert not waiting.done()
     go.set()
     assert tokens_of(ready.result().allowed) == {TOKENS.index("b")}

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from aurora_lit.learn.data.labelled_trace import first_trained_position
+from aurora_lit.learn.data.trace_parts import first_trained_position
 from aurora_lit.models.interface import Target
 from aurora_lit.modules.domains.controller import DomainController
 from aurora_lit.modules.draft.eagle3 import Eagle3Draft

@@ -13,14 +13,14 @@ from collections import Counter, deque
 from dataclasses import replace
 
 from aurora_lit.learn.data.collate import collate_online
-from aurora_lit.learn.data.labelled_trace import (
+from aurora_lit.learn.data.reservoir import Reservoir
+from aurora_lit.learn.data.trace_parts import (
     CONTEXT_COST,
     batch_size,
     crop,
     pieces_of,
     trained_positions,
 )
-from aurora_lit.learn.data.reservoir import Reservoir
 from aurora_lit.modules.losses.batch import OnlineBatch
 from aurora_lit.request import Source
 from aurora_lit.traces.record import Trace

@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from aurora_lit.errors import TraceError
-from aurora_lit.learn.data.labelled_trace import batch_size, trained_positions
+from aurora_lit.learn.data.trace_parts import batch_size, trained_positions
 from aurora_lit.traces.record import Trace, from_bytes, to_bytes
 
 MAX_DOMAINS = 32

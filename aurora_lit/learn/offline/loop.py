@@ -36,8 +36,8 @@ from aurora_lit.config import AuroraConfig
 from aurora_lit.drafts.store import DraftStore
 from aurora_lit.drafts.versions import version_name, version_number
 from aurora_lit.errors import AuroraError, TraceError
-from aurora_lit.learn.data.labelled_trace import is_compatible
 from aurora_lit.learn.data.target_head import TargetHead
+from aurora_lit.learn.data.trace_parts import is_compatible
 from aurora_lit.learn.offline.ngram_paths import ngram_paths_of
 from aurora_lit.learn.offline.on_policy import RoundSimulator
 from aurora_lit.learn.offline.scoring import RoundScorer, RoundTotals, RoundWalk

@@ -32,7 +32,7 @@ from aurora_lit.config import AuroraConfig, copied_tokens, resolved_memory
 from aurora_lit.kernels import native
 from aurora_lit.kernels.copy_rates import CopyReliability
 from aurora_lit.kernels.suffix_index import DOMAIN_BITS, Copies, LookUp, SuffixMemory, look_up
-from aurora_lit.learn.data.labelled_trace import first_trained_position
+from aurora_lit.learn.data.trace_parts import first_trained_position
 from aurora_lit.modules.domains.centroids import client_label
 from aurora_lit.traces.record import SEGMENT_TOKENS, Trace
 

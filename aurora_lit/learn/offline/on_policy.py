@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from aurora_lit.learn.data.collate import collate, group_by_length
-from aurora_lit.learn.data.labelled_trace import first_trained_position
+from aurora_lit.learn.data.trace_parts import first_trained_position
 from aurora_lit.learn.online.gate import first_choice
 from aurora_lit.modules.losses.draft_module import DraftModule
 from aurora_lit.request import Source

@@ -29,8 +29,8 @@ import torch
 from torch import Tensor
 
 from aurora_lit.learn.data.collate import collate, group_by_length
-from aurora_lit.learn.data.labelled_trace import first_trained_position
 from aurora_lit.learn.data.target_head import TargetHead
+from aurora_lit.learn.data.trace_parts import first_trained_position
 from aurora_lit.modules.losses.draft_module import DraftModule
 from aurora_lit.modules.losses.lk import acceptance_given_token
 from aurora_lit.modules.losses.unroll import shift_positions

@@ -30,7 +30,7 @@ from scipy.special import stdtrit
 from torch import Tensor
 
 from aurora_lit.learn.data.collate import collate, group_by_length
-from aurora_lit.learn.data.labelled_trace import crop, first_trained_position
+from aurora_lit.learn.data.trace_parts import crop, first_trained_position
 from aurora_lit.learn.online.held_out import HeldOut, HeldOutRequest
 from aurora_lit.modules.losses.draft_module import DraftModule
 from aurora_lit.modules.losses.lk import overlap

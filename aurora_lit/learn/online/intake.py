@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import torch
 
-from aurora_lit.learn.data.labelled_trace import crop, trained_positions
 from aurora_lit.learn.data.online_batcher import MAX_CONTEXT, OnlineBatcher
+from aurora_lit.learn.data.trace_parts import crop, trained_positions
 from aurora_lit.learn.online.gate import TRIAL_POSITIONS
 from aurora_lit.learn.online.held_out import HeldOut
 from aurora_lit.modules.domains.controller import DomainController

@@ -17,9 +17,9 @@ from aurora_lit.drafts.centroid_file import CENTROIDS_NAME, published_names
 from aurora_lit.drafts.store import DraftStore
 from aurora_lit.drafts.versions import version_number
 from aurora_lit.errors import AuroraError, CheckpointError, TraceError
-from aurora_lit.learn.data.labelled_trace import is_compatible
 from aurora_lit.learn.data.online_batcher import OnlineBatcher
 from aurora_lit.learn.data.target_head import TargetHead
+from aurora_lit.learn.data.trace_parts import is_compatible
 from aurora_lit.learn.online.budget import Budget, ServerLoad, ShareLimit
 from aurora_lit.learn.online.centroid_publisher import CentroidPublisher
 from aurora_lit.learn.online.environment import LearnerEnvironment

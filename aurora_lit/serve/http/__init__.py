@@ -17,6 +17,7 @@ May import: models/tokenizer.py, tool_calls/, ipc/. Start with routes.py. The fi
     fim_prompt.py     the prompt of a hole in a file: its parts in their order, and what is cut
     schema.py         request bodies: every field and its range; no field is silently ignored
     fim_schema.py     the bodies of the routes that fill holes only
+    structure_check.py  whether a grammar can be used with the tokenizer
     tool_use.py       what tools mean for a request's prompt, grammar and answer
     tokenize.py       checked body → Call: chat template, tokens, limits
     stream_events.py  chunks → server-sent events, filled up to a fixed size; the clock that sends them

@@ -36,6 +36,8 @@ _TYPED_LINES = 8
 right with eight as with one or none (docs/results/editors.md)."""
 _WORD = re.compile(r"(?:\w+|[^\S\n]+|[^\w\s\ufffd]+)\Z")
 """What may go on after the cursor: a name, spaces, or signs."""
+_LONGEST_WORD = 64
+"""Characters in which it is looked for: the time grows with their square."""
 _PARTS = 4
 """What is after the hole has a quarter of the limit if what is before it fills the rest, and a cut is up to a quarter
 deeper than it must be."""
@@ -90,13 +92,14 @@ def lay_out(hole: Hole, marks: FimMarks, *, num_tokens: int, may_begin: bool = T
 
     num_characters = around * _CHARACTERS_OF_TOKEN
     at = max(0, len(hole.prefix) - num_characters)
-    is_suffix_last = marks.middle is not None and not marks.suffix_first
-    typed_at = max(at, _typed_at(hole.prefix)) if is_suffix_last else len(hole.prefix)
-    found = _WORD.search(hole.prefix, typed_at)
+    length = len(hole.prefix)
+    is_prefix_first = marks.middle is not None and not marks.suffix_first
+    typed_at = max(at, _typed_at(hole.prefix)) if is_prefix_first else length
+    found = _WORD.search(hole.prefix, max(typed_at, length - _LONGEST_WORD))
     word = found[0] if found else ""
-    typed = marks.encode(hole.prefix[typed_at : len(hole.prefix) - len(word)], continues=True)
+    typed = marks.encode(hole.prefix[typed_at : length - len(word)], continues=True)
     if (word and not may_begin) or len(typed) > around // _PARTS:  # the latter if lines are long
-        typed_at, typed, word = len(hole.prefix), [], ""
+        typed_at, typed, word = length, [], ""
     reserved = _in_steps(len(typed), around, parts=4 * _PARTS)
     room, around = room - reserved, around - reserved
 
@@ -122,9 +125,10 @@ def lay_out(hole: Hole, marks: FimMarks, *, num_tokens: int, may_begin: bool = T
 
 def _typed_at(prefix: str) -> int:
     """Where the last lines begin: after one of the last line breaks, the same one while a person types."""
-    breaks = [found.end() for found in re.finditer("\n", prefix)][-_TYPED_LINES:]
-    ends = [prefix[max(0, at - _HASHED_TOKENS) : at] for at in breaks]
-    return min(zip(map(_hash, ends), breaks, strict=True), default=(0, 0))[1]
+    starts, at = list[int](), len(prefix)
+    while len(starts) < _TYPED_LINES and (at := prefix.rfind("\n", 0, at)) >= 0:
+        starts.append(at + 1)
+    return min(reversed(starts), key=lambda start: _hash(prefix[max(0, start - _HASHED_TOKENS) : start]), default=0)
 
 
 def _file_name(name: str, marks: FimMarks) -> list[int]:

@@ -1,26 +1,21 @@
 """Turns a checked body into a `Call`: chat template, tokens, the model's limits, one request per choice.
 
 Runs in the HTTP process, in a thread, since tokenizing a long prompt takes time. Leaves out the checks that need no
-tokenizer (serve/http/schema.py).
+tokenizer (serve/http/schema.py), and that of structured outputs (serve/http/structure_check.py).
 """
 
 from __future__ import annotations
 
-import threading
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from weakref import WeakKeyDictionary
 
 from jinja2 import TemplateError
-from llguidance import LLTokenizer
-from tokenizers import Tokenizer as BackendTokenizer
 
 from aurora_lit.errors import RequestError
-from aurora_lit.grammars.definition import fault_of, names_special_tokens
 from aurora_lit.ipc.messages import Call
 from aurora_lit.models.fim import FimMarks
-from aurora_lit.models.tokenizer import Tokenizer, tokenizer_json
+from aurora_lit.models.tokenizer import Tokenizer
 from aurora_lit.request import Request, RequestKind, SamplingParams, StructuredOutputsParams
 from aurora_lit.serve.http.answer_stream import DEFAULT_OPTIONS, AnswerOptions
 from aurora_lit.serve.http.body import NO_TEXT, is_text, shorten
@@ -30,6 +25,7 @@ from aurora_lit.serve.http.fim_schema import FimRequest, InfillRequest
 from aurora_lit.serve.http.message_fields import Message, Templated
 from aurora_lit.serve.http.prediction import Predicting
 from aurora_lit.serve.http.schema import ChatRequest, CompletionRequest, Sampling
+from aurora_lit.serve.http.structure_check import check_structure
 from aurora_lit.serve.http.tool_fields import Tool
 from aurora_lit.serve.http.tool_use import ToolUse, template_tools, tool_use, turns_of
 from aurora_lit.tool_calls.formats import in_first_user_turn
@@ -43,9 +39,6 @@ _TOKENS_OF_OPEN_ANSWER = 2048
 _TOKENS_OF_HOLE = 256
 """A prompt with a hole is cut so that an answer whose request names no maximum has as much room, if a quarter of the
 context is more."""
-_naming_tokenizers = WeakKeyDictionary[Tokenizer, LLTokenizer]()
-"""llguidance's, by the tokenizers that they were made of."""
-_making_tokenizer = threading.Lock()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,7 +103,7 @@ def prepare_chat(
     params = body.sampling_params(
         max_tokens=max(1, max_tokens), vocab_size=limits.vocab_size, logprobs=body.num_logprobs
     )
-    _check_structure(body, tokenizer, limits)
+    check_structure(body, tokenizer, vocab_size=limits.vocab_size)
     if use is not None:
         params = replace(
             params,
@@ -224,7 +217,7 @@ def prepare_completion(
         if word:
             options = replace(options, structured_outputs=StructuredOutputsParams(begins_with=word))
         params.append(options)
-    _check_structure(body, tokenizer, limits)
+    check_structure(body, tokenizer, vocab_size=limits.vocab_size)
     predicted: tuple[int, ...] = ()
     if isinstance(body, CompletionRequest):
         predicted = _predicted(body, tokenizer, limits, room=limits.max_seq_len - max(map(len, ids)))
@@ -392,40 +385,6 @@ def _check_length(num_prompt: int, body: Sampling, limits: Limits, *, default: i
     if wanted is not None:
         return wanted
     return room if default is None else min(default, room)
-
-
-def _check_structure(body: Sampling, tokenizer: Tokenizer, limits: Limits) -> None:
-    """Raise RequestError if what the answer must be cannot be served, with the place in the schema or grammar."""
-    if body.structure is None:
-        return
-    place, asked = body.structure
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None:
-        raise RequestError(
-            f"{place}: structured outputs need a tokenizer of the tokenizers library, which this model has not; "
-            "leave it out",
-            param=place,
-            code="unsupported_parameter",
-        )
-    fault = fault_of(asked)
-    if fault is None and names_special_tokens(asked):
-        fault = fault_of(asked, _naming_tokenizer(tokenizer, backend, vocab_size=limits.vocab_size))
-    if fault is not None:
-        where = place + fault.place
-        raise RequestError(f"{where} cannot be used: {fault.reason}", param=where, code="invalid_value")
-
-
-def _naming_tokenizer(tokenizer: Tokenizer, backend: BackendTokenizer, *, vocab_size: int) -> LLTokenizer:
-    """llguidance's tokenizer, in which special tokens have their names; made when the first grammar names one.
-
-    Kept, since making it holds the interpreter's lock: for half a second with a vocabulary of 49,152.
-    """
-    with _making_tokenizer:
-        made = _naming_tokenizers.get(tokenizer)
-        if made is None or made.vocab_size != vocab_size:
-            made = LLTokenizer(tokenizer_json(backend, vocab_size=vocab_size), n_vocab=vocab_size)
-            _naming_tokenizers[tokenizer] = made
-    return made
 
 
 def _call(

@@ -14,10 +14,10 @@ from support.live_traces import serve, some_requests
 from support.tiny_models import random_draft
 
 from aurora_lit.learn.data import reservoir
-from aurora_lit.learn.data.labelled_trace import crop, first_trained_position
 from aurora_lit.learn.data.online_batcher import MAX_PASSES, OnlineBatcher, informativeness
 from aurora_lit.learn.data.reservoir import Reservoir
 from aurora_lit.learn.data.target_head import TargetHead
+from aurora_lit.learn.data.trace_parts import crop, first_trained_position
 from aurora_lit.models.interface import Target
 from aurora_lit.modules.losses.batch import OnlineBatch
 from aurora_lit.traces.record import Trace, from_bytes

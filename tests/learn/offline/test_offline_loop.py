@@ -17,8 +17,8 @@ from aurora_lit.drafts.checkpoint import load_draft
 from aurora_lit.errors import AuroraError
 from aurora_lit.kernels import native
 from aurora_lit.learn.data.collate import collate_online
-from aurora_lit.learn.data.labelled_trace import crop
 from aurora_lit.learn.data.target_head import TargetHead
+from aurora_lit.learn.data.trace_parts import crop
 from aurora_lit.learn.offline import loop as loop_module
 from aurora_lit.learn.offline.loop import blocks, read_traces
 from aurora_lit.learn.offline.scoring import RoundTotals

@@ -16,8 +16,8 @@ from support.tiny_models import random_draft
 
 from aurora_lit.drafts.initial import initial_draft
 from aurora_lit.learn.data.collate import collate_online
-from aurora_lit.learn.data.labelled_trace import first_trained_position
 from aurora_lit.learn.data.target_head import TargetHead
+from aurora_lit.learn.data.trace_parts import first_trained_position
 from aurora_lit.learn.data.training_state import write_state
 from aurora_lit.learn.online.learner import PATIENCE_TRIALS, STARTING_VERSION, Learner, weights_digest
 from aurora_lit.models.interface import Target

@@ -67,6 +67,15 @@ def test_the_parts_are_in_the_familys_order_and_what_stays_comes_first(
     assert lay_out(hole, replace(marks, begins=(7,)), num_tokens=500).token_ids == (7, *laid_out.token_ids)
 
 
+def test_the_word_at_the_cursor_is_looked_for_in_a_few_characters() -> None:
+    """In all of such a line it would take hours."""
+    marks = marks_of(*QWEN)
+    hole = Hole(prefix=f"x\n{'a' * 200_000} b", suffix="")
+    assert lay_out(hole, marks, num_tokens=1_000_000).begins_with == "b"
+    hole = Hole(prefix=f"x\n{'a' * 200}", suffix="")
+    assert lay_out(hole, marks, num_tokens=10_000).begins_with == "a" * 64
+
+
 def lines(seed: int, number: int = 200) -> str:
     rng = random.Random(seed)
     return "".join(

@@ -17,7 +17,7 @@ from aurora_lit.errors import RequestError
 from aurora_lit.ipc.messages import Delta
 from aurora_lit.models.tokenizer import tokenizer_json
 from aurora_lit.request import Request
-from aurora_lit.serve.http import tokenize
+from aurora_lit.serve.http import structure_check, tokenize
 from aurora_lit.serve.http.answer_stream import AnswerStream
 from aurora_lit.serve.http.message_fields import MAX_MESSAGES, Message
 from aurora_lit.serve.http.schema import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
@@ -292,7 +292,7 @@ def test_grammars_that_name_special_tokens_are_checked_with_one_tokenizer(monkey
         body = CompletionRequest(prompt="hello", structured_outputs={"grammar": f'start: "a" {name}'})
         prepare_completion(body, call_id="c", tokenizer=tokenizer, limits=LIMITS)
 
-    monkeypatch.setattr(tokenize, "tokenizer_json", counted)
+    monkeypatch.setattr(structure_check, "tokenizer_json", counted)
     tokenizer = tiny_tokenizer()
     with ThreadPoolExecutor(2) as threads:
         list(threads.map(prepare, ["<|end|>", "<|user|>"]))

@@ -8,13 +8,13 @@ import torch
 from support.trace_examples import trace_with_rounds
 
 from aurora_lit.learn.data.collate import collate_online
-from aurora_lit.learn.data.labelled_trace import (
+from aurora_lit.learn.data.target_head import TargetHead
+from aurora_lit.learn.data.trace_parts import (
     crop,
     first_trained_position,
     is_compatible,
     pieces_of,
 )
-from aurora_lit.learn.data.target_head import TargetHead
 from aurora_lit.models.interface import Target
 from aurora_lit.traces.record import Trace, check
 
