@@ -37,14 +37,16 @@ def test_what_was_never_written_is_zero_and_what_was_written_stays() -> None:
 @pytest.mark.skipif(sys.platform != "linux", reason="counts page faults")
 def test_a_cache_of_short_slots_takes_its_page_faults_before_anybody_writes() -> None:
     sizes: dict[str, Any] = {"num_layers": 4, "num_slots": 8, "num_kv_heads": 2, "head_dim": 64, "capacity": 4096}
-    before = resource.getrusage(resource.RUSAGE_THREAD).ru_minflt
-    cache = KVCache(**sizes, dtype=torch.bfloat16)  # 8 MiB of keys and 8 MiB of values a layer
-    made = resource.getrusage(resource.RUSAGE_THREAD).ru_minflt
-    assert made - before >= 32, "pages of 2 MiB"
-    for tensor in (*cache.keys_SGCQPE, *cache.values_SGMDE):
-        assert not tensor.any()
-        tensor += 1
-    assert resource.getrusage(resource.RUSAGE_THREAD).ru_minflt - made < 16
+    for is_counted in (False, True):  # in the first turn torch's own code takes page faults
+        before = resource.getrusage(resource.RUSAGE_THREAD).ru_minflt
+        cache = KVCache(**sizes, dtype=torch.bfloat16)  # 8 MiB of keys and 8 MiB of values a layer
+        made = resource.getrusage(resource.RUSAGE_THREAD).ru_minflt
+        for tensor in (*cache.keys_SGCQPE, *cache.values_SGMDE):
+            assert not tensor.any()
+            tensor += 1
+        written = resource.getrusage(resource.RUSAGE_THREAD).ru_minflt
+        assert not is_counted or made - before >= 32, "pages of 2 MiB"
+        assert not is_counted or written - made < 16
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
