@@ -131,6 +131,18 @@ class Scope(NamedTuple):
     """The `cache_salt` that all its requests have; "": they have none."""
 
 
+class Client(NamedTuple):
+    """Who sent a request: pseudonyms (serve/http/routes.py), "" if nothing is known."""
+
+    name: str = ""
+    """Whose prefixes and answers it may reuse where a client has its own."""
+    source: str = ""
+    """Whose share of what is learned it takes: the name, or the address that all names of an untrusted client have."""
+
+
+UNKNOWN_CLIENT = Client()
+
+
 @dataclass(frozen=True, kw_only=True)
 class Request:
     """One sequence to generate; a client's call with n choices becomes n requests."""
@@ -145,8 +157,8 @@ class Request:
     """False: the client opted out of storage. No trace is made, and nothing that was computed for it is reused."""
     domain: str = ""
     """The client's label for the kind of traffic (`metadata.aurora_domain`); part of the trace."""
-    client: str = ""
-    """Pseudonym of the client (serve/http/routes.py); part of the trace."""
+    client: Client = UNKNOWN_CLIENT
+    """Its `source` is part of the trace."""
     cache_salt: str = ""
     """The client's secret that confines what is reused for this request to requests with the same salt (`Scope`). "":
     shared with all requests without a salt. No part of the trace."""
@@ -161,9 +173,9 @@ class Request:
 
         Shared by a client, a request of an unknown client has none: what one such client wrote, another would read.
         """
-        if shared_by == "client" and not self.client:
+        if shared_by == "client" and not self.client.name:
             return None
-        return Scope(client=self.client if shared_by == "client" else "", salt=self.cache_salt)
+        return Scope(client=self.client.name if shared_by == "client" else "", salt=self.cache_salt)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -122,6 +122,9 @@ class ServerSettings:
     """TCP port to listen on."""
     api_key: str | None = None
     """Clients must send `Authorization: Bearer KEY`. null: no key. `${oc.env:NAME}` reads an environment variable."""
+    trust_user: bool = False
+    """Requests come through a front end whose `user` names the client. false: whatever users a client names, it takes
+    one share of what is learned, by its address, and reuses nothing of the same user elsewhere."""
     page: Literal["auto", "on", "off"] = "auto"
     """Show the live page at `/`. auto: on loopback only. It has no data without api_key, if that is set."""
     price_per_hour: float = _within(0.0, 0.0, 1e6)

@@ -93,6 +93,7 @@ DEFAULTS = {
         "host": "127.0.0.1",
         "port": 8000,
         "api_key": None,
+        "trust_user": False,
         "page": "auto",
         "price_per_hour": 0.0,
         "max_queue": 64,

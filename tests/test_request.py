@@ -7,7 +7,7 @@ import itertools
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from aurora_lit.request import Request, SamplingParams, Scope, SharedBy
+from aurora_lit.request import Client, Request, SamplingParams, Scope, SharedBy
 
 WORDS = ("", "a", "b", "ab", "0", "é")
 """Few and similar ones, so that two requests often agree in some fields, and fields are equal to each other's."""
@@ -18,7 +18,13 @@ SHARED_BY: tuple[SharedBy, ...] = ("domain", "client")
 def request(salt: str = "", client: str = "", *, label: str = "", store: bool = True) -> Request:
     params = SamplingParams(max_tokens=1)
     return Request(
-        request_id="r", prompt_ids=(1,), params=params, store=store, domain=label, client=client, cache_salt=salt
+        request_id="r",
+        prompt_ids=(1,),
+        params=params,
+        store=store,
+        domain=label,
+        client=Client(client, "source"),
+        cache_salt=salt,
     )
 
 
@@ -28,7 +34,7 @@ REQUESTS = st.builds(request, NAMES, NAMES, label=NAMES, store=st.booleans())
 def check_scopes(one: Request, other: Request, shared_by: SharedBy) -> None:
     scope, allowed = one.scope(shared_by), one.cache_salt == other.cache_salt
     if shared_by == "client":
-        allowed = allowed and one.client == other.client != ""
+        allowed = allowed and one.client.name == other.client.name != ""
     assert (scope is not None and scope == other.scope(shared_by)) == allowed, (one, other, shared_by)
 
 
@@ -55,7 +61,7 @@ def test_any_other_words_make_scopes_likewise(one: Request, other: Request, shar
 @given(one=REQUESTS, shared_by=st.sampled_from(SHARED_BY))
 def test_neither_opting_out_nor_the_clients_label_changes_what_may_be_read(one: Request, shared_by: SharedBy) -> None:
     """`store` is the writer's to check, and a domain only decides what comes first."""
-    assert one.scope(shared_by) == request(one.cache_salt, one.client).scope(shared_by)
+    assert one.scope(shared_by) == request(one.cache_salt, one.client.name).scope(shared_by)
 
 
 def test_the_scopes_of_a_request() -> None:

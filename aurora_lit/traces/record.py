@@ -60,7 +60,7 @@ class Trace:
     """The domain that the engine served it as: the label, else what it assigned the prompt by published centroids. The
     learner, whose clusters are newer, decides by `domain` and the prompt."""
     client: str = ""
-    """Pseudonym of the client (serve/http/routes.py); "" if unknown."""
+    """Pseudonym of the client or its address (serve/http/routes.py); "" if unknown."""
     verify: str = "read"
     """One of VERIFY_MODES."""
     temperature: float = 0.0

@@ -27,7 +27,7 @@ from aurora_lit.ipc.messages import (
     decode_updates,
     encode,
 )
-from aurora_lit.request import Request, SamplingParams, StructuredOutputsParams, TokenLogprob
+from aurora_lit.request import Client, Request, SamplingParams, StructuredOutputsParams, TokenLogprob
 
 FULL_DELTA = Delta(
     index=3,
@@ -78,7 +78,7 @@ FULL_REQUEST = Request(
     params=FULL_PARAMS,
     store=False,
     domain="code",
-    client="00ff",
+    client=Client("00ff", "ff00"),
     cache_salt="söt",
     call="d0",
 )

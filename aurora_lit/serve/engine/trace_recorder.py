@@ -117,7 +117,7 @@ class TraceRecorder:
                 request_id=sequence.request.request_id,
                 domain=sequence.request.domain,
                 served_domain=sequence.domain,
-                client=sequence.request.client,
+                client=sequence.request.client.source,
                 verify=verify_mode(sequence.params),
                 temperature=sequence.params.temperature,
                 first_position=first,

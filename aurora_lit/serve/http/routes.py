@@ -23,7 +23,7 @@ from aurora_lit.errors import RequestError
 from aurora_lit.ipc.engine_status import EngineStatusPage
 from aurora_lit.models.fim import fim_marks
 from aurora_lit.models.tokenizer import Tokenizer
-from aurora_lit.request import RequestKind
+from aurora_lit.request import Client, RequestKind
 from aurora_lit.serve.http.answer_stream import TextDelta, by_token
 from aurora_lit.serve.http.detokenizer import TokenDecoder
 from aurora_lit.serve.http.errors import error_event
@@ -48,30 +48,36 @@ _CLIENT_CLOSED_REQUEST = 499  # the status that proxies log for it; the client d
 
 
 class ClientPseudonyms:
-    """Names of clients for traces, which tell clients apart and say nothing else about them.
+    """Names of clients, which tell clients apart and say nothing else about them.
 
     A client is the request's `user`, which in OpenAI's API is the end user as named by the front end; without one, the
-    address that the request came from. The API key is the same for all clients. Names are hashed with a random key that
-    lives as long as the server, so recorded traces cannot be traced back to users.
+    address that the request came from. If users are not trusted, whoever sends a new one with each request is still one
+    source, and none passes for a user of another address. The API key is the same for all clients. Names are hashed
+    with a random key that lives as long as the server, so recorded traces cannot be traced back to users.
 
-    >>> pseudonyms = ClientPseudonyms()
+    >>> pseudonyms = ClientPseudonyms(trust_user=True)
     >>> pseudonyms.of(user="ann", address="10.0.0.7") == pseudonyms.of(user="ann", address="10.0.0.8")
     True
     """
 
-    def __init__(self) -> None:
-        self._key = secrets.token_bytes(16)
+    def __init__(self, *, trust_user: bool) -> None:
+        """trust_user: a front end that is trusted names the users (`server.trust_user`)."""
+        self._key, self._trust_user = secrets.token_bytes(16), trust_user
 
-    def of(self, *, user: str | None, address: str | None) -> str:
-        """16 hexadecimal digits; "" if nothing is known about the client."""
-        if user:
-            client = f"user {user}"
-        elif address:
-            client = f"address {address}"
-        else:
+    def of(self, *, user: str | None, address: str | None) -> Client:
+        """Pseudonyms of 16 hexadecimal digits; "" if nothing is known about the client."""
+        source = self._hashed("", address or "")
+        if not user:
+            return Client(source, source)
+        name = self._hashed(user, "" if self._trust_user else address or "")
+        return Client(name, name if self._trust_user else source)
+
+    def _hashed(self, user: str, address: str) -> str:
+        if not user and not address:
             return ""
         # A lone surrogate is no character, but JSON can carry it.
-        return hashlib.blake2b(client.encode(errors="surrogatepass"), key=self._key, digest_size=8).hexdigest()
+        text = f"{address} {user}".encode(errors="surrogatepass")  # no address has a space
+        return hashlib.blake2b(text, key=self._key, digest_size=8).hexdigest()
 
 
 class GenerationRoutes:
@@ -87,13 +93,17 @@ class GenerationRoutes:
         status: EngineStatusPage,
         stream_shape: StreamShape,
         default_sampling: Mapping[str, Any] = MappingProxyType({}),
+        trust_user: bool = False,
     ) -> None:
-        """model: the only name that requests may ask for. default_sampling: values of what requests leave out."""
+        """model: the only name that requests may ask for. default_sampling: values of what requests leave out.
+
+        trust_user: see `ClientPseudonyms`.
+        """
         self._model, self._worker_client, self._metrics, self._status = model, worker_client, metrics, status
         self._tokenizer, self._token_decoder = tokenizer, TokenDecoder(tokenizer)
         self._stream_shape, self._default_sampling = stream_shape, default_sampling
         self._longest_token, self._fim_marks = longest_token(tokenizer), fim_marks(tokenizer)
-        self._pseudonyms = ClientPseudonyms()
+        self._pseudonyms = ClientPseudonyms(trust_user=trust_user)
 
     async def chat(self, body: ChatRequest, request: Request) -> Response:
         """POST /v1/chat/completions."""
@@ -144,7 +154,7 @@ class GenerationRoutes:
             )
         return await self._respond(body, prepared, builder, request, started_s)
 
-    def _pseudonym(self, body: Sampling, request: Request) -> str:
+    def _pseudonym(self, body: Sampling, request: Request) -> Client:
         return self._pseudonyms.of(user=body.user, address=request.client.host if request.client else None)
 
     def _limits(self) -> Limits:

@@ -88,6 +88,7 @@ class AuroraSpec(LitSpec):  # type: ignore[misc]
                 interval_s=config.server.stream_interval_ms / 1000, padding_bytes=config.server.stream_padding
             ),
             default_sampling=defaults,
+            trust_user=config.server.trust_user,
         )
         self.add_endpoint("/v1/chat/completions", generation.chat, ["POST"])
         self.add_endpoint("/v1/completions", generation.complete, ["POST"])

@@ -16,7 +16,7 @@ from aurora_lit.errors import RequestError
 from aurora_lit.ipc.messages import Call
 from aurora_lit.models.fim import FimMarks
 from aurora_lit.models.tokenizer import Tokenizer
-from aurora_lit.request import Request, RequestKind, SamplingParams, StructuredOutputsParams
+from aurora_lit.request import UNKNOWN_CLIENT, Client, Request, RequestKind, SamplingParams, StructuredOutputsParams
 from aurora_lit.serve.http.answer_stream import DEFAULT_OPTIONS, AnswerOptions
 from aurora_lit.serve.http.body import NO_TEXT, is_text, shorten
 from aurora_lit.serve.http.detokenizer import decode
@@ -87,7 +87,7 @@ def prepare_chat(
     call_id: str,
     tokenizer: Tokenizer,
     limits: Limits,
-    client: str = "",
+    client: Client = UNKNOWN_CLIENT,
     reads_calls: bool = True,
 ) -> Prepared:
     """Apply the chat template and tokenize. client: see `Request`.
@@ -165,7 +165,7 @@ def prepare_completion(
     tokenizer: Tokenizer,
     limits: Limits,
     marks: FimMarks | None = None,
-    client: str = "",
+    client: Client = UNKNOWN_CLIENT,
     default_tokens: int | None = DEFAULT_COMPLETION_TOKENS,
 ) -> Prepared:
     """Tokenize each prompt, or check its ids; a hole is laid out. client: see `Request`.
@@ -392,7 +392,7 @@ def _call(
     prompts: Sequence[tuple[int, ...]],
     params: Sequence[SamplingParams],
     body: Sampling,
-    client: str,
+    client: Client,
     prediction_ids: tuple[int, ...],
 ) -> Call:
     """n requests per prompt. Choice i uses seed + i, so that choices differ but are reproducible.

@@ -17,7 +17,7 @@ from support.fake_engine import tiny_tokenizer
 from aurora_lit.errors import RequestError
 from aurora_lit.ipc.engine_status import EngineStatusPage, WorkerState
 from aurora_lit.ipc.messages import CANCEL, Call, Delta, Failure
-from aurora_lit.request import Request, SamplingParams, TokenLogprob
+from aurora_lit.request import Client, Request, SamplingParams, TokenLogprob
 from aurora_lit.serve.http import routes, worker_client
 from aurora_lit.serve.http.answer_stream import TextDelta
 from aurora_lit.serve.http.channel import RESPONSES_UID
@@ -240,8 +240,8 @@ async def test_a_client_that_reads_late_changes_no_latency_unless_messages_are_s
     assert found == {"first_token": [1], "between_tokens": between, "whole_request": [whole]}
 
 
-def test_pseudonyms_distinguish_clients_by_user_then_by_address_and_reveal_nothing() -> None:
-    pseudonyms = ClientPseudonyms()
+def test_pseudonyms_of_trusted_users_distinguish_clients_by_user_then_by_address_and_reveal_nothing() -> None:
+    pseudonyms = ClientPseudonyms(trust_user=True)
     ann = pseudonyms.of(user="ann@example.org", address="10.0.0.7")
     assert ann == pseudonyms.of(user="ann@example.org", address="10.0.0.8")
     others = [
@@ -251,11 +251,23 @@ def test_pseudonyms_distinguish_clients_by_user_then_by_address_and_reveal_nothi
         pseudonyms.of(user="10.0.0.7", address=None),
     ]
     assert len({ann, *others}) == 5
-    assert pseudonyms.of(user=None, address=None) == ""
-    assert pseudonyms.of(user="\ud800", address=None)
-    assert ann != ClientPseudonyms().of(user="ann@example.org", address=None), "another server, another key"
-    assert len(ann) == 16
-    assert int(ann, 16) >= 0
+    assert all(client.name == client.source for client in (ann, *others))
+    assert pseudonyms.of(user=None, address=None) == Client("", "")
+    assert pseudonyms.of(user="\ud800", address=None).name
+    other_server = ClientPseudonyms(trust_user=True)
+    assert ann != other_server.of(user="ann@example.org", address=None), "another key"
+    assert len(ann.name) == 16
+    assert int(ann.name, 16) >= 0
+
+
+def test_an_untrusted_user_gets_no_share_beside_its_addresss_and_passes_for_nobody_elsewhere() -> None:
+    pseudonyms = ClientPseudonyms(trust_user=False)
+    here = [pseudonyms.of(user=user, address="10.0.0.7") for user in ("ann", "bob", None)]
+    assert len({client.name for client in here}) == 3
+    assert {client.source for client in here} == {here[2].name}
+    there = pseudonyms.of(user="ann", address="10.0.0.8")
+    assert there.name != here[0].name
+    assert there.source != here[0].source
 
 
 def test_health_and_ready_are_503_with_the_reason_while_the_worker_cannot_answer() -> None:

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerFast
 from aurora_lit.errors import RequestError
 from aurora_lit.ipc.messages import Delta
 from aurora_lit.models.tokenizer import tokenizer_json
-from aurora_lit.request import Request
+from aurora_lit.request import Client, Request
 from aurora_lit.serve.http import structure_check, tokenize
 from aurora_lit.serve.http.answer_stream import AnswerStream
 from aurora_lit.serve.http.message_fields import MAX_MESSAGES, Message
@@ -340,7 +340,7 @@ def test_tools_reach_a_template_that_knows_no_system_role() -> None:
 
 def requests(**fields: Any) -> list[Request]:
     """Requests of a chat call and of a completion call with these fields."""
-    how: Any = {"tokenizer": TOKENIZER, "limits": LIMITS, "client": "c1"}
+    how: Any = {"tokenizer": TOKENIZER, "limits": LIMITS, "client": Client("c1")}
     chat = ChatRequest(model="m", messages=TURN, max_tokens=4, **fields)
     text = CompletionRequest(model="m", prompt=["hello", "a"], max_tokens=4, **fields)
     return [
@@ -363,7 +363,7 @@ def requests(**fields: Any) -> list[Request]:
 def test_store_domain_and_client_reach_every_choice(fields: dict[str, Any], store: bool, domain: str) -> None:
     made = requests(**fields)
     assert len(made) == 3 * fields.get("n", 1)
-    assert {(r.store, r.domain, r.client) for r in made} == {(store, domain, "c1")}
+    assert {(r.store, r.domain, r.client.name) for r in made} == {(store, domain, "c1")}
 
 
 @pytest.mark.parametrize("domain", ["", "x" * 65, "two\nlines", "\x1b[31mred"])

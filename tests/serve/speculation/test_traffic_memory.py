@@ -13,7 +13,7 @@ from support.tiny_models import request
 from aurora_lit.ipc.engine_status import EngineCounters
 from aurora_lit.kernels import native, suffix_index
 from aurora_lit.kernels.suffix_index import DOMAIN_BITS, NUM_CELLS, Copies, LookUp
-from aurora_lit.request import SharedBy
+from aurora_lit.request import Client, SharedBy
 from aurora_lit.serve.engine.sequence import RunningSequence
 from aurora_lit.serve.speculation.sources import memory as memory_module
 from aurora_lit.serve.speculation.sources.memory import TrafficMemory
@@ -38,7 +38,7 @@ class Asked:
     def sequence(self) -> RunningSequence:
         """The request when its answer has ended."""
         asked = replace(
-            request("r", self.prompt, max_tokens=64), client=self.client, cache_salt=self.salt, store=self.store
+            request("r", self.prompt, max_tokens=64), client=Client(self.client), cache_salt=self.salt, store=self.store
         )
         length = len(self.prompt) + len(self.answer)
         sequence = RunningSequence(request=asked, slot=0, prompt_length=len(self.prompt), length=length)
