@@ -1,4 +1,7 @@
-"""Which prompt tokens a round computes beside the sequences that decode: oldest request first, within a set time.
+"""Which prompt tokens a round computes beside the sequences that decode, within a set time.
+
+The prompt with the fewest unread tokens comes first, so that an editor's keystroke does not wait for an agent's file;
+every fourth round with prompt tokens begins with the oldest prompt instead, so that none waits for ever.
 
 While nobody decodes, a round computes as many prompt tokens as `PREFILL_CHUNK_TOKENS`. Beside sequences
 that decode, prompt tokens share their pass, as many as keep the round below MAX_ROUND_S, or below 2.25 times
@@ -15,6 +18,7 @@ Shapes: T positions of a chunk, H hidden, S slots, L capacity of a slot, V vocab
 from __future__ import annotations
 
 from collections import deque
+from itertools import islice
 
 import torch
 
@@ -22,6 +26,7 @@ from aurora_lit.ipc.engine_status import EngineCounters
 from aurora_lit.models.interface import Target
 from aurora_lit.modules.sampling.distribution import token_logprobs
 from aurora_lit.modules.sampling.tree import common_prefix_length
+from aurora_lit.request import Request
 from aurora_lit.serve.engine.prefix_cache import PrefixCache
 from aurora_lit.serve.engine.round_plan import PromptRow
 from aurora_lit.serve.engine.sequence import RunningSequence
@@ -43,8 +48,10 @@ MAX_ROUND_S, prompts would be read so slowly that slots wait instead of decoding
 _LEFT_OUT_EVERY = 64
 """Rounds that carry prompts beside sequences that decode, after which one leaves them out: only such a round tells what
 these sequences take, which decides how many prompt tokens are computed beside them."""
+_OLDEST_FIRST_EVERY = 4
+"""Rounds with prompt tokens, of which one begins with the oldest prompt."""
 _WORTH_WAITING = 32
-"""Prompt tokens that can be copied a round later, for which a sequence lets others go first."""
+"""Prompt tokens that can be copied soon, for which a sequence lets others go first."""
 _LOGPROB_CHUNK = 32
 """Positions whose logits are held at the same time."""
 
@@ -79,6 +86,7 @@ class Prefill:
         """Running mean of the time per prompt token; None before the first chunk."""
         self._rounds_beside = 0
         """That carried prompts beside sequences that decode, since one did not."""
+        self._rounds_with_prompts = 0
 
     def plan(self, *, num_decoding: int, round_s: float, updates_costs: bool = True) -> list[PromptRow]:
         """The prompt chunks of the next round. `round_s`: what it takes for the `num_decoding` other sequences.
@@ -89,15 +97,15 @@ class Prefill:
         leaves_out = updates_costs and num_decoding > 0 and self._rounds_beside >= _LEFT_OUT_EVERY
         budget = 0 if leaves_out else self._budget(num_decoding, round_s)
         rows: list[PromptRow] = []
-        for sequence in self.sequences:
-            if budget <= 0 or self._shares_with(sequence, rows):
+        for sequence in self._order() if budget else []:
+            if budget <= 0:
                 break
-            self._copy_prefix(sequence)
             start, end = sequence.prefilled, min(sequence.prefilled + budget, sequence.prompt_length - 1)
             if end > start:
                 tokens = list(sequence.request.prompt_ids[start:end])
                 rows.append(PromptRow(sequence, start, tokens))
                 budget -= len(tokens)
+        self._rounds_with_prompts += bool(rows)
         if num_decoding:
             self._rounds_beside = self._rounds_beside + 1 if rows else 0
         return rows
@@ -135,20 +143,34 @@ class Prefill:
         fitting = int(room_s / self._token_s) if self._token_s else self._chunk_tokens
         return min(max(fitting, _LEAST_TOKENS), self._chunk_tokens)
 
-    def _shares_with(self, sequence: RunningSequence, rows: list[PromptRow]) -> bool:
-        """True if this round computes much of the sequence's prompt for others: the next round can copy it."""
-        if sequence.searched_for_prefix or not rows or not self._allocator.looks_up(sequence.request):
-            return False
+    def _order(self) -> list[RunningSequence]:
+        """Whose prompts are read next; without those that wait for an older one, of which they can copy much."""
+        reading: list[RunningSequence] = []
+        for age, sequence in enumerate(self.sequences):
+            if not sequence.searched_for_prefix:
+                if self._waits_for([older.request for older in islice(self.sequences, age)], sequence):
+                    continue
+                self._copy_prefix(sequence)
+            reading.append(sequence)
+        shortest = sorted(reading, key=lambda sequence: sequence.prompt_length - sequence.prefilled)
+        if self._rounds_with_prompts % _OLDEST_FIRST_EVERY == _OLDEST_FIRST_EVERY - 1:
+            shortest.sort(key=lambda sequence: sequence is not self.sequences[0])
+        return shortest
+
+    def _waits_for(self, older: list[Request], sequence: RunningSequence) -> bool:
+        """True if much of the sequence's prompt is being read for an older one: it can be copied soon."""
         request = sequence.request
-        others = [row.sequence.request for row in rows if self._allocator.may_copy(request, row.sequence.request)]
+        if not older or not self._allocator.looks_up(request):
+            return False
+        others = [other for other in older if self._allocator.may_copy(request, other)]
         shared = max((common_prefix_length(request.prompt_ids, other.prompt_ids) for other in others), default=0)
         return shared >= self._allocator.find_longest_prefix(sequence).length + _WORTH_WAITING
 
     def _copy_prefix(self, sequence: RunningSequence) -> None:
         """Copy the longest prefix of the prompt that is elsewhere; only once, before its first chunk."""
-        if sequence.searched_for_prefix or self._prefix_cache is None:
-            return
         sequence.searched_for_prefix = True
+        if self._prefix_cache is None:
+            return
         prefix = self._allocator.find_longest_prefix(sequence)
         if prefix.length > sequence.prefilled:
             self._prefix_cache.copy(prefix, slot=sequence.slot, start=sequence.prefilled)

@@ -79,11 +79,44 @@ def test_the_tokens_of_a_round_are_those_that_keep_it_short(
     assert len(row.tokens) == pytest.approx(tokens, abs=1), "but for rounding"
 
 
-def test_the_oldest_prompts_come_first_and_the_last_token_is_left_to_decoding() -> None:
+def test_the_prompt_with_least_to_read_comes_first_and_the_last_token_is_left_to_decoding() -> None:
     prefill = make_prefill(3)
-    prefill.sequences[0].prefilled = 500
+    prefill.sequences[1].prefilled = 500
     rows = prefill.plan(num_decoding=0, round_s=0.0)
-    assert [(row.sequence.slot, row.start, len(row.tokens)) for row in rows] == [(0, 500, 99), (1, 0, 157)]
+    assert [(row.sequence.slot, row.start, len(row.tokens)) for row in rows] == [(1, 500, 99), (0, 0, 157)]
+
+
+def test_a_long_prompt_is_read_in_every_fourth_round_however_many_short_ones_come() -> None:
+    prefill = make_prefill(2)
+    long, short = prefill.sequences
+    long.prompt_length = long.length = 2_000
+    long.request = replace(long.request, prompt_ids=(0,) * 2_000)
+    short.prefilled = 300
+    first = []
+    for _ in range(12):
+        rows = prefill.plan(num_decoding=1, round_s=0.0)
+        first.append(rows[0].sequence.slot)
+        if rows[0].sequence is long:
+            long.prefilled += len(rows[0].tokens)
+        else:  # its prompt has been read, and another short one is there
+            short.prefilled = 300
+    assert first == [1, 1, 1, 0] * 3
+    assert long.prefilled >= 3 * 16
+
+
+def test_a_short_prompt_is_answered_while_long_ones_are_read(target: Target) -> None:
+    engine = make(target, None, prefill_chunk_tokens=16)
+    for name, prompt in {"a": LONG, "b": LONG[::-1]}.items():
+        engine.submit(request(name, prompt, max_tokens=1))
+    engine.round()
+    engine.submit(request("keystroke", LONG[40:60], max_tokens=1))
+    ended = []
+    rounds = 0
+    while engine.has_work:
+        rounds += not ended
+        ended += [output.request_id for output in engine.round() if output.finish_reason]
+    assert ended[0] == "keystroke"
+    assert rounds <= 4, "two chunks, at most one of which has to wait for an older prompt's"
 
 
 def test_the_time_of_a_prompt_token_is_learned_slowly_and_from_chunks_that_fill_a_tile() -> None:
