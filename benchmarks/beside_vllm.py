@@ -30,11 +30,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from aurora_lit.bench.load import LOOPBACK, Answer, ask, chat, interval, percentile_ms, send_all, sending
 from aurora_lit.drafts.checkpoint import load_draft, read_config
 from aurora_lit.drafts.store import DraftStore
 from aurora_lit.errors import AuroraError
 from aurora_lit.learn.pretrain.prompts import read_prompts
-from benchmarks.load import LOOPBACK, Answer, ask, chat, interval, percentile_ms, send_all, sending
 
 MAX_TOKENS = 96
 

@@ -42,9 +42,9 @@ import psutil
 from rich.console import Console
 from rich.table import Table
 
+from aurora_lit.bench.load import Json, ask, chat, exchange, send_all, status
 from aurora_lit.errors import AuroraError
 from aurora_lit.progress import Progress
-from benchmarks.load import Json, ask, chat, exchange, send_all, status
 
 _ROUTES = {"chat": "/v1/chat/completions", "completion": "/v1/completions", "infill": "/infill"}
 _TOKENS, _PROBES, _PROBE_CHARACTERS = 64, 10, 2000

@@ -29,9 +29,10 @@ from typing import Any, NamedTuple
 
 from rich.table import Table
 
+from aurora_lit.bench.load import ask, chat, exchange, interval
 from aurora_lit.bench.reporting import report_console
+from aurora_lit.bench.servers import free_port, running_server
 from aurora_lit.config import load_config
-from benchmarks.load import ask, chat, exchange, free_port, interval, running_server
 
 WAYS = ("plain", "lookup", "prediction")
 MISTAKES = ((" == ", " != "), (" is None", " is not None"), (" not in ", " in "), (" + 1", " - 1"), (" < ", " > "))

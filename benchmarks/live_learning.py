@@ -34,13 +34,14 @@ from typing import NamedTuple
 import numpy as np
 import psutil
 
+from aurora_lit.bench.load import Chat, Json, ask, chat, send_at, sending, status
+from aurora_lit.bench.servers import free_port, running_server
 from aurora_lit.config import load_config
 from aurora_lit.drafts.store import DraftStore
 from aurora_lit.errors import ConfigError
 from aurora_lit.learn.pretrain.prompts import encode_prompt, read_prompts
 from aurora_lit.serve.worker.load_models import load_tokenizer
 from benchmarks import one_process
-from benchmarks.load import Chat, Json, ask, chat, free_port, running_server, send_at, sending, status
 
 _COUNTERS = ("steps", "positions", "published", "refused", "shifts", "processor_s")
 """What a phase adds to them is reported."""

@@ -19,9 +19,10 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from aurora_lit.bench.load import chat, exchange, send_all
+from aurora_lit.bench.servers import Server, free_port, started_aurora
 from aurora_lit.config import load_config
 from aurora_lit.learn.pretrain.prompts import read_prompts
-from benchmarks.load import Server, chat, exchange, free_port, send_all, started_aurora
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 

@@ -28,6 +28,7 @@ from typing import Any, NamedTuple
 
 from rich.table import Table
 
+from aurora_lit.bench.load import interval
 from aurora_lit.bench.prompts import BenchPrompt, answer_prompts, load_prompts, params_for
 from aurora_lit.bench.reporting import report_console
 from aurora_lit.config import load_config
@@ -38,7 +39,6 @@ from aurora_lit.request import PLANS, SamplingParams
 from aurora_lit.serve.engine.engine import Engine
 from aurora_lit.serve.worker.build import build_engine
 from aurora_lit.serve.worker.load_models import load_serving_target
-from benchmarks.load import interval
 
 
 class Turn(NamedTuple):

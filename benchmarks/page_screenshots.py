@@ -23,8 +23,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from aurora_lit.bench.load import Json, ask, chat, sending
+from aurora_lit.bench.servers import free_port, running_server
 from aurora_lit.config import load_config
-from benchmarks.load import Json, ask, chat, free_port, running_server, sending
 from benchmarks.templated_prompts import make_prompts
 
 _DOMAINS = ("billing", "support", "alerts")

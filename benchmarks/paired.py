@@ -47,22 +47,13 @@ from typing import Any, Literal, NamedTuple
 import psutil
 from rich.table import Table
 
+from aurora_lit.bench.load import Json, ask, body_of, interval, percentile_ms, send_all, status
 from aurora_lit.bench.reporting import report_console
+from aurora_lit.bench.servers import free_port, running_server
 from aurora_lit.config import load_config, resolved_memory
 from aurora_lit.errors import AuroraError
 from aurora_lit.ipc.learner_status import LEARNER_STATUS_NAME, LearnerStatusPage
 from aurora_lit.learn.pretrain.prompts import Prompt, read_prompts
-from benchmarks.load import (
-    Json,
-    ask,
-    body_of,
-    free_port,
-    interval,
-    percentile_ms,
-    running_server,
-    send_all,
-    status,
-)
 
 _SETTLE_S = 15.0
 """Before anything is measured: a server that has just started times its operations while it is idle, in a first start

@@ -22,8 +22,9 @@ from typing import Any
 
 import numpy as np
 
+from aurora_lit.bench.load import Answer, ask, chat, get, sending
+from aurora_lit.bench.servers import free_port, started_aurora
 from aurora_lit.learn.pretrain.prompts import read_prompts
-from benchmarks.load import Answer, ask, chat, free_port, get, sending, started_aurora
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -36,6 +36,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
+from aurora_lit.bench.load import interval
 from aurora_lit.config import load_config
 from aurora_lit.errors import AuroraError
 from aurora_lit.machine import use_threads
@@ -43,7 +44,6 @@ from aurora_lit.models.interface import Target
 from aurora_lit.models.source import find_target
 from aurora_lit.progress import Progress
 from aurora_lit.serve.worker.load_models import load_serving_target, load_tokenizer
-from benchmarks.load import interval
 from benchmarks.peers.environments import processor
 
 _CHUNK = 128

@@ -29,9 +29,10 @@ from typing import Any
 
 import psutil
 
+from aurora_lit.bench.load import ask, chat
+from aurora_lit.bench.servers import Server, started_aurora
 from aurora_lit.errors import AuroraError
 from aurora_lit.models.source import cache_root
-from benchmarks.load import Server, ask, chat, started_aurora
 
 ROOT = Path(__file__).resolve().parents[1]
 _PATIENCE_S = 300.0

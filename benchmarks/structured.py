@@ -26,8 +26,9 @@ from typing import Any
 
 import jsonschema
 
+from aurora_lit.bench.load import ask, chat
+from aurora_lit.bench.servers import free_port, running_server
 from aurora_lit.config import load_config
-from benchmarks.load import ask, chat, free_port, running_server
 from benchmarks.structured_schemas import SCHEMAS
 
 WAYS: dict[str, tuple[bool, bool]] = {"schema": (True, True), "schema, plain": (True, False), "free": (False, True)}

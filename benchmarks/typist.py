@@ -32,10 +32,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from aurora_lit.bench.load import Json
 from aurora_lit.errors import AuroraError
 from aurora_lit.progress import Progress
 from benchmarks.infilling import infill, own_fields
-from benchmarks.load import Json
 
 _LINES_BEFORE, _LINES_AFTER, _CHUNK_LINES, _TOKENS, _MOST_PREDICT_MS = 256, 64, 32, 128, 250
 """llama.vim's defaults; a chunk is a part of another file."""

@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 from support import ROOT
 
+from aurora_lit.bench.servers import free_port, running_server
 from aurora_lit.config import load_config
-from benchmarks.load import free_port, running_server
 
 Installation = tuple[Path, subprocess.Popen[bytes]]
 PRINTED = {

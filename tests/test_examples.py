@@ -13,8 +13,8 @@ import pytest
 from support import ROOT, child_environment
 from support.fake_server import MODEL, FakeServer
 
+from aurora_lit.bench.servers import free_port, running_server
 from aurora_lit.config import load_config
-from benchmarks.load import free_port, running_server
 
 EXAMPLES = ROOT / "examples"
 MAX_LINES = 40

@@ -1,4 +1,4 @@
-"""What `aurora-lit bench` measures on prompts of your own: speed and acceptance.
+"""What `aurora-lit bench` measures on prompts of your own, or on a repository: speed and acceptance.
 
 May import: everything above.
 
@@ -9,4 +9,8 @@ Start with throughput.py. The files, each importing only files above it:
     reference.py    transformers' generate(), to compare with
     throughput.py   tokens per second with and without a draft
     acceptance.py   accepted length and acceptance rate by position and domain
+    load.py         requests to a server over HTTP, and what each came to
+    servers.py      servers that are started, watched and ended
+    repository_traffic.py   requests out of a git repository's history
+    repository.py   what memory and learner bring on a repository
 """

@@ -62,6 +62,26 @@ def acceptance(config: AuroraConfig, **options: Any) -> None:
     run(config, **options)
 
 
+@bench.command()
+@click.argument("folder", type=click.Path(exists=True, file_okay=False, path_type=Path), metavar="PATH")
+@click.option(
+    "--minutes", type=click.FloatRange(2, 120), default=16.0, show_default=True, help="How long it may take in all."
+)
+@click.option("--clients", type=click.IntRange(1, 64), default=1, show_default=True, help="That send its requests.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Which places of the history are asked about.")
+@_RESULTS
+@configured
+def repository(config: AuroraConfig, folder: Path, **options: Any) -> None:
+    """Measure what memory and learner gain on the code of a git repository. Writes JSON and a PNG.
+
+    Requests out of its history are sent to two servers, one after the other, and the answers to those of other commits
+    are timed: decoding alone, the shipped draft, with the memory, with the learned draft, with both.
+    """
+    from aurora_lit.bench.repository import run
+
+    run(config, folder, **options)
+
+
 def _integers(text: str, option: str) -> tuple[int, ...]:
     """The numbers in a list such as 1,4,8."""
     try:

@@ -27,7 +27,9 @@ from pathlib import Path
 
 from rich.console import Console
 
+from aurora_lit.bench.load import ask, chat
 from aurora_lit.bench.reporting import report_console
+from aurora_lit.bench.servers import free_port, started
 from aurora_lit.config import AuroraConfig, draft_folder, load_config, to_yaml
 from aurora_lit.drafts.export import export
 from aurora_lit.durable import is_as_begun
@@ -39,7 +41,6 @@ from aurora_lit.models.package_index import file_sha256
 from aurora_lit.models.source import find_target
 from aurora_lit.progress import Progress
 from aurora_lit.serve.worker.load_models import load_tokenizer
-from benchmarks.load import ask, chat, free_port, started
 
 from . import environments
 from .client import run_load, served_model

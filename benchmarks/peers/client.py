@@ -1,6 +1,6 @@
 """Concurrent clients: each sends its next request when it has read its last answer to the end.
 
-Leaves out sending, and servers (benchmarks/load.py), and the report (report.py).
+Leaves out sending, and servers (aurora_lit/bench/load.py), and the report (report.py).
 """
 
 from __future__ import annotations
@@ -9,8 +9,8 @@ import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from aurora_lit.bench.load import Answer, ask, chat, get, send_all
 from aurora_lit.errors import AuroraError
-from benchmarks.load import Answer, ask, chat, get, send_all
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
+from aurora_lit.bench.load import Answer
 from benchmarks import beside_vllm
 from benchmarks.beside_vllm import Counters, block
-from benchmarks.load import Answer
 
 
 def test_tokens_are_those_that_came_and_gaps_are_between_pieces_of_text(monkeypatch: pytest.MonkeyPatch) -> None:

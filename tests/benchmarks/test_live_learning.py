@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from aurora_lit.bench.load import Answer, Chat, Json
 from aurora_lit.errors import ConfigError
 from benchmarks import live_learning
 from benchmarks.live_learning import Sent, arms_of, phase_report, read_arrivals, send
-from benchmarks.load import Answer, Chat, Json
 
 SYSTEM = {"role": "system", "content": "be brief"}
 STATUS = {"version": "start", "steps": 4, "positions": 500, "published": 0, "refused": 1, "shifts": 2}

@@ -7,8 +7,8 @@ from dataclasses import replace
 
 import pytest
 
+from aurora_lit.bench.load import Answer
 from aurora_lit.errors import AuroraError
-from benchmarks.load import Answer
 from benchmarks.peers.client import Load, summarise
 from benchmarks.peers.report import Pair, ServerRun
 from benchmarks.peers.report import summarise as ratios

@@ -14,11 +14,11 @@ from click.testing import CliRunner, Result
 from support.fork_host import run_program
 
 import aurora_lit
+from aurora_lit.bench.servers import free_port
 from aurora_lit.cli.main import main
 from aurora_lit.config import AuroraConfig, load_config
 from aurora_lit.errors import SourceError
 from aurora_lit.ipc.run_folder import FOLDER_VARIABLE
-from benchmarks.load import free_port
 
 COMMANDS = (
     ["serve"],

@@ -19,6 +19,7 @@ from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 from support.fake_drafts import SMALL_SHAPE
 
+from aurora_lit.bench.servers import free_port
 from aurora_lit.cli import vllm as vllm_command_file
 from aurora_lit.cli.main import main
 from aurora_lit.cli.vllm import (
@@ -44,7 +45,6 @@ from aurora_lit.ipc.run_folder import RING_NAME
 from aurora_lit.models import source as source_module
 from aurora_lit.modules.draft.eagle3 import Eagle3Config, Eagle3Draft
 from aurora_lit.vllm.deployment import Deployment
-from benchmarks.load import free_port
 
 DRAFT = PROJECT_FOLDER / "checkpoints" / "smollm2-base"
 SMALL = Eagle3Config(**{**SMALL_SHAPE, "draft_vocab_size": 11})

@@ -18,12 +18,12 @@ from typing import Any
 import pytest
 from support import child_environment
 
+from aurora_lit.bench.servers import free_port
 from aurora_lit.config import load_config
 from aurora_lit.errors import AuroraError, ConfigError, SourceError
 from aurora_lit.ipc.engine_status import EngineStatusPage, WorkerState
 from aurora_lit.models.tokenizer import is_kept
 from aurora_lit.serve import backend, server
-from benchmarks.load import free_port
 
 HEAVY = ("torch", "transformers", "lightning", "scipy", "numpy")
 

@@ -27,6 +27,7 @@ from typing import Any
 import httpx
 import psutil
 
+from aurora_lit.bench.servers import free_port
 from aurora_lit.errors import AuroraError
 from aurora_lit.ipc.process_lifetime import die_with_parent
 from aurora_lit.settings import (
@@ -38,7 +39,6 @@ from aurora_lit.settings import (
     MemorySettings,
     ServerSettings,
 )
-from benchmarks.load import free_port
 from support import child_environment
 from support.fake_engine import FakeOptions, build_fake_worker, load_tiny_tokenizer, prepare_nothing
 from support.fork_host import ForkedProcess, fork, fork_engine_workers

@@ -36,12 +36,12 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from aurora_lit.bench.servers import free_port
 from aurora_lit.drafts.checkpoint import save_draft
 from aurora_lit.drafts.store import DraftStore
 from aurora_lit.ipc.engine_status import STATUS_NAME, EngineStatus, EngineStatusPage
 from aurora_lit.ipc.learner_status import LEARNER_STATUS_NAME, LearnerStatus, LearnerStatusPage
 from aurora_lit.models.loading import load_target
-from benchmarks.load import free_port
 from support.fork_host import ForkedProcess, fork, fork_engine_workers
 from support.tiny_models import random_draft, save_model
 

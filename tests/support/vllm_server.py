@@ -20,6 +20,7 @@ from typing import Any
 
 import httpx
 
+from aurora_lit.bench.servers import free_port
 from aurora_lit.config import PROJECT_FOLDER, load_config
 from aurora_lit.drafts.checkpoint import CONFIG_NAME, WEIGHTS_NAME
 from aurora_lit.drafts.store import DraftStore
@@ -31,7 +32,6 @@ from aurora_lit.models.gguf_model import in_safetensors
 from aurora_lit.models.source import find_target
 from aurora_lit.traces.record import LAYOUT_DIGEST, Trace, from_bytes
 from aurora_lit.vllm.deployment import VARIABLE, Deployment
-from benchmarks.load import free_port
 
 SOURCE = load_config(None, []).target.source
 DRAFT = PROJECT_FOLDER / "checkpoints" / "smollm2-base"

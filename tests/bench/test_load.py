@@ -21,25 +21,22 @@ import pytest
 import yaml
 from support import ROOT
 
-from aurora_lit.config import load_config
-from aurora_lit.errors import AuroraError
-from benchmarks.load import (
+from aurora_lit.bench.load import (
     LOOPBACK,
     Answer,
     ask,
-    changed_settings,
     chat,
-    free_port,
     get,
     interval,
     percentile_ms,
     read_answer,
-    running_server,
     send_all,
     send_at,
     sending,
-    started,
 )
+from aurora_lit.bench.servers import changed_settings, free_port, running_server, started
+from aurora_lit.config import load_config
+from aurora_lit.errors import AuroraError
 
 
 def event(**fields: Any) -> bytes:
@@ -259,7 +256,7 @@ time.sleep(60)
     killed = f"""
 import os, pathlib, sys, time
 sys.path.insert(0, {str(ROOT)!r})
-from benchmarks.load import started
+from aurora_lit.bench.servers import started
 with started([sys.executable, "-c", {server!r}], {{}}, pathlib.Path("log")):
     time.sleep(60)
 """
