@@ -145,6 +145,7 @@ def validate(config: AuroraConfig) -> None:
         ("server.api_key", config.server.api_key),
         ("server.model_name", config.server.model_name),
         ("draft.checkpoint", config.draft.checkpoint),
+        ("memory.keep", config.memory.keep),
         ("trace.record", config.trace.record),
     ):
         if optional is not None and not optional.strip():

@@ -1,11 +1,13 @@
 """Makes files survive a crash of the machine: flushing to disk, replacing a file, exchanging two names at once.
 
-Also keeps how a folder of results was begun, for work that is continued after a crash.
+Also locks folders that one process may write to, and keeps how a folder of results was begun, for work that is
+continued after a crash.
 """
 
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import json
 import os
 import time
@@ -50,6 +52,21 @@ def discard_unfinished(path: Path) -> None:
 
 def _unfinished(path: Path) -> Path:
     return path.with_name(f".{path.name}.tmp")
+
+
+def lock_file(path: Path) -> int:
+    """A descriptor that holds a file's lock until it is closed; the file is made for its owner only.
+
+    Raises BlockingIOError if another process holds it, and another OSError where the file system has no locks.
+    """
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(descriptor)
+        reason = "another process writes there" if isinstance(error, BlockingIOError) else error.strerror
+        raise type(error)(error.errno, reason, str(path.parent)) from error
+    return descriptor
 
 
 def changed_at(path: Path) -> float:

@@ -122,7 +122,8 @@ SharedBy = Literal["domain", "client"]
 class Scope(NamedTuple):
     """Requests of one scope share prefixes, remembered answers and compiled grammars.
 
-    It is compared as it is, never by a hash, so that no two can be confused.
+    It is compared as it is, not by a hash, so that no two can be confused; only files that are kept are named by one
+    (serve/speculation/sources/kept_answers.py).
     """
 
     client: str

@@ -100,7 +100,7 @@ class EngineSettings:
 class MemorySettings:
     """The traffic memory: an index of earlier answers' tokens, which proposes how an answer goes on.
 
-    It is kept in memory only, and needs the CPU kernels. A proposal that is accepted makes an answer faster, so a
+    It needs the CPU kernels. A proposal that is accepted makes an answer faster, so a
     shared memory lets one client find out by time what others were told (docs/privacy.md).
     """
 
@@ -110,6 +110,10 @@ class MemorySettings:
     """Which requests with the same `cache_salt` share it, and prefixes (engine.prefix_cache_mb). domain: all, the same
     kind of traffic first. client: those of one client, which is the request's `user`, else its network address. auto:
     domain while server.host is loopback, else client. off: no memory, and prefixes as with auto."""
+    keep: str | None = None
+    """Folder in which a server keeps what it remembers, so that it survives a restart; each target and server needs its
+    own. It takes a quarter of capacity_mb at most, readable by its owner only. What the last 20 seconds before a crash
+    brought is lost. `aurora-lit memory clear` forgets it. null: the memory ends with the server (docs/privacy.md)."""
 
 
 @dataclass(frozen=True, kw_only=True)

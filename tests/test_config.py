@@ -88,7 +88,7 @@ DEFAULTS = {
         "compile": "auto",
         "threads": 0,
     },
-    "memory": {"capacity_mb": 64, "scope": "auto"},
+    "memory": {"capacity_mb": 64, "scope": "auto", "keep": None},
     "server": {
         "host": "127.0.0.1",
         "port": 8000,

@@ -113,6 +113,20 @@ def doctor(config: AuroraConfig, as_json: bool) -> None:
         click.get_current_context().exit(1)
 
 
+@main.group()
+def memory() -> None:
+    """The traffic memory that memory.keep holds on disk."""
+
+
+@memory.command()
+@configured
+def clear(config: AuroraConfig) -> None:
+    """Forget it. Refused while a server uses the folder: it would go on with what it remembers."""
+    from aurora_lit.serve.speculation.sources.kept_answers import forget
+
+    click.echo(f"{config.memory.keep}: {forget(config.memory.keep)} files of answers are deleted")
+
+
 # -- learning ----------------------------------------------------------------------------------------------------------
 
 

@@ -11,7 +11,6 @@ Leaves out making traces (serve/engine/trace_recorder.py, learn/pretrain/) and b
 from __future__ import annotations
 
 import errno
-import fcntl
 import json
 import os
 import re
@@ -26,6 +25,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch.nn.functional import pad
 
+from aurora_lit.durable import lock_file
 from aurora_lit.traces.record import ROUND_FIELDS, Trace
 
 INDEX_NAME, _LOCK_NAME = "index.jsonl", ".lock"
@@ -69,7 +69,7 @@ class TraceLogWriter:
         self.shard_positions = shard_positions
         self.max_bytes = max_bytes
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        self._unlock = weakref.finalize(self, os.close, _locked(folder))
+        self._unlock = weakref.finalize(self, os.close, lock_file(folder / _LOCK_NAME))
         for leftover in (path for pattern in _LEFTOVERS for path in folder.glob(pattern)):
             if leftover.is_file():
                 leftover.unlink()
@@ -185,19 +185,6 @@ def read_shard(path: Path) -> Iterator[Trace]:
             answer_start=answer_start,
             lse_T=None if bool(lse[i].isnan().any()) else lse[i],
         )
-
-
-def _locked(folder: Path) -> int:
-    """A descriptor that holds the folder's lock until it is closed. Raises BlockingIOError if it is held elsewhere."""
-    descriptor = os.open(folder / _LOCK_NAME, os.O_RDWR | os.O_CREAT, _OWNER_ONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        os.close(descriptor)
-        if isinstance(error, BlockingIOError):
-            raise BlockingIOError(error.errno, "another process writes traces there", str(folder)) from error
-        raise OSError(error.errno, error.strerror, str(folder)) from error  # such as a file system without locks
-    return descriptor
 
 
 def _index_lines(folder: Path) -> list[ShardInfo]:

@@ -26,6 +26,7 @@ COMMANDS = (
     ["replay"],
     ["status"],
     ["drafts", "list"],
+    ["memory", "clear"],
     ["generate"],
     ["pretrain"],
     ["doctor"],
@@ -258,6 +259,18 @@ def test_drafts_are_listed_returned_to_and_promoted(tmp_path: Path) -> None:
     assert (refused.exit_code, "no version draft-000009" in refused.stderr) == (2, True)
 
 
+def test_the_memory_on_disk_is_cleared(tmp_path: Path) -> None:
+    from aurora_lit.serve.speculation.sources.kept_answers import KeptAnswers
+
+    where = f"memory.keep={tmp_path}"
+    kept = KeptAnswers(tmp_path, target=b"", max_bytes=1 << 20)
+    used = run("memory", "clear", where)
+    assert (used.exit_code, "stop it first" in used.stderr) == (2, True)
+    kept.close()
+    assert run("memory", "clear", where).stdout == f"{tmp_path}: 0 files of answers are deleted\n"
+    assert not (tmp_path / "key").exists()
+
+
 def test_the_first_file_s_name_may_contain_an_equals_sign(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     recorder = Recorder(monkeypatch, "aurora_lit.bench.throughput", "run")
     folder = tmp_path / "date=2026-11-30"
@@ -317,6 +330,7 @@ def test_torch_is_not_loaded_by_commands_that_need_no_model() -> None:
         ["learn", "--help"],
         ["status"],
         ["drafts", "list"],
+        ["memory", "clear"],
         ["replay", "--help"],
         ["bench", "throughput", "--help"],
     ]

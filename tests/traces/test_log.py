@@ -61,7 +61,7 @@ def test_only_the_owner_can_read_a_log(tmp_path: Path) -> None:
 
 def test_one_writer_at_a_time_has_the_folder(tmp_path: Path) -> None:
     writer = TraceLogWriter(tmp_path, kind="live")
-    with pytest.raises(BlockingIOError, match="another process writes traces there") as raised:
+    with pytest.raises(BlockingIOError, match="another process writes there") as raised:
         TraceLogWriter(tmp_path, kind="text")
     assert raised.value.filename == str(tmp_path)
     writer.append(numbered_trace(9))

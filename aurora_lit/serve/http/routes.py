@@ -12,7 +12,7 @@ import time
 import uuid
 from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Mapping
-from functools import partial
+from functools import cached_property, partial
 from types import MappingProxyType
 from typing import Any
 
@@ -53,16 +53,24 @@ class ClientPseudonyms:
     A client is the request's `user`, which in OpenAI's API is the end user as named by the front end; without one, the
     address that the request came from. If users are not trusted, whoever sends a new one with each request is still one
     source, and none passes for a user of another address. The API key is the same for all clients. Names are hashed
-    with a random key that lives as long as the server, so recorded traces cannot be traced back to users.
+    with a random key that lives as long as the server, so recorded traces cannot be traced back to users; where what
+    clients were answered is kept (memory.keep), as long as that.
 
     >>> pseudonyms = ClientPseudonyms(trust_user=True)
     >>> pseudonyms.of(user="ann", address="10.0.0.7") == pseudonyms.of(user="ann", address="10.0.0.8")
     True
     """
 
-    def __init__(self, *, trust_user: bool) -> None:
-        """trust_user: a front end that is trusted names the users (`server.trust_user`)."""
-        self._key, self._trust_user = secrets.token_bytes(16), trust_user
+    def __init__(self, *, trust_user: bool, key: Callable[[], bytes] = lambda: secrets.token_bytes(16)) -> None:
+        """trust_user: a front end that is trusted names the users (`server.trust_user`).
+
+        key: of the hash; called with the first request, when the engine runs.
+        """
+        self._make_key, self._trust_user = key, trust_user
+
+    @cached_property
+    def _key(self) -> bytes:
+        return self._make_key()
 
     def of(self, *, user: str | None, address: str | None) -> Client:
         """Pseudonyms of 16 hexadecimal digits; "" if nothing is known about the client."""
@@ -93,17 +101,17 @@ class GenerationRoutes:
         status: EngineStatusPage,
         stream_shape: StreamShape,
         default_sampling: Mapping[str, Any] = MappingProxyType({}),
-        trust_user: bool = False,
+        pseudonyms: ClientPseudonyms | None = None,
     ) -> None:
         """model: the only name that requests may ask for. default_sampling: values of what requests leave out.
 
-        trust_user: see `ClientPseudonyms`.
+        pseudonyms: None: those that trust no user, with a key of their own.
         """
         self._model, self._worker_client, self._metrics, self._status = model, worker_client, metrics, status
         self._tokenizer, self._token_decoder = tokenizer, TokenDecoder(tokenizer)
         self._stream_shape, self._default_sampling = stream_shape, default_sampling
         self._longest_token, self._fim_marks = longest_token(tokenizer), fim_marks(tokenizer)
-        self._pseudonyms = ClientPseudonyms(trust_user=trust_user)
+        self._pseudonyms = pseudonyms or ClientPseudonyms(trust_user=False)
 
     async def chat(self, body: ChatRequest, request: Request) -> Response:
         """POST /v1/chat/completions."""

@@ -23,7 +23,7 @@ from fastapi import FastAPI
 from fastapi.responses import JSONResponse, Response
 from litserve.specs.base import LitSpec
 
-from aurora_lit.config import AuroraConfig, model_name, shows_page, versions_folder
+from aurora_lit.config import AuroraConfig, model_name, resolved_memory, shows_page, versions_folder
 from aurora_lit.errors import RequestError
 from aurora_lit.ipc.engine_status import STATUS_NAME, EngineStatusPage
 from aurora_lit.ipc.learner_status import LEARNER_STATUS_NAME, LearnerStatusPage
@@ -33,13 +33,14 @@ from aurora_lit.request import SamplingParams
 from aurora_lit.serve.http.errors import install_error_handlers
 from aurora_lit.serve.http.live_page import FILES, LivePage
 from aurora_lit.serve.http.metrics import CONTENT_TYPE, ServerMetrics
-from aurora_lit.serve.http.routes import GenerationRoutes
+from aurora_lit.serve.http.routes import ClientPseudonyms, GenerationRoutes
 from aurora_lit.serve.http.savings import NAME as SAVINGS_NAME
 from aurora_lit.serve.http.savings import Savings
 from aurora_lit.serve.http.status import engine_json, learner_json, ranks_json, ring_counters, traffic_json
 from aurora_lit.serve.http.stream_events import StreamShape
 from aurora_lit.serve.http.token_routes import TokenRoutes
 from aurora_lit.serve.http.worker_client import WorkerClient
+from aurora_lit.serve.speculation.sources.kept_answers import client_key
 from aurora_lit.settings import SAMPLING_RANGES
 
 OPEN_PATHS = frozenset({"/health", "/ready", "/docs", "/docs/oauth2-redirect", "/redoc", "/openapi.json", *FILES})
@@ -88,7 +89,9 @@ class AuroraSpec(LitSpec):  # type: ignore[misc]
                 interval_s=config.server.stream_interval_ms / 1000, padding_bytes=config.server.stream_padding
             ),
             default_sampling=defaults,
-            trust_user=config.server.trust_user,
+            pseudonyms=ClientPseudonyms(
+                trust_user=config.server.trust_user, key=partial(client_key, resolved_memory(config))
+            ),
         )
         self.add_endpoint("/v1/chat/completions", generation.chat, ["POST"])
         self.add_endpoint("/v1/completions", generation.complete, ["POST"])

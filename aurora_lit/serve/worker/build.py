@@ -5,10 +5,11 @@ Only connects parts; what they do is in their own files.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import errno
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -40,6 +41,7 @@ from aurora_lit.serve.engine.prefill import MAX_ROUND_S
 from aurora_lit.serve.engine.slot_allocator import slot_capacity
 from aurora_lit.serve.engine.thread_budget import ThreadBudget, thread_budget
 from aurora_lit.serve.engine.trace_recorder import TraceRecorder
+from aurora_lit.serve.speculation.sources.kept_answers import KeptAnswers, model_digest
 from aurora_lit.serve.speculation.sources.runtime_draft import RuntimeDraft, prepare_draft
 from aurora_lit.serve.worker.load_models import (
     check_one_process,
@@ -113,6 +115,7 @@ def build_worker(config: AuroraConfig, run_folder: Path) -> WorkerParts:
         observer=observer if records_traces else None,
         threads=None if shard is not None else thread_budget(target.device, busy_cores=LearnerCores(page)),
     )
+    kept = _kept_answers(config, engine)
     give_back_freed_memory()  # packing a target needs more for a moment
 
     def load(folder: Path | None) -> RuntimeDraft:
@@ -130,6 +133,8 @@ def build_worker(config: AuroraConfig, run_folder: Path) -> WorkerParts:
 
     def close() -> None:
         sinks.close()
+        if kept is not None:
+            kept.close()
         if shard is not None:
             shard.ranks.stop()
 
@@ -142,6 +147,18 @@ def build_worker(config: AuroraConfig, run_folder: Path) -> WorkerParts:
         unrecorded=lambda: 0 if sinks.recording is None else sinks.recording.dropped,
         close=close,
     )
+
+
+def _kept_answers(config: AuroraConfig, engine: Engine) -> KeptAnswers | None:
+    """What the engine's memory remembers on disk, if memory.keep names a folder; reading it begins."""
+    keep = config.memory.keep
+    if keep is None or engine.memory is None:
+        return None
+    max_bytes = config.memory.capacity_mb << 17  # an eighth: the index takes about nine times as much
+    with _usable_folder("memory.keep", keep) as folder:
+        kept = KeptAnswers(folder, target=model_digest(find_target(config)), max_bytes=max_bytes)
+    engine.memory.keep(kept)
+    return kept
 
 
 def _recorder(config: AuroraConfig, target: Target, sink: Callable[[Trace], None]) -> TraceRecorder:
@@ -232,6 +249,17 @@ def _processor_of(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else processor_name()
 
 
+@contextlib.contextmanager
+def _usable_folder(key: str, value: str) -> Iterator[Path]:
+    """The folder that a setting names. Raises ConfigError if it cannot be written to, or another process does so."""
+    try:
+        yield Path(value).expanduser()
+    except BlockingIOError as error:
+        raise ConfigError(f"{key}={value}: another process writes there; name another folder, or end it") from error
+    except OSError as error:
+        raise ConfigError(f"{key}={value} cannot be used ({error.strerror}); name a folder that can be made") from error
+
+
 def _sinks(config: AuroraConfig, run_folder: Path) -> TraceSinks:
     """The ring, if there is a draft to learn, and the recording, if trace.record is set.
 
@@ -248,15 +276,6 @@ def _sinks(config: AuroraConfig, run_folder: Path) -> TraceSinks:
                 raise
             _log.warning("no learner can be attached to this server: %s", error)
     if config.trace.record is not None:
-        folder = Path(config.trace.record).expanduser()
-        try:
+        with _usable_folder("trace.record", config.trace.record) as folder:
             recording = TraceRecording(folder, max_bytes=config.trace.record_mb << 20)
-        except BlockingIOError as error:
-            raise ConfigError(
-                f"trace.record={config.trace.record}: another process records there; name another folder, or end it"
-            ) from error
-        except OSError as error:
-            raise ConfigError(
-                f"trace.record={config.trace.record} cannot be used ({error.strerror}); name a folder that can be made"
-            ) from error
     return TraceSinks(ring=ring, recording=recording)

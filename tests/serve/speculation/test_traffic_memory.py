@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.tiny_models import request
+from support.asked import Asked, copies_for
 
 from aurora_lit.ipc.engine_status import EngineCounters
-from aurora_lit.kernels import native, suffix_index
-from aurora_lit.kernels.suffix_index import DOMAIN_BITS, NUM_CELLS, Copies, LookUp
-from aurora_lit.request import Client, SharedBy
-from aurora_lit.serve.engine.sequence import RunningSequence
+from aurora_lit.kernels import native
+from aurora_lit.kernels.suffix_index import DOMAIN_BITS
+from aurora_lit.request import SharedBy
 from aurora_lit.serve.speculation.sources import memory as memory_module
 from aurora_lit.serve.speculation.sources.memory import TrafficMemory
 from aurora_lit.serve.speculation.sources.ngram import NgramSource
@@ -22,34 +21,6 @@ from aurora_lit.serve.speculation.sources.ngram import NgramSource
 pytestmark = pytest.mark.skipif(native.library() is None, reason="needs kernels")
 
 NAMES = st.sampled_from(["", "a", "b"])
-
-
-@dataclass(frozen=True, kw_only=True)
-class Asked:
-    """A request with its answer."""
-
-    client: str
-    salt: str
-    domain: str
-    store: bool
-    prompt: list[int]
-    answer: list[int]
-
-    def sequence(self) -> RunningSequence:
-        """The request when its answer has ended."""
-        asked = replace(
-            request("r", self.prompt, max_tokens=64), client=Client(self.client), cache_salt=self.salt, store=self.store
-        )
-        length = len(self.prompt) + len(self.answer)
-        sequence = RunningSequence(request=asked, slot=0, prompt_length=len(self.prompt), length=length)
-        sequence.domain = self.domain
-        return sequence
-
-    def may_read(self, other: Asked, shared_by: SharedBy) -> bool:
-        """True if the rules allow it, said again in other words than the code's."""
-        if not other.store or self.salt != other.salt:
-            return False
-        return shared_by == "domain" or (self.client != "" and self.client == other.client)
 
 
 REQUESTS = st.builds(
@@ -61,23 +32,6 @@ REQUESTS = st.builds(
     prompt=st.lists(st.integers(0, 2), min_size=1, max_size=6),
     answer=st.lists(st.integers(0, 2), min_size=4, max_size=12),
 )
-
-
-def copies_for(memory: TrafficMemory, sequence: RunningSequence, tokens: list[int]) -> Copies:
-    tokens_SL = torch.tensor([tokens])
-    rate_RC = torch.full((1, NUM_CELLS), 0.9)
-    rows = LookUp(
-        slots=[0],
-        lengths=[sequence.length],
-        most=[31],
-        parts=[sequence.memory_part],
-        tables=[0],
-        rate_RC=rate_RC,
-        least=1e-6,
-        own=False,
-    )
-    (copies,) = suffix_index.look_up(tokens_SL, rows, memory=memory.index)
-    return copies
 
 
 def contains(text: list[int], part: list[int]) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,9 +13,9 @@ from unittest.mock import Mock
 import pytest
 import torch
 from support.fake_engine import tiny_tokenizer
-from support.tiny_models import random_draft, request, run, save_model
+from support.tiny_models import make_engine, random_draft, request, run, save_model
 
-from aurora_lit.config import load_config
+from aurora_lit.config import AuroraConfig, load_config
 from aurora_lit.drafts.checkpoint import save_draft
 from aurora_lit.errors import CheckpointError, ConfigError
 from aurora_lit.kernels import native
@@ -189,7 +190,41 @@ def test_the_shape_of_another_targets_draft_is_refused_too(target: Target, tmp_p
 def test_a_folder_in_which_another_server_records_is_refused(tmp_path: Path) -> None:
     config = load_config(None, [f"trace.record={tmp_path / 'traces'}", "draft.checkpoint=null", "learn.enabled=false"])
     sinks = build._sinks(config, tmp_path)
-    with pytest.raises(ConfigError, match="trace.record=.*traces: another process records there; name another folder"):
+    with pytest.raises(ConfigError, match="trace.record=.*traces: another process writes there; name another folder"):
         build._sinks(config, tmp_path)
     sinks.close()
     build._sinks(config, tmp_path).close()
+
+
+@pytest.mark.skipif(native.library() is None, reason="needs kernels")
+def test_a_server_keeps_its_memory_where_one_is_named_and_no_other_server_uses_it(
+    target: Target, tmp_path: Path
+) -> None:
+    settings = [f"target.source={tmp_path / 'target'}", "draft.checkpoint=null", "learn.enabled=false"]
+    keep = tmp_path / "memory"
+
+    def config(*more: str) -> AuroraConfig:
+        return load_config(None, [*settings, "memory.capacity_mb=1", *more])
+
+    engine = make_engine(target, copied_tokens=15, memory_scope="domain")
+    assert build._kept_answers(config(), engine) is None
+    assert build._kept_answers(config(f"memory.keep={keep}"), make_engine(target)) is None
+    assert not keep.exists()
+    kept = build._kept_answers(config(f"memory.keep={keep}"), engine)
+    assert kept is not None
+    with pytest.raises(ConfigError, match="memory.keep=.*memory: another process writes there; name another folder"):
+        build._kept_answers(config(f"memory.keep={keep}"), engine)
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match="memory.keep=.*file cannot be used .* name a folder that can be made"):
+        build._kept_answers(config(f"memory.keep={tmp_path / 'file'}"), engine)
+    run(engine, [request("a", [5, 6, 7], max_tokens=24)])
+    kept.close()
+    again = make_engine(target, copied_tokens=15, memory_scope="domain")
+    kept = build._kept_answers(config(f"memory.keep={keep}"), again)
+    assert kept is not None
+    while not kept.is_read:
+        time.sleep(0.001)
+    kept.close()
+    assert again.memory is not None
+    assert engine.memory is not None
+    assert again.memory.index.counts == engine.memory.index.counts != (0, 0)

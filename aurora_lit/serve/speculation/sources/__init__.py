@@ -9,6 +9,7 @@ May import: costs.py and weigh.py of serve/speculation/, the records of serve/en
 Start with draft.py. The files, each importing only those above it:
 
     grammar.py        rows of outputs with a grammar: what it allows and what it forces
+    kept_answers.py   the answers that are kept on disk, and read again after a restart
     memory.py         what earlier requests were answered, by who may read it
     ngram.py          what followed the last tokens before, in the request itself and in the memory
     runtime_draft.py  a draft prepared for this machine: weights packed, native calls set up, outputs checked
