@@ -101,6 +101,8 @@ def _lines(report: Json) -> list[tuple[str, str]]:
     if rounds := speculation["rounds"]:
         shares = [f"{100 * count / rounds:.0f} % {plan}" for plan, count in speculation["rounds_by_plan"].items()]
         lines.insert(3, ("rounds", ", ".join(shares)))
+    if draft["gain"]:
+        lines.append(("last swap", draft["gain"]))
     memory = report["memory"]
     if memory["capacity_tokens"]:
         filled = f"{memory['answers']} answers, {100 * memory['tokens'] / memory['capacity_tokens']:.0f} % full"

@@ -219,6 +219,8 @@ class EngineStatus(EngineCounters):
         "aurora_memory_evicted_tokens", "Tokens forgotten to make room.", report="memory.evicted_tokens"
     )
     draft_version: str = text(256, report="draft.version")
+    draft_gain: str = text(256, report="draft.gain")
+    """What the last swap brought (serve/worker/swap_gain.py); empty: not known yet, or beside vLLM."""
     swaps: int = counter("aurora_draft_swaps", "Drafts swapped in.", report="draft.swaps")
     refusals: int = counter("aurora_draft_refusals", "Drafts that could not be served.", report="draft.refusals")
     rollbacks: int = counter(

@@ -247,7 +247,7 @@ def _pack_alike(
         try:
             return {name: _packed(weights, name, each, within=TOLERANCE, as_head=as_head) for name in parameters}
         except _NotHeldError as error:
-            _log.info("%s is not held in %s", error, "a grouped format" if each is None else each.value)
+            _log.debug("%s is not held in %s", error, "a grouped format" if each is None else each.value)
     return {name: _packed(weights, name, WeightFormat.FP32) for name in parameters}
 
 

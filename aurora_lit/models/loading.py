@@ -161,7 +161,7 @@ def _packed_from_gguf(folder: Path, precision: str) -> Any:
     except Exception as error:  # what transformers and gguf raise
         raise loading_error(folder, error) from error
     if isinstance(found, str):
-        _log.info("%s is read with transformers: %s", folder.name, found)
+        _log.debug("%s is read with transformers: %s", folder.name, found)
         return None
     return found
 

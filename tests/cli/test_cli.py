@@ -405,10 +405,14 @@ import lightning
 for name in ("lightning.fabric.utilities.rank_zero", "lightning.pytorch.utilities.rank_zero"):
     logging.getLogger(name).info("ready")
     logging.getLogger(name).warning("slow")
+logging.getLogger("others").info("hello")
+logging.getLogger("aurora_lit.serve").info("draft 7")
+logging.getLogger("aurora_lit.serve").debug("read")
 """
     done = run_program(code)
     assert done.returncode == 0, done.stderr
-    lines = done.stderr.splitlines()
+    *lines, own = done.stderr.splitlines()
+    assert re.fullmatch(r".* INFO learner\[\d+\] aurora_lit\.serve: draft 7", own), "this package tells INFO too"
     for line, package in zip(lines, ("fabric", "pytorch"), strict=True):
         expected = rf"\d{{4}}-\S+ \S+ WARNING learner\[\d+\] lightning\.{package}\.utilities\.rank_zero: slow"
         assert re.fullmatch(expected, line)

@@ -33,6 +33,20 @@ def test_what_was_left_out_is_shown_and_labels_cannot_write_markup(
     assert '"looping": 3' in capsys.readouterr().out
 
 
+def test_what_the_last_swap_brought_is_shown_once_it_is_known(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = EngineStatusPage.create(tmp_path / STATUS_NAME)
+    LearnerStatusPage.create(tmp_path / LEARNER_STATUS_NAME)
+    line = "draft 7: 2.61 → 2.83 tokens a round"
+    for gain in ("", line):
+        page.write(draft_gain=gain)
+        live_status.show(url=None, api_key=None, run_folder=tmp_path, as_json=False)
+        assert (f"last swap {line}" in " ".join(capsys.readouterr().out.split())) == bool(gain)
+    live_status.show(url=None, api_key=None, run_folder=tmp_path, as_json=True)
+    assert json.loads(capsys.readouterr().out)["draft"]["gain"] == line
+
+
 def test_a_worker_that_hangs_is_not_called_ready(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Only the worker writes its state, so the page of one that hangs or was killed still says "ready"."""
     page = EngineStatusPage.create(tmp_path / STATUS_NAME)

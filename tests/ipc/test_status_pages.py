@@ -277,6 +277,7 @@ def test_json_reports_drafts_and_learner(path):
     report = engine_json(page.read(), ring_counters(path.parent))
     assert report["draft"] == {
         "version": "draft-000002",
+        "gain": None,
         "swaps": 2,
         "refusals": 1,
         "refused": {"version": "draft-000003", "reason": "NaN"},

@@ -131,6 +131,7 @@ def test_published_drafts_are_served_reported_and_rolled_back_by_the_command_lin
     with FakeServer(checkpoints=tmp_path) as server:
         assert server.status()["draft"] == {
             "version": "draft-000001",
+            "gain": None,
             "swaps": 0,
             "refusals": 0,
             "refused": None,

@@ -9,6 +9,7 @@ Start with loop.py. The files, each importing only those above it:
     parts.py            the engine's interface, and the parts that a worker consists of
     trace_sinks.py      destinations of traces: the ring, and a recording on disk
     domain_watch.py     loads the domains that the learner has published, or refuses them
+    swap_gain.py        tokens a round before and after the last swap
     live_draft.py       the draft that serves: swaps between rounds, trials, rollbacks
     call_tracker.py     maps engine requests to client calls, and outputs to deltas
     outbox.py           messages to the HTTP process; a round never waits for it to read them

@@ -20,6 +20,7 @@ from aurora_lit.drafts.live_watch import LiveWatch, TrafficKind
 from aurora_lit.request import Output
 from aurora_lit.serve.worker.domain_watch import DomainWatch
 from aurora_lit.serve.worker.parts import EngineInterface
+from aurora_lit.serve.worker.swap_gain import SwapGain
 
 _log = logging.getLogger(__name__)
 
@@ -35,6 +36,8 @@ class LiveDraft:
         self._engine, self._reloader, self.domain_watch = engine, reloader, domain_watch
         self._starting_version = engine.draft_version
         self._watch = LiveWatch()
+        self.gain = SwapGain()
+        """What the last swap brought."""
         self.num_swaps = 0
         """Swaps since serving began; the first version does not count."""
         self.num_rollbacks = 0
@@ -78,6 +81,8 @@ class LiveDraft:
 
         kinds: of each output's request; None: unknown, so it does not count.
         """
+        if self.gain.observe(outputs):
+            _log.info("%s", self.gain.line)
         for output, kind in zip(outputs, kinds, strict=True):
             if kind is None:
                 continue
@@ -118,3 +123,5 @@ class LiveDraft:
         # every request of its time has ended.
         self._engine.swap_draft(ready.draft, version=version, recompute=ready.trusted)
         self._watch.swapped(trusted=ready.trusted)
+        if line := self.gain.swapped(version):
+            _log.info("%s", line)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import logging
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -19,7 +21,7 @@ from support.tiny_models import VOCAB, make_engine, random_draft, request, run, 
 
 from aurora_lit.drafts.checkpoint import load_draft, write_draft
 from aurora_lit.drafts.hot_reload import HotReloader
-from aurora_lit.drafts.live_watch import TrafficKind
+from aurora_lit.drafts.live_watch import LiveWatch, TrafficKind
 from aurora_lit.drafts.store import DraftStore
 from aurora_lit.drafts.versions import version_name
 from aurora_lit.errors import CheckpointError
@@ -31,7 +33,9 @@ from aurora_lit.serve.engine.engine import Engine
 from aurora_lit.serve.engine.round_plan import Proposal
 from aurora_lit.serve.speculation.sources.drafter import Drafter, DraftInputs
 from aurora_lit.serve.speculation.sources.runtime_draft import prepare_draft
+from aurora_lit.serve.worker import swap_gain
 from aurora_lit.serve.worker.live_draft import LiveDraft
+from aurora_lit.serve.worker.swap_gain import SwapGain
 
 NEW = 40
 CAPACITY = 128
@@ -169,6 +173,33 @@ def test_responses_tell_which_versions_proposed(case: ServingCase, store: DraftS
         for output in server.engine.round():
             versions = output.draft_versions
     assert versions == ("good", "draft-000001")
+
+
+def test_what_a_swap_brought_is_told_once_so_many_requests_have_ended(
+    case: ServingCase,
+    store: DraftStore,
+    server: ServingLoop,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(swap_gain, "_REQUESTS", 32)
+    monkeypatch.setattr(server.live, "gain", SwapGain())
+    caplog.set_level(logging.INFO, logger="aurora_lit.serve")
+    server.serve(case.requests)
+    before = server.length("good", last=10_000)
+    store.publish(random_draft(case.target), record={})
+    wait(lambda: server.live._reloader._ready)
+    monkeypatch.setattr(server.live, "_watch", LiveWatch())  # or it would be rolled back
+    server.serve(case.requests[:31])
+    assert not caplog.messages
+    server.serve(case.requests[31:])
+    after = server.length("draft-000001", last=10_000)
+    (line,) = caplog.messages
+    assert line == server.live.gain.line
+    assert line.endswith("tokens a round (32 requests before the swap, 32 after)")
+    told = [float(word) for word in line.split() if re.fullmatch(r"\d\.\d\d", word)]
+    assert told == pytest.approx([before, after], abs=0.1), "but for rounds without proposals, the last of a request"
+    assert after < before
 
 
 def test_a_zeroed_head_published_by_force_is_rolled_back_and_no_answer_changes(

@@ -32,6 +32,7 @@ from aurora_lit.serve.worker import outbox as outbox_module
 from aurora_lit.serve.worker.loop import EngineLoop, _Untold
 from aurora_lit.serve.worker.parts import WorkerParts
 from aurora_lit.serve.worker.status_report import RoundTimes, StatusReport
+from aurora_lit.serve.worker.swap_gain import SwapGain
 
 TOKENIZER = tiny_tokenizer()
 BACKLOG_BYTES = 300_000
@@ -110,6 +111,7 @@ class DraftToSwap:
 
     def __init__(self) -> None:
         self.engine: FakeEngine
+        self.gain = SwapGain()
         self.told = 0
         """Tokens."""
         self.untold_at_swaps: list[int] = []

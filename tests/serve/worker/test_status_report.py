@@ -35,6 +35,19 @@ def test_every_counter_of_the_engine_and_each_figure_of_the_memory_has_its_own_f
     assert (now.unrecorded, now.started_ns, now.draft_version) == (5, 3, "fake-000001")
 
 
+def test_what_a_swap_brought_is_written_when_it_changes(tmp_path: Path) -> None:
+    engine: Any = FakeEngine()
+    page = EngineStatusPage.create(tmp_path / "status")
+    gain = SimpleNamespace(line="")
+    none: Any = {"refused": None, "rolled_back": None, "domain_watch": None}
+    live: Any = SimpleNamespace(gain=gain, num_swaps=1, num_refused=0, num_rollbacks=0, **none)
+    report = StatusReport(WorkerParts(engine=engine), CallTracker(engine), live, page)
+    for line in ("", "draft 7: 2.61 → 2.83 tokens a round", ""):
+        gain.line = line
+        report.write()
+        assert page.read().draft_gain == line
+
+
 def test_percentiles_of_rounds_are_in_microseconds_and_those_that_swap_a_draft_are_apart() -> None:
     times = RoundTimes()
     assert times.changed_fields() == {}, "no round yet"

@@ -348,7 +348,7 @@ const moment = (time) => (day(time) === day(Date.now() / 1000) ? clock(time) : `
 
 function showEvents() {
   const { events, report } = state, { draft, learner } = report;
-  show("drafts-note", `${learner.gate.published} published, ${learner.gate.refused} held back, ${draft.rollbacks} rolled back`);
+  show("drafts-note", `${learner.gate.published} published, ${learner.gate.refused} held back, ${draft.rollbacks} rolled back${draft.gain ? `; ${draft.gain}` : ""}`);
   const shown = events.slice(-40).reverse();
   // Numbers begin again when the server starts anew; times get a date at midnight.
   const newest = [shown[0]?.number, shown[0]?.time, day(Date.now() / 1000)].join();
