@@ -14,6 +14,7 @@ Start with checkpoint.py. The files, each importing only files above it:
     versions.py       the published versions, read: current, all, the one before another
     store.py          the published versions, changed (DraftStore): publish, prune, roll back, promote
     hot_reload.py     loads and checks the version that CURRENT names, or refuses it
+    evidence.py       how much speaks for a draft, or against it, after each request
     live_watch.py     the trial of a new draft on live traffic
     initial.py        an untrained draft: vocabulary from token counts, weights from the target's last layer
     export.py         a draft in the form that vLLM and SGLang load

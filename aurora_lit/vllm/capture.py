@@ -131,6 +131,8 @@ class Capture:
         self._segment_tokens, self._overlap_tokens = segment_tokens, overlap_tokens
         self._recordings: dict[str, _Recording] = {}
         self._reserved_bytes = 0
+        self.on_finish: Callable[[str, TrafficKind], None] = lambda request_id, traffic: None
+        """Called when a request has ended, by itself or not."""
         self.num_prompt_tokens = self.num_cached_tokens = 0
         """Of the requests that have begun; the latter are those found in the prefix cache."""
         self.num_opted_out = 0
@@ -211,6 +213,7 @@ class Capture:
             if recording is not None:
                 self._reserved_bytes -= recording.reserved_bytes
                 self._emit(recording, ended=True)
+                self.on_finish(request_id, _kind(recording.info))
 
     def forget(self) -> None:
         """Drop all running requests: no trace of them is made, and their further rounds are not counted."""

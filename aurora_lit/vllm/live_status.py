@@ -15,7 +15,7 @@ import threading
 import time
 from collections.abc import Sequence
 
-from aurora_lit.drafts.live_watch import LiveWatch
+from aurora_lit.drafts.live_watch import LiveWatch, TrafficKind
 from aurora_lit.drafts.versions import version_number
 from aurora_lit.ipc.engine_status import EngineCounters, EngineStatusPage
 from aurora_lit.settings import MAX_PROPOSAL_LENGTH
@@ -37,6 +37,7 @@ class LiveStatus:
         self._counters = EngineCounters()
         self._swaps = self._rollbacks = 0
         self._next_write_s = 0.0
+        capture.on_finish = self._finished
         threading.Thread(target=self._beat, name="aurora-lit-heartbeat", daemon=True).start()
 
     def observe(self, step: Step, outcomes: Sequence[RoundOutcome]) -> None:
@@ -84,9 +85,19 @@ class LiveStatus:
     def _judge(self, outcome: RoundOutcome) -> None:
         if outcome.version != version_number(self._version):
             return
-        verdict = self._watch.observe(
-            request=outcome.request_id, traffic=outcome.traffic, proposed=outcome.proposed, accepted=outcome.accepted
+        self._react(
+            self._watch.observe(
+                request=outcome.request_id,
+                traffic=outcome.traffic,
+                proposed=outcome.proposed,
+                accepted=outcome.accepted,
+            )
         )
+
+    def _finished(self, request_id: str, traffic: TrafficKind) -> None:
+        self._react(self._watch.observe(request=request_id, traffic=traffic, proposed=0, accepted=0, is_last=True))
+
+    def _react(self, verdict: str | None) -> None:
         if verdict is not None:
             _log.warning("aurora-lit: draft %s is rolled back: %s", self._version, verdict)
             self._rollbacks += 1

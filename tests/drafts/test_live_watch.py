@@ -8,13 +8,14 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from aurora_lit.drafts.live_watch import TRIAL_ROUNDS, LiveWatch, TrafficKind
+from aurora_lit.drafts.live_watch import TRIAL_REQUESTS, LiveWatch, TrafficKind
 
 Draw = Callable[[], tuple[TrafficKind, int, int]]
 
 GREEDY = TrafficKind()
 
 ROUNDS_OF_REQUEST = 12
+TRIAL_ROUNDS = TRIAL_REQUESTS * ROUNDS_OF_REQUEST
 _names = itertools.count()
 
 
@@ -46,18 +47,24 @@ def observe(watch: LiveWatch, draw: Draw, number: int) -> tuple[int, str] | None
         if count % ROUNDS_OF_REQUEST == 1:
             request = str(next(_names))
         traffic, proposed, accepted = draw()
-        verdict = watch.observe(request=request, traffic=traffic, proposed=proposed, accepted=accepted)
+        verdict = watch.observe(
+            request=request,
+            traffic=traffic,
+            proposed=proposed,
+            accepted=accepted,
+            is_last=count % ROUNDS_OF_REQUEST == 0,
+        )
         if verdict is not None:
             return count, verdict
     return None
 
 
-def test_a_draft_that_accepts_nothing_is_rolled_back_within_a_few_dozen_rounds() -> None:
+def test_a_draft_that_accepts_nothing_is_rolled_back_within_ten_requests() -> None:
     rng = random.Random(0)
     for proposed in ((4,), (1,), (1, 2, 3, 4)):
         found = observe(watched(rounds(rng, 0.6, proposed=proposed)), rounds(rng, 0.0, proposed=proposed), 400)
         assert found is not None
-        assert found[0] < 80
+        assert found[0] <= 10 * ROUNDS_OF_REQUEST
         assert "fewer of its tokens were right than of the version before" in found[1]
 
 
@@ -67,10 +74,11 @@ def test_a_clearly_worse_draft_is_rolled_back_within_a_few_hundred_rounds() -> N
     assert all(found is not None and found[0] < 600 for found in took), took
 
 
-def test_an_equal_or_better_draft_is_never_rolled_back() -> None:
-    rng = random.Random(2)
+def test_an_equal_or_better_draft_is_hardly_ever_rolled_back() -> None:
+    rng, called = random.Random(2), 0
     for rate_before, rate in [(0.6, 0.6), (0.3, 0.3), (0.8, 0.8), (0.5, 0.7)] * 20:
-        assert observe(watched(rounds(rng, rate_before)), rounds(rng, rate), TRIAL_ROUNDS + 10) is None
+        called += observe(watched(rounds(rng, rate_before)), rounds(rng, rate), TRIAL_ROUNDS + 10) is not None
+    assert called <= 80 / 75
 
 
 def requests_that_differ(rng: random.Random, rate: float, *, spread: float = 0.3) -> Draw:
@@ -143,12 +151,12 @@ def test_what_traffic_was_like_many_versions_ago_is_forgotten() -> None:
     watch = watched(rounds(rng, 0.7, traffic=TrafficKind("old")))
     for version in range(4):
         observe(watch, rounds(rng, 0.7, traffic=TrafficKind(f"new {version}")), 300)
-        assert (TrafficKind("old"), 0) in watch._baseline.mean_by_kind
+        assert TrafficKind("old") in watch._before
         watch.swapped(trusted=False)
     observe(watch, rounds(rng, 0.7), 300)
     watch.swapped(trusted=False)
     assert observe(watch, rounds(rng, 0.1, traffic=TrafficKind("old")), 400) is None
-    assert {kind.domain for kind, _ in watch._baseline.mean_by_kind} == {"", "new 0", "new 1", "new 2", "new 3"}
+    assert {kind.domain for kind in watch._before} == {"", "new 0", "new 1", "new 2", "new 3"}
 
 
 def test_one_request_alone_is_no_evidence() -> None:
@@ -156,15 +164,15 @@ def test_one_request_alone_is_no_evidence() -> None:
     watch = watched(rounds(rng, 0.7))
     verdicts = [watch.observe(request="long", traffic=GREEDY, proposed=4, accepted=0) for _ in range(500)]
     assert verdicts == [None] * 500
-    assert observe(watch, lambda: (GREEDY, 4, 0), 60) is not None
+    assert observe(watch, lambda: (GREEDY, 4, 0), 12 * ROUNDS_OF_REQUEST) is not None
 
 
 def test_proposing_fewer_tokens_is_not_taken_for_accepting_fewer() -> None:
     """Neither that load makes rounds propose 1 instead of 4, nor the other way, which has nothing to compare with."""
     rng = random.Random(3)
     many, few = rounds(rng, 0.7, proposed=(4,)), rounds(rng, 0.7, proposed=(1, 2))
-    for before, after in [(many, few), (few, many)] * 10:
-        assert observe(watched(before), after, 1500) is None
+    called = [observe(watched(before), after, 1500) for before, after in [(many, few), (few, many)] * 10]
+    assert sum(each is not None for each in called) <= 1, "as by chance"
 
 
 def test_a_bad_draft_is_rolled_back_even_if_it_proposes_fewer_tokens_than_any_before() -> None:
@@ -192,7 +200,13 @@ def test_another_mix_of_traffic_is_not_blamed_on_the_draft(
     code, chat = rounds(rng, 0.8, traffic=easy), rounds(rng, 0.3, traffic=hard)
 
     def mixed(share: float) -> Draw:
-        return lambda: code() if rng.random() < share else chat()
+        def draws() -> Iterator[tuple[TrafficKind, int, int]]:
+            while True:
+                one = code if rng.random() < share else chat
+                for _ in range(ROUNDS_OF_REQUEST):
+                    yield one()
+
+        return draws().__next__
 
     for _ in range(10):
         assert observe(watched(mixed(share_before), num_before=600), mixed(0.1), 1500) is None

@@ -20,7 +20,7 @@ from aurora_lit.drafts.store import DraftStore
 from aurora_lit.ipc.engine_status import STATUS_NAME, EngineStatusPage
 from aurora_lit.modules.draft.eagle3 import Eagle3Config, Eagle3Draft
 from aurora_lit.vllm import follower
-from aurora_lit.vllm.capture import Capture, RoundOutcome
+from aurora_lit.vllm.capture import Capture, RequestInfo, RoundOutcome
 from aurora_lit.vllm.deployment import Deployment
 from aurora_lit.vllm.follower import DraftFollower, follow
 from aurora_lit.vllm.live_status import LiveStatus
@@ -263,21 +263,30 @@ def test_a_version_that_accepts_less_is_rolled_back(deployment: Deployment) -> N
     ranks.on_swap = status.swapped
 
     def rounds(number: int, *, accepted: int, version: int) -> None:
+        """In requests of eight rounds."""
         for index in range(number):
+            request_id = f"{version}-{index // 8}"
+            if index % 8 == 0:
+                info = RequestInfo(
+                    request_id=request_id, prompt_tokens=1, max_tokens=None, stop_ids=frozenset(), temperature=0.0
+                )
+                capture.begin(info, position=0)
             outcome = RoundOutcome(
-                request_id=f"{version}-{index // 20}",
+                request_id=request_id,
                 traffic=TrafficKind(),
                 proposed=3,
                 accepted=accepted,
                 version=version,
             )
             status.observe(step, [outcome])
+            if index % 8 == 7:
+                capture.finish([request_id])
 
     async def scenario() -> None:
-        rounds(300, accepted=2, version=0)
+        rounds(160, accepted=2, version=0)
         store.publish(Eagle3Draft(SHAPE), record={})
         await until(lambda: len(ranks.swaps) == 1)
-        rounds(100, accepted=0, version=1)
+        rounds(160, accepted=0, version=1)
         await until(lambda: len(ranks.swaps) == 2)
 
     run_with(deployment, ranks, scenario)

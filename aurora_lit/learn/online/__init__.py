@@ -7,7 +7,6 @@ May import: learn/data/ and above. Start with loop.py. The files, each importing
 
     budget.py              how much processor time learning may use, by how busy the server is
     environment.py         what the loop is connected to: traces, drafts, status pages, the clock
-    evidence.py            how much speaks for a challenger, over all of its trials
     held_out.py            requests that wait before they are learned from, and a few that never are
     gate.py                champion against challenger on held-out requests
     intake.py              what becomes of a trace: left out, or waits for a trial and is then trained on

@@ -11,7 +11,7 @@ P Σ min(p, q), where P is the target's probability of the draft vocabulary, and
 A trial scores both drafts on the waiting requests that no challenger was tried on, the newest first, until the
 evidence suffices or does not promise to. By those that are never learned from the drafts are compared in domains of the
 past. Leaves out which requests these are (learn/online/held_out.py), how evidence is weighed
-(learn/online/evidence.py), when a trial is held (learn/online/loop.py), and writing checkpoints of drafts that pass
+(drafts/evidence.py), when a trial is held (learn/online/loop.py), and writing checkpoints of drafts that pass
 (drafts/versions.py).
 
 Shapes: K draft steps, B rows, T positions, N scored positions, S those of sampled requests, D draft vocabulary.
@@ -19,16 +19,15 @@ Shapes: K draft steps, B rows, T positions, N scored positions, S those of sampl
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
-from scipy.special import stdtrit
 from torch import Tensor
 
+from aurora_lit.drafts.evidence import Evidence
 from aurora_lit.learn.data.collate import collate, group_by_length
 from aurora_lit.learn.data.trace_parts import crop, first_trained_position
 from aurora_lit.learn.online.held_out import HeldOut, HeldOutRequest
@@ -43,11 +42,12 @@ _PATIENCE_REQUESTS = 12
 """After so many requests a trial ends unless the evidence is half of what a pass needs, in its logarithm."""
 _OLD_PILOT_REQUESTS = 4
 """A domain's other older requests are scored only if the challenger is behind on so many of them."""
-_FALSE_PASS_RATE = 0.25
-"""Probability that any challenger of a lineage passes if none is better than the champion, at most, at heat 0.
-Changes are cut as in learn/online/evidence.py."""
-_FALSE_REFUSAL_RATE = 0.05
-"""Probability that a draft exactly as good as the champion in every domain is refused because of one of them."""
+NEEDED_TO_PASS = 4.0
+"""Evidence with which a challenger passes at heat 0: if all are as good as the champion, one passes in a quarter of
+the lineages at most."""
+_NEEDED_TO_REFUSE = 20.0
+"""Evidence, the mean over the domains, that a challenger is worse in some: an equal one is refused in one of 20 trials
+at most."""
 TRIAL_POSITIONS = 1024
 """Positions of one forward pass, padding included, and of a held-out trace, which is cropped to them."""
 _MAX_ROOTS, _MAX_SAMPLED_ROOTS = 32, 16
@@ -91,31 +91,32 @@ def decide(
     by_domain: dict[str, list[tuple[float, float]]],
     *,
     evidence: float,
-    needed: float = 1 / _FALSE_PASS_RATE,
-    num_roots: Mapping[str, Sequence[int]] | None = None,
+    needed: float = NEEDED_TO_PASS,
 ) -> GateDecision:
     """Decide by (champion, challenger) scores, paired by request; `evidence`: the lineage's e-value, `new` included.
 
-    num_roots: of each domain's requests, the number of roots; missing: as many as are ever used.
-
     The challenger passes if the evidence is as much as needed, if it is itself ahead on the new requests, and if it is
-    in no domain significantly worse: one-sided paired t-tests at levels that share _FALSE_REFUSAL_RATE (Bonferroni).
-    If it is neither ahead nor behind, since hardly anything was learned, it is not refused either.
+    in no domain worse: the mean over domains of the evidence for that is too little. If it is neither ahead nor
+    behind, since hardly anything was learned, it is not refused either.
     """
-    champion, challenger, lead = _compare(new)
+    champion, challenger = _means(new)
     reason = f"{challenger:.3f} against {champion:.3f} tokens a round on {len(new)} new requests"
     reason += f", evidence {evidence:.2f} of {needed:.3g}"
-    refused = lead < 0
-    table = {}
+    table, against = {}, {}
     for domain, pairs in sorted(by_domain.items()):
-        before, after, t_statistic = _compare(pairs, num_roots=(num_roots or {}).get(domain, [_MAX_ROOTS]))
+        before, after = _means(pairs)
         table[domain] = {"champion": round(before, 4), "challenger": round(after, 4), "requests": float(len(pairs))}
-        if len(pairs) > 1 and t_statistic < stdtrit(len(pairs) - 1, _FALSE_REFUSAL_RATE / len(by_domain)):
-            refused = True
-            reason += f"; worse in domain {domain!r}: {after:.3f} against {before:.3f} on {len(pairs)} requests"
+        worse = Evidence()
+        worse.add([before - after for before, after in pairs])
+        against[domain] = worse.value / len(by_domain)
+    is_worse = sum(against.values()) >= _NEEDED_TO_REFUSE
+    if is_worse:
+        domain = max(against, key=against.__getitem__)
+        before, after, number = table[domain].values()
+        reason += f"; worse in domain {domain!r}: {after:.3f} against {before:.3f} on {number:.0f} requests"
     return GateDecision(
-        passed=lead > 0 and not refused and evidence >= needed,
-        refused=refused,
+        passed=challenger > champion and not is_worse and evidence >= needed,
+        refused=challenger < champion or is_worse,
         reason=reason,
         champion=champion,
         challenger=challenger,
@@ -125,23 +126,10 @@ def decide(
     )
 
 
-def _compare(
-    pairs: Sequence[tuple[float, float]], *, num_roots: Sequence[int] = (_MAX_ROOTS,)
-) -> tuple[float, float, float]:
-    """Means of champion and challenger, and their difference in standard errors (0 if there is only one pair).
-
-    A standard error is at least that of rounding. The score of a greedy request is a multiple of 1 / its number of
-    roots, so two requests often change by exactly as much, which tells nothing about how much others would. The
-    variance of rounding is the requests' mean. More roots than _MAX_ROOTS, those of several segments, count as that
-    many.
-    """
-    count = len(pairs)
-    before, after = (sum(side) / count for side in zip(*pairs, strict=True))
-    if count < 2:
-        return before, after, 0.0
-    variance = sum((b - a - (after - before)) ** 2 for a, b in pairs) / (count - 1)
-    rounding_variance = sum(1 / min(roots, _MAX_ROOTS) ** 2 for roots in num_roots) / len(num_roots) / 12
-    return before, after, (after - before) / math.sqrt(max(variance, rounding_variance) / count)
+def _means(pairs: Sequence[tuple[float, float]]) -> tuple[float, float]:
+    """Of the champion's and of the challenger's scores."""
+    champion, challenger = (sum(side) / len(pairs) for side in zip(*pairs, strict=True))
+    return champion, challenger
 
 
 def compare_drafts(
@@ -165,7 +153,7 @@ def compare_drafts(
     for request in held_out:
         request.challenger_score = None
     tried: list[tuple[HeldOutRequest, tuple[float, float]]] = []
-    needed = _FALSE_PASS_RATE ** (heat - 1)
+    needed = NEEDED_TO_PASS ** (1 - heat)
     if len(untried := held_out.untried) < MIN_REQUESTS:
         return None
 
@@ -183,11 +171,7 @@ def compare_drafts(
 
     def decision(others: Sequence[tuple[HeldOutRequest, tuple[float, float]]] = ()) -> GateDecision:
         new = [pair for _, pair in tried]
-        by_domain = _by_domain([*tried, *others])
-        num_roots: dict[str, list[int]] = {}
-        for request, _ in [*tried, *others]:
-            num_roots.setdefault(request.domain, []).append(request.num_roots)
-        return decide(new, by_domain, evidence=held_out.evidence.value, needed=needed, num_roots=num_roots)
+        return decide(new, _by_domain([*tried, *others]), evidence=held_out.evidence.value, needed=needed)
 
     while untried:
         part, untried = untried[:MIN_REQUESTS], untried[MIN_REQUESTS:]
@@ -206,7 +190,8 @@ def compare_drafts(
     if not decision().passed:
         return decision()
     older = score([request for requests in held_out.old.values() for request in requests[:_OLD_PILOT_REQUESTS]])
-    behind = {domain for domain, pairs in _by_domain(older).items() if _compare(pairs)[2] < 0}
+    means = {domain: _means(pairs) for domain, pairs in _by_domain(older).items()}
+    behind = {domain for domain, (before, after) in means.items() if after < before}
     rest = [request for requests in held_out.old.values() for request in requests[_OLD_PILOT_REQUESTS:]]
     return decision([*older, *score([request for request in rest if request.domain in behind])])
 
@@ -240,7 +225,6 @@ def score_requests(
         between_batches()
     for request in requests:
         total, count = sums.get(request.request_id, (0.0, 0))
-        request.num_roots = count
         if count:
             yield request, 1 + total / count
 

@@ -17,8 +17,8 @@ from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
+from aurora_lit.drafts.evidence import Evidence
 from aurora_lit.learn.data.reservoir import MAX_DOMAINS
-from aurora_lit.learn.online.evidence import Evidence
 from aurora_lit.traces.record import Trace
 
 _KEPT_EVERY = 16
@@ -40,8 +40,6 @@ class HeldOutRequest:
     """Cached until the champion changes or another segment arrives."""
     challenger_score: float | None = None
     """Of the last trial that scored the request, unless another segment has arrived."""
-    num_roots: int = 0
-    """Positions that a score is the mean of; 0 before the request is scored."""
     was_tried: bool = False
     """True if a challenger's evidence contains it: it may not count again."""
     draw: float = 0.0

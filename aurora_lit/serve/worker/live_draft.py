@@ -86,23 +86,11 @@ class LiveDraft:
         for output, kind in zip(outputs, kinds, strict=True):
             if kind is None:
                 continue
-            if output.tested_choices is not None:
-                # How much of a weighed chain is proposed says how sure the draft is, not how good.
-                proposed, accepted = output.tested_choices
-            elif not output.num_proposed or output.only_copied:
-                continue
-            else:
-                proposed, accepted = output.chain_proposed, output.chain_accepted
-                if output.finish_reason is not None and len(output.token_ids) <= accepted:
-                    # No token of the target's own follows: the request ended there, and the rest was not verified.
-                    proposed = accepted
-            if not proposed:
+            proposed, accepted, is_last = *_judged_choices(output), output.finish_reason is not None
+            if not proposed and not is_last:
                 continue
             verdict = self._watch.observe(
-                request=output.request_id,
-                traffic=kind,
-                proposed=proposed,
-                accepted=accepted,
+                request=output.request_id, traffic=kind, proposed=proposed, accepted=accepted, is_last=is_last
             )
             if verdict is not None:
                 version = self._engine.draft_version
@@ -125,3 +113,17 @@ class LiveDraft:
         self._watch.swapped(trusted=ready.trusted)
         if line := self.gain.swapped(version):
             _log.info("%s", line)
+
+
+def _judged_choices(output: Output) -> tuple[int, int]:
+    """First choices that the answer tells about if all before them are right, and how many were right."""
+    if output.tested_choices is not None:
+        # How much of a weighed chain is proposed says how sure the draft is, not how good.
+        return output.tested_choices
+    if not output.num_proposed or output.only_copied:
+        return 0, 0
+    proposed, accepted = output.chain_proposed, output.chain_accepted
+    if output.finish_reason is not None and len(output.token_ids) <= accepted:
+        # No token of the target's own follows: the request ended there, and the rest was not verified.
+        proposed = accepted
+    return proposed, accepted

@@ -119,7 +119,6 @@ def test_of_a_domain_that_seems_worse_some_more_older_requests_are_scored(
         module: object, requests: Sequence[HeldOutRequest], **_: object
     ) -> Iterator[tuple[HeldOutRequest, float]]:
         for request in requests:
-            request.num_roots = 32
             if module == "challenger":
                 scored.append(request.domain)
                 yield request, {"new": 2.3, "other": 2.1, "past": 1.8}[request.domain] + int(request.request_id) / 1000
@@ -133,46 +132,6 @@ def test_of_a_domain_that_seems_worse_some_more_older_requests_are_scored(
     assert decision.refused
     assert "'past'" in decision.reason
     assert {domain: scored.count(domain) for domain in held_out.old} == {"past": 16, "other": 4}
-
-
-@pytest.mark.parametrize(("tokens", "refused"), [(6, False), (40, True)])
-def test_short_answers_that_happen_to_lose_alike_refuse_no_draft(
-    tokens: int,
-    refused: bool,
-    target: Target,
-    taught_draft: Eagle3Draft,
-    served: list[Trace],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """Two of the past, each of which loses a quarter of a token a round: that is one proposal of four roots, or ten."""
-    monkeypatch.setattr(held_out_module, "_KEPT_EVERY", 1)
-    trace = served[0]
-    long_T = torch.arange(trace.answer_start + tokens) % len(trace.token_ids_T)
-    answer = replace(
-        trace,
-        token_ids_T=trace.token_ids_T[long_T],
-        aux_T3H=trace.aux_T3H[long_T],
-        last_TH=trace.last_TH[long_T],
-        lse_T=None,
-    )
-    held_out = HeldOut(seed=0)
-    for i in range(14):
-        held_out.add(replace(answer, request_id=str(i), domain="past" if i < 2 else "new"))
-    held_out.release(12)
-    compute = gate.score_requests
-    changes = {"past": -0.25, "new": 0.4}
-
-    def score(
-        module: Any, requests: Sequence[HeldOutRequest], **options: Any
-    ) -> Iterator[tuple[HeldOutRequest, float]]:
-        for request, _ in compute(module, requests, **options):
-            yield request, 2.0 + (changes[request.domain] if module is challenger else 0.0)
-
-    champion, challenger = (online_module(target, taught_draft) for _ in range(2))
-    monkeypatch.setattr(gate, "score_requests", score)
-    decision = compare_drafts(held_out, champion=champion, challenger=challenger)
-    assert decision is not None
-    assert decision.refused is refused, decision.reason
 
 
 def test_a_segmented_request_counts_once(served: list[Trace]) -> None:
@@ -303,7 +262,7 @@ def test_a_draft_passes_with_enough_evidence_and_if_it_is_ahead_itself(
 
 
 def test_the_gate_refuses_a_draft_that_is_worse_in_one_domain() -> None:
-    better, worse = [(2.0, 2.4 + i / 50) for i in range(12)], [(2.0, 1.8 + i / 50) for i in range(8)]
+    better, worse = [(2.0, 2.4 + i / 50) for i in range(12)], [(2.0, 1.8 + i / 80) for i in range(12)]
     noisy = [(2.0, 1.0), (2.0, 2.9), (2.0, 1.5), (2.0, 2.4)]
     assert decide(better, {"new": better, "noisy": noisy}, evidence=9.0).passed
     decision = decide(better, {"new": better, "old": worse}, evidence=9.0)
@@ -316,58 +275,31 @@ def test_equal_drafts_are_rarely_refused_for_a_domain_however_many_domains_there
     chance = torch.Generator().manual_seed(0)
     better = [(2.0, 2.4 + i / 50) for i in range(12)]
 
-    def refused(shift: float, requests: int) -> float:
-        changes = shift + torch.randn(1000, 8, requests, generator=chance)
+    def refused(shift: float, requests: int, *, domains: int = 8, step: float = 0.0) -> float:
+        """step: scores are multiples of it; 0: of nothing."""
+        changes = shift + torch.randn(500, domains, requests, generator=chance)
+        changes = (changes / step).round() * step if step else changes
         decisions = [
             decide(better, {str(i): [(2.0, 2.0 + c) for c in row] for i, row in enumerate(table)}, evidence=9.0)
             for table in changes.tolist()
         ]
-        return sum(not decision.passed for decision in decisions) / 1000
+        return sum(not decision.passed for decision in decisions) / 500
 
-    assert 0.02 < refused(0.0, requests=3) < 0.08
-    assert 0.02 < refused(0.0, requests=12) < 0.08
-    assert refused(-1.0, requests=12) > 0.95
-
-
-@pytest.mark.slow
-def test_two_requests_that_happen_to_lose_alike_refuse_no_draft() -> None:
-    """Scores of greedy requests are multiples of 1 / roots, so their changes are often equal: a variance of 0."""
-    chance = torch.Generator().manual_seed(0)
-    better = [(2.0, 2.4 + i / 50) for i in range(12)]
-
-    def refused(shift: float, *, noise: float, requests: int, roots: tuple[int, ...] = (32,)) -> float:
-        """roots: of the requests, in turn."""
-        roots_N = torch.tensor(roots * requests)[:requests]
-        changes = ((shift + noise * torch.randn(1000, 6, requests, generator=chance)) * roots_N).round() / roots_N
-        decisions = [
-            decide(
-                better,
-                {str(i): [(2.0, 2.0 + c) for c in row] for i, row in enumerate(table)},
-                evidence=9.0,
-                num_roots={str(i): roots_N.tolist() for i in range(6)},
-            )
-            for table in changes.tolist()
-        ]
-        return sum(not decision.passed for decision in decisions) / 1000
-
-    for noise in (0.05, 0.1, 0.25):
-        for requests in (2, 4):
-            for roots in ((4,), (32,), (1, 32), (2, 8, 32)):
-                rate = refused(0.0, noise=noise, requests=requests, roots=roots)
-                assert rate < 0.09, (noise, requests, roots)
-    assert refused(-0.2, noise=0.1, requests=4) > 0.9
-    assert refused(-1.0, noise=0.0, requests=2) > 0.9, "what is lost alike and is much counts"
+    for requests in (2, 12):
+        assert refused(0.0, requests) < 0.02
+        assert refused(0.0, requests, step=0.5) < 0.02, "short answers often change by as much"
+    assert refused(-1.0, requests=16) > 0.95
+    assert refused(-2.0, requests=2, domains=2) == 0, "two requests are too few, however alike they lose"
 
 
 def test_one_short_answer_does_not_hide_what_a_domain_loses() -> None:
     """Its own score is a coarse one, those of the others are not."""
     better = [(2.0, 2.4 + i / 50) for i in range(12)]
-    changes = [-6 / 32, -7 / 32, -6 / 32, -5 / 32, -7 / 32, -6 / 32, -7 / 32, 0.0]
+    changes = [*(-6 / 32, -7 / 32, -6 / 32, -5 / 32, -7 / 32, -6 / 32, -7 / 32) * 2, 0.0, 1.0]
     by_domain = {str(i): better for i in range(7)} | {"chat": [(2.0, 2.0 + change) for change in changes]}
-    decision = decide(better, by_domain, evidence=9.0, num_roots={"chat": [32] * 7 + [1]})
+    decision = decide(better, by_domain, evidence=9.0)
     assert decision.refused
     assert "'chat'" in decision.reason
-    assert not decide(better, by_domain, evidence=9.0, num_roots={"chat": [1] * 8}).refused
 
 
 def test_traces_longer_than_the_drafts_rotary_table_are_scored_as_with_a_longer_one(
