@@ -31,15 +31,15 @@ from aurora_lit.config import AuroraConfig
 from aurora_lit.errors import RequestError
 from aurora_lit.ipc.engine_status import EngineStatusPage, WorkerState
 from aurora_lit.models.tokenizer import Tokenizer
+from aurora_lit.serve.http.bodies import BodyLimits, most_bytes
 from aurora_lit.serve.http.body import shorten
 from aurora_lit.serve.http.channel import HTTPChannel
-from aurora_lit.serve.http.errors import MAX_BODY_BYTES
 from aurora_lit.serve.http.request_ids import RequestIds, name_request
 from aurora_lit.serve.http.spec import OPEN_PATHS, AuroraSpec
 
 _AFTER_DRAIN_S = 2.0  # for sending the error events to requests that drain_s has cut off
-_LOCAL_NAMES = ("127.0.0.1", "localhost", "[::1]", "host.docker.internal", "")
-"""What the header Host may say, beside a port; "" if there is none. Docker Desktop's name for its host is nobody's."""
+_LOCAL_NAMES = ("127.0.0.1", "localhost", "[::1]", "")
+"""What the header Host may say, beside a port; "" if there is none."""
 _bearer = HTTPBearer(auto_error=False)
 Credentials = Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)]
 
@@ -129,7 +129,7 @@ class AuroraServer(LitServer):  # type: ignore[misc]
         spec = AuroraSpec(config, tokenizer, run_folder)
         # "cpu", so that LitServe looks for no GPU; each worker chooses its device itself.
         api = AuroraAPI(config, spec)
-        super().__init__(api, accelerator="cpu", timeout=False, max_payload_size=MAX_BODY_BYTES)
+        super().__init__(api, accelerator="cpu", timeout=False)
         self.uvicorn_graceful_timeout = config.server.drain_s + _AFTER_DRAIN_S
         # LitServe would end the server at once when the worker dies; first /health and the clients must report it.
         self._monitor_workers = False
@@ -139,6 +139,7 @@ class AuroraServer(LitServer):  # type: ignore[misc]
         """Empty until the engine is ready."""
         spec.configure_app(self.app, authorize=api.authorize)
         explain: Any = self.app.exception_handlers[RequestError]
+        self.app.add_middleware(BodyLimits, most=most_bytes(config), explain=explain)
         self.app.add_middleware(Guard, check=api.check, explain=explain)
         self.app.add_middleware(RequestIds)  # around the guard, whose errors have one too
         for handler in logging.getLogger().handlers:

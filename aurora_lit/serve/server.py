@@ -195,6 +195,8 @@ def _build(
 def _run(
     server: AuroraServer, config: AuroraConfig, status: EngineStatusPage, folder: Path, learner: LearnerChild | None
 ) -> None:
+    from aurora_lit.serve.http.connection import LimitedConnection
+
     has_stopped = threading.Event()  # set before the workers that still run are killed, which is then no loss of one
     threading.Thread(target=_announce_when_ready, args=(config, status, learner), daemon=True).start()
     watch_args = (server, status, folder, has_stopped)
@@ -208,6 +210,7 @@ def _run(
             log_config=None,  # uvicorn has no log of its own, and no time in it (logs.py)
             generate_client_file=False,
             access_log=False,
+            http=LimitedConnection,
             proxy_headers=False,  # or any client on loopback could take another's address, by which they are told apart
         )
     except RuntimeError as error:

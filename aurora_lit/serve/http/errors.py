@@ -1,7 +1,7 @@
 """Every error as OpenAI's error body `{"error": {"message", "type", "param", "code"}}`, in /openapi.json too.
 
 Leaves out the checks that raise errors. `install_error_handlers` covers our RequestError, FastAPI's validation, the
-framework's HTTP errors (404, 405, 413) and any other exception (500).
+framework's HTTP errors (404, 405) and any other exception (500).
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ from aurora_lit.errors import RequestError
 from aurora_lit.serve.http.body import Strict, shorten
 
 RETRY_AFTER_S = 1
-MAX_BODY_BYTES = 16 * 2**20
 _TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 _MAPPINGS = ("metadata", "logit_bias", "chat_template_kwargs")
 """Fields whose keys are the client's."""
@@ -65,9 +64,8 @@ def install_error_handlers(app: FastAPI, *, on_error: Callable[[int], None], nee
         message, code = {
             404: (f"{request.method} {request.url.path} does not exist; see /docs", "not_found"),
             405: (f"{request.url.path} does not answer {request.method}; see /docs", "method_not_allowed"),
-            413: (f"the body is larger than {MAX_BODY_BYTES >> 20} MiB; send a smaller one", "request_too_large"),
         }.get(error.status_code, (str(error.detail), None))
-        param = "body" if error.status_code in (400, 413) else None
+        param = "body" if error.status_code == 400 else None
         return respond(RequestError(message, param=param, code=code, status=error.status_code), error.headers)
 
     async def on_other_error(request: Request, error: Exception) -> JSONResponse:
