@@ -161,7 +161,7 @@ def test_every_script_explains_itself(capsys: pytest.CaptureFixture[str], monkey
         assert "usage" in capsys.readouterr().out.lower()
 
 
-def test_a_container_needs_a_key(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_container_needs_a_key(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """On 0.0.0.0 no Host header is checked, so without one any web page could use what is published on loopback."""
     (words,) = re.findall(r"^CMD (.*)$", (ROOT / "Containerfile").read_text(), flags=re.MULTILINE)
     command = [*json.loads(words), "--print-config"]
@@ -170,7 +170,11 @@ def test_a_container_needs_a_key(monkeypatch: pytest.MonkeyPatch) -> None:
     assert without.exit_code == 2
     assert "AURORA_LIT_API_KEY" in without.output
     monkeypatch.setenv("AURORA_LIT_API_KEY", "secret")
-    assert "api_key: secret" in CliRunner().invoke(main, command).output
+    with_key = CliRunner().invoke(main, command).output
+    assert "secret" not in with_key
+    assert "api_key: ${oc.env:AURORA_LIT_API_KEY}" in with_key, "printed settings can be used as a file"
+    (tmp_path / "printed.yaml").write_text(with_key)
+    assert load_config(tmp_path / "printed.yaml").server.api_key == "secret"
 
 
 # -- pictures and the site -----------------------------------------------------------------------------------------

@@ -13,8 +13,8 @@ import click
 
 import aurora_lit
 from aurora_lit.cli.bench import bench
-from aurora_lit.cli.options import FILE, FOLDER, RUN_FOLDER, AuroraGroup, MultiFileCommand, configured
-from aurora_lit.config import AuroraConfig, load_config, to_yaml
+from aurora_lit.cli.options import FILE, FOLDER, RUN_FOLDER, AuroraGroup, MultiFileCommand, configured, shown
+from aurora_lit.config import AuroraConfig, load_config
 from aurora_lit.ipc.run_folder import FOLDER_VARIABLE, live_folders
 from aurora_lit.logs import log_to_stderr
 
@@ -96,7 +96,7 @@ def vllm(model: str, draft: Path, overrides: tuple[str, ...], print_config: bool
 
     config = settings(model, draft, overrides)
     if print_config:
-        click.echo(to_yaml(config), nl=False)
+        click.echo(shown(config), nl=False)
         return
     log_to_stderr("launcher")
     click.get_current_context().exit(start(config, **options))

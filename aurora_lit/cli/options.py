@@ -3,6 +3,7 @@
 Imports nothing heavy, so that `--help` is answered at once.
 """
 
+import dataclasses
 import errno
 import functools
 from collections.abc import Callable
@@ -97,6 +98,15 @@ def _read_config(ctx: click.Context, _: click.Parameter, overrides: tuple[str, .
         paths = run_folder / CONFIG_NAME if isinstance(run_folder, Path) else None
     config = load_config(paths, overrides)
     if ctx.params.get("print_config"):
-        click.echo(to_yaml(config), nl=False)
+        click.echo(shown(config), nl=False)
         ctx.exit()
     return config
+
+
+def shown(config: AuroraConfig) -> str:
+    """The settings as YAML for a terminal or a log: without the API key, in whose place is how to write it."""
+    if config.server.api_key is None:
+        return to_yaml(config)
+    without = dataclasses.replace(config, server=dataclasses.replace(config.server, api_key=None))
+    key = "  api_key: ${oc.env:AURORA_LIT_API_KEY}  # set and not shown; here it would come from this variable\n"
+    return to_yaml(without).replace("  api_key: null\n", key)

@@ -56,7 +56,7 @@ def write_centroids(path: Path, centroids: Centroids, *, version: int, target: T
     }
     tensors = {name: getattr(centroids, field).float().contiguous() for name, field in _TENSORS.items()}
     path.parent.mkdir(parents=True, exist_ok=True)
-    replace_file(path, safetensors.torch.save(tensors, metadata))
+    replace_file(path, safetensors.torch.save(tensors, metadata), mode=0o600)  # means of what clients sent
 
 
 def read_centroids(path: Path, target: TargetShape) -> tuple[Centroids, int]:

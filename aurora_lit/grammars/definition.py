@@ -9,12 +9,13 @@ from __future__ import annotations
 import json
 import re
 import threading
+import time
 from collections import deque
 from collections.abc import Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
-from llguidance import LLMatcher, LLTokenizer
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 from llguidance.gbnf_to_lark import gbnf_to_lark
 
 from aurora_lit.grammars.endless import endless_place, has_id, has_inner_root, target_of
@@ -30,6 +31,8 @@ MOST_GBNF_RULES = 1000
 STACK_BYTES = 512 << 20
 """Of threads in which llguidance reads a grammar: it calls itself for each rule of a chain, and on a usual stack a
 chain of a thousand ends the process. Memory is taken as it is used."""
+LIMITS = LLParserLimits(max_lexer_states=20_000, step_lexer_fuel=100_000, max_grammar_size=LONGEST_GRAMMAR)
+"""Of one compiled grammar: about 30 MB, and 7 ms a mask; llguidance's own are twelve times and twice that."""
 _LARGEST_INTEGER = 1 << 63
 """Above all integers that llguidance has, which reads numbers as doubles."""
 _LEAST_BOUND = 1024 - (1 << 63)
@@ -48,8 +51,10 @@ _DRAFTS = re.compile(
 """Values of `$schema` that llguidance has."""
 _LARK_START = re.compile(r"(?m)^\s*(?:%llguidance\b|\??start\s*:(?!:=))")
 _setting_stack_size = threading.Lock()
-_LONGEST_PLACED = 1 << 14
-"""In a longer schema the place of a fault is not looked for: each part is compiled alone for that."""
+_MOST_COMPILED = 32
+"""Parts of a schema that are compiled alone to find the place of its fault."""
+_PLACE_S = 0.2
+"""For how long the place is looked for; one compilation may exceed it."""
 _MOST_CHARACTERS = 240
 """Of llguidance's reason in an error message."""
 
@@ -156,7 +161,7 @@ def fault_of(asked: StructuredOutputsParams, tokenizer: LLTokenizer | None = Non
         if (place := endless_place(schema)) is not None:
             return Fault(place, "no answer can follow the grammar: it requires itself without end; make this optional")
         return None
-    return Fault(_place(schema, schema, reason) if len(grammar) <= _LONGEST_PLACED else "", _shorten(reason))
+    return Fault(_Search(schema, reason).place(), _shorten(reason))
 
 
 def names_special_tokens(asked: StructuredOutputsParams) -> bool:
@@ -166,7 +171,7 @@ def names_special_tokens(asked: StructuredOutputsParams) -> bool:
 
 def _validate(grammar: str, tokenizer: LLTokenizer | None = None) -> tuple[bool, list[str]]:
     with grammar_thread() as thread:
-        return thread.submit(LLMatcher.validate_grammar_with_warnings, grammar, tokenizer).result()
+        return thread.submit(LLMatcher.validate_grammar_with_warnings, grammar, tokenizer, limits=LIMITS).result()
 
 
 def grammar_thread() -> ThreadPoolExecutor:
@@ -186,16 +191,36 @@ def _reason(grammar: str, tokenizer: LLTokenizer | None = None) -> str:
     return messages[0].partition("\n  while processing ")[0] if is_error else ""
 
 
-def _place(schema: Any, root: Any, reason: str) -> str:
-    """The innermost part of a schema that is refused for the same reason as the whole."""
-    for keys, part in _parts(schema):
-        alone = {"$ref": "#/part", "part": part}
-        if isinstance(root, dict):
-            alone |= {name: root[name] for name in ("$defs", "definitions") if name in root and root[name] is not part}
-        # Alone it may mean another thing: a reference may lead into "part".
-        if _misread(alone) is None and _reason(_of_schema(alone)) == reason:
-            return keys + _place(part, root, reason)
-    return ""
+class _Search:
+    """Looks for the innermost part of a schema that is refused for the same reason as the whole."""
+
+    def __init__(self, root: Any, reason: str) -> None:
+        self._root, self._reason = root, reason
+        self._ends, self._left = time.monotonic() + _PLACE_S, _MOST_COMPILED
+
+    def place(self) -> str:
+        """The keys that lead there; "" if all parts are right alone, or the search took too long."""
+        keys = self._below(self._root)
+        return "" if self._is_over else keys
+
+    @property
+    def _is_over(self) -> bool:
+        return self._left < 0 or time.monotonic() > self._ends
+
+    def _below(self, schema: Any) -> str:
+        root = self._root
+        for keys, part in _parts(schema):
+            self._left -= 1
+            if self._is_over:
+                return ""
+            alone = {"$ref": "#/part", "part": part}
+            if isinstance(root, dict):
+                names = (name for name in ("$defs", "definitions") if name in root and root[name] is not part)
+                alone |= {name: root[name] for name in names}
+            # Alone it may mean another thing: a reference may lead into "part".
+            if _misread(alone) is None and _reason(_of_schema(alone)) == self._reason:
+                return keys + self._below(part)
+        return ""
 
 
 def _misread(schema: Any) -> Fault | None:

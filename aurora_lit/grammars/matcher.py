@@ -32,7 +32,7 @@ from llguidance import LLMatcher, LLTokenizer
 from numpy.typing import NDArray
 
 from aurora_lit.errors import RequestError
-from aurora_lit.grammars.definition import grammar_of, grammar_thread
+from aurora_lit.grammars.definition import LIMITS, grammar_of, grammar_thread
 from aurora_lit.request import StructuredOutputsParams
 
 _MOST_KEPT = 8
@@ -302,7 +302,7 @@ class GrammarCompiler:
         for named in (False, True):
             tokenizer = self._tokenizer(named=named)
             started = time.thread_time()
-            matcher = LLMatcher(tokenizer, grammar_of(asked), log_level=0)
+            matcher = LLMatcher(tokenizer, grammar_of(asked), log_level=0, limits=LIMITS)
             seconds += time.thread_time() - started
             if asked.grammar is None or not matcher.is_error():  # it may name a special token
                 break

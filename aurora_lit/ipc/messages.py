@@ -91,6 +91,16 @@ LENGTH = struct.Struct("<Q")
 _encoder = msgspec.msgpack.Encoder()
 _updates_decoder = msgspec.msgpack.Decoder(RoundUpdates)
 _call_decoder = msgspec.msgpack.Decoder(CallMessage)
+_id_decoder = msgspec.msgpack.Decoder(tuple[str, msgspec.Raw])
+
+
+class UnreadableError(ValueError):
+    """Bytes that are no message of the HTTP process."""
+
+    def __init__(self, message: str, *, call_id: str) -> None:
+        """call_id: of the call that they were about; "" if not even that can be read."""
+        super().__init__(message)
+        self.call_id = call_id
 
 
 def encode(message: RoundUpdates | CallMessage) -> bytes:
@@ -108,11 +118,16 @@ def decode_updates(payload: bytes) -> RoundUpdates:
 
 
 def decode_call(payload: bytes) -> CallMessage:
-    """What `encode` made of a call or its end. Raises ValueError, which names the wrong field, for anything else."""
+    """What `encode` made of a call or its end. Raises UnreadableError, which names the wrong field."""
     try:
         call: CallMessage = _call_decoder.decode(payload)
     except (msgspec.MsgspecError, ValueError) as error:
-        raise ValueError(f"{len(payload)} bytes are no message of the HTTP process: {error}") from error
+        try:
+            call_id = _id_decoder.decode(payload)[0]
+        except (msgspec.MsgspecError, ValueError):
+            call_id = ""
+        message = f"{len(payload)} bytes are no message of the HTTP process: {error}"
+        raise UnreadableError(message, call_id=call_id) from error
     return call
 
 
@@ -137,7 +152,7 @@ class WorkerChannel:
             return 0
 
     def receive(self) -> CallMessage:
-        """Wait for the next message. Raises EOFError if the other end is closed, ValueError if it is no message."""
+        """Wait for the next message. Raises EOFError if the other end is closed, UnreadableError."""
         (length,) = LENGTH.unpack(self._read(LENGTH.size))
         return decode_call(self._read(length))
 

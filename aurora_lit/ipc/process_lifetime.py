@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import ctypes
 import os
+import resource
 import signal
 import sys
 import threading
@@ -92,6 +93,17 @@ def tie_forked_children_to_parent() -> None:
             die_with_parent(parent_pid)
 
     os.register_at_fork(after_in_child=tie)
+
+
+def forbid_core_dumps() -> None:
+    """Of this process and those that it starts: they would hold prompts, answers and the API key."""
+    resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
+
+
+def end_first_without_memory(pid: int) -> None:
+    """Have the kernel choose this process before others of its size when memory runs out; nothing where it cannot."""
+    with contextlib.suppress(OSError):
+        Path(f"/proc/{pid}/oom_score_adj").write_text("500")
 
 
 def call_when_process_ends(pid: int, callback: Callable[[], None]) -> Callable[[], None]:

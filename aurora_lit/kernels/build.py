@@ -15,6 +15,7 @@ import hashlib
 import os
 import platform
 import shutil
+import stat
 import subprocess
 import sys
 import tempfile
@@ -58,12 +59,14 @@ def built_library(command: str) -> Path:
     folder = _folder()
     path = folder / f"{_name(openmp)}-{_hash(version, macros)}.so"
     _share(openmp)
-    if path.exists():
+    if _is_ours(path):
         return path
     folder.mkdir(parents=True, exist_ok=True)
+    if not _is_ours(folder):
+        raise OSError(f"{folder} belongs to another user, or all may write to it")
     # One process compiles, and others that need the same library wait for it.
     with FileLock(folder / "build.lock"), tempfile.TemporaryDirectory(dir=folder) as scratch:
-        if path.exists():
+        if _is_ours(path):
             return path
         obj, lib = Path(scratch) / "kernels.o", Path(scratch) / "kernels.so"
         _run([command, *_FLAGS, "-c", str(_MAIN_SOURCE), "-o", str(obj)])
@@ -77,7 +80,17 @@ def kept_library() -> Path | None:
     """Path of the newest library in the cache that any compiler made of these sources for this processor, if any."""
     openmp = _torch_openmp()
     _share(openmp)
-    return max(_folder().glob(f"{_name(openmp)}-*.so"), key=lambda path: path.stat().st_mtime_ns, default=None)
+    kept = filter(_is_ours, _folder().glob(f"{_name(openmp)}-*.so"))
+    return max(kept, key=lambda path: path.stat().st_mtime_ns, default=None)
+
+
+def _is_ours(path: Path) -> bool:
+    """True for a file or folder of this user's or root's that others cannot write to: its code runs as this user."""
+    try:
+        status = path.stat()
+    except FileNotFoundError:
+        return False
+    return status.st_uid in (os.geteuid(), 0) and not status.st_mode & stat.S_IWOTH
 
 
 def _name(openmp: str | None) -> str:

@@ -1,7 +1,7 @@
 """The server's own learner: a child process that may end, hang or fail to start while serving continues.
 
 Serving knows of learning only its command line. A learner that ends by a fault is restarted, with a longer wait each
-time; one that ends with exit code 0 is not. Leaves out what a learner does, and learners started by others.
+time, and hourly at last; one that ends with exit code 0 is not. Leaves out what a learner does, and learners started by others.
 
     child = LearnerChild(learner_command(run_folder), page)
     child.start()          # returns at once; a thread watches the child
@@ -19,10 +19,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from aurora_lit.ipc.learner_status import LearnerStatusPage
-from aurora_lit.ipc.process_lifetime import module_command
+from aurora_lit.ipc.process_lifetime import end_first_without_memory, module_command
 
 RESTART_AFTER_S = (1.0, 2.0, 4.0, 8.0, 16.0)
-"""Waits before each restart; after one more fault in a row it is not restarted."""
+"""Waits before each restart; after each further fault in a row it is RARELY_S."""
+RARELY_S = 3600.0
 _SETTLED_S = 300.0
 """After running for this long, earlier faults no longer count."""
 _GRACE_S = 12.0
@@ -72,12 +73,12 @@ class LearnerChild:
             faults = 1 if time.monotonic() - began > _SETTLED_S else faults + 1
             status = self._page.read()
             error = _with_cause(status.error, code)
-            if faults > len(RESTART_AFTER_S):
-                _log.error("the learner ended again (%s) and is not restarted; serving continues", _cause(code))
-                self._page.write(error=f"not started again: {error}")
-                return
-            wait_s = RESTART_AFTER_S[faults - 1]
-            _log.warning("the learner ended (%s); it restarts in %.0f s, serving continues", _cause(code), wait_s)
+            is_rare = faults > len(RESTART_AFTER_S)
+            wait_s = RARELY_S if is_rare else RESTART_AFTER_S[faults - 1]
+            level = logging.ERROR if is_rare else logging.WARNING
+            _log.log(level, "the learner ended (%s); it restarts in %.0f s, serving continues", _cause(code), wait_s)
+            if is_rare:
+                error = f"not started again for {RARELY_S / 60:.0f} minutes: {error}"
             self._page.write(restarts=status.restarts + 1, error=error)
             self._is_ending.wait(wait_s)
 
@@ -94,6 +95,7 @@ class LearnerChild:
         except OSError as error:
             _log.error("the learner cannot be started: %s", error)
             return 1
+        end_first_without_memory(process.pid)
         while process.poll() is None and not self._is_ending.wait(0.2):
             pass
         if process.poll() is None:

@@ -39,7 +39,12 @@ from aurora_lit.errors import AuroraError, ConfigError
 from aurora_lit.ipc.engine_status import STATUS_NAME, EngineStatusPage, RankStatusPage, WorkerState, rank_path
 from aurora_lit.ipc.learner_status import LEARNER_STATUS_NAME, LearnerStatusPage
 from aurora_lit.ipc.messages import WorkerChannel
-from aurora_lit.ipc.process_lifetime import ENDING, handle_ending, tie_forked_children_to_parent
+from aurora_lit.ipc.process_lifetime import (
+    ENDING,
+    forbid_core_dumps,
+    handle_ending,
+    tie_forked_children_to_parent,
+)
 from aurora_lit.ipc.run_folder import CONFIG_NAME, run_folder
 from aurora_lit.models.source import with_fixed_target
 from aurora_lit.serve.backend import Backend, real_backend
@@ -63,6 +68,7 @@ def serve(config: AuroraConfig, *, backend: Backend | None = None) -> None:
     """Serve until SIGTERM or Ctrl-C. Raises AuroraError if the server cannot start or the engine worker dies."""
     backend = real_backend() if backend is None else backend
     _allow_open_files()
+    forbid_core_dumps()
     check_address(config.server.host, config.server.port)
     if config.server.host != "127.0.0.1" and config.server.api_key is None:
         _log.warning("server.host=%s is open to everyone; set server.api_key, or 127.0.0.1", config.server.host)

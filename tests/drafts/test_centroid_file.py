@@ -58,6 +58,12 @@ def test_domains_come_back_as_they_were_written(path: Path) -> None:
     assert tuple(published_names(path)) == written.names
 
 
+def test_only_its_owner_may_read_the_file(path: Path) -> None:
+    """Centroids of young domains are means of few prompts."""
+    write_centroids(path, some_centroids(), version=1, target=TARGET)
+    assert path.stat().st_mode & 0o777 == 0o600
+
+
 def test_without_a_readable_file_nothing_was_published(path: Path) -> None:
     assert published_version(path) == 0
     path.parent.mkdir()

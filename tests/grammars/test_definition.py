@@ -271,6 +271,19 @@ def test_no_part_is_read_alone_that_would_end_the_process(monkeypatch: pytest.Mo
     assert fault_of(StructuredOutputsParams(json=schema)) == (".properties.b", "a reason")
 
 
+def test_the_place_of_a_fault_is_not_looked_for_without_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each part would be compiled alone, with all definitions."""
+    compiled = list[str]()
+    reason = definition._reason
+    monkeypatch.setattr(definition, "_reason", lambda *grammar: (compiled.append("x"), reason(*grammar))[1])
+    parts = [{}] * 2000
+    fault = fault_of(StructuredOutputsParams(json={"anyOf": [*parts, {"type": "strin"}], "$defs": {}}))
+    assert fault is not None
+    assert fault.place == ""
+    assert "strin" in fault.reason
+    assert len(compiled) <= 1 + 32
+
+
 def test_nested_values_are_looked_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """What comes from clients must not take a time that grows with its square."""
     seen, has_least = list[Any](), definition._has_least

@@ -244,7 +244,7 @@ def limited(monkeypatch: pytest.MonkeyPatch, **limits: Any) -> list[LLMatcher]:
     made = list[LLMatcher]()
 
     def make(*args: Any, **kwargs: Any) -> LLMatcher:
-        made.append(LLMatcher(*args, **kwargs, limits=LLParserLimits(**limits)))
+        made.append(LLMatcher(*args, **{**kwargs, "limits": LLParserLimits(**limits)}))
         return made[-1]
 
     monkeypatch.setattr(matcher_module, "LLMatcher", make)
@@ -295,6 +295,14 @@ def test_what_is_compiled_again_may_compute_as_much_as_token_by_token(monkeypatc
     plain.advance([A])
     place.advance([A])
     assert tokens_of(place.allowed) == tokens_of(plain.allowed)
+
+
+def test_one_grammar_takes_a_bounded_memory_and_time_a_mask(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its states are those of all places of the last letters: 2^60."""
+    place = begin(compiler(), "[ab]*a[ab]{60}0")
+    with pytest.raises(RequestError, match="no answer can follow the grammar: .*too many states: 20000"):
+        for number in range(20_000):
+            place.advance([number * 2654435761 >> 20 & 1])
 
 
 def test_a_limit_that_the_output_itself_reaches_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -108,6 +108,22 @@ def test_the_openmp_runtime_that_torch_has_loaded_is_used_whoever_made_it(loaded
     assert build._openmp_in(maps) == (None if found is None else f"/opt/the libgomp folder/{found}")
 
 
+def test_a_library_that_another_user_could_have_written_is_not_loaded(
+    compilers: Path,
+) -> None:
+    command = made(compilers, "plain")
+    path = build.built_library(command)
+    path.chmod(0o777)
+    assert build.kept_library() is None
+    path.write_text("another's")
+    assert build.built_library(command).read_text() == "made\n", "it is made again"
+    assert build.kept_library() == path
+    path.parent.chmod(0o777)
+    path.unlink()
+    with pytest.raises(OSError, match="belongs to another user, or all may write to it"):
+        build.built_library(command)
+
+
 def test_clang_is_refused_with_what_to_use(compilers: Path) -> None:
     with pytest.raises(build.ClangError):
         build.built_library(made(compilers, "c++", version="Debian clang version 14.0.6"))

@@ -244,6 +244,22 @@ assert resource.getrlimit(resource.RLIMIT_NOFILE) == (hard, hard), "never fewer 
     subprocess.run([sys.executable, "-c", code], env=child_environment(), check=True)
 
 
+def test_no_process_of_a_server_leaves_its_memory_in_a_core_file() -> None:
+    code = """
+import resource, subprocess
+resource.setrlimit(resource.RLIMIT_CORE, (resource.getrlimit(resource.RLIMIT_CORE)[1],) * 2)
+from aurora_lit.ipc.process_lifetime import forbid_core_dumps
+from aurora_lit.serve import server
+def stop(*_):
+    print(resource.getrlimit(resource.RLIMIT_CORE)[0])
+    raise SystemExit(0)
+server.check_address = stop
+from aurora_lit.settings import AuroraConfig
+server.serve(AuroraConfig(), backend=object())
+"""
+    assert run(code) == "0\n"
+
+
 def test_a_machine_without_ipv6_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(family: int) -> None:
         raise OSError(errno.EAFNOSUPPORT, "Address family not supported by protocol")

@@ -98,8 +98,8 @@ class BodyLimits:
 
     def _too_large(self) -> RequestError:
         return RequestError(
-            f"the body is larger than {self._most / 2**20:.3g} MiB, which engine.max_seq_len and server.max_queue allow; "
-            "send a smaller one",
+            f"the body is larger than the {self._most / 2**20:.3g} MiB that engine.max_seq_len and server.max_queue "
+            "allow; send a smaller one",
             param="body",
             code="request_too_large",
             status=413,

@@ -46,9 +46,7 @@ class LimitedConnection(HttpToolsProtocol):
         self._num_unread += len(data)
         super().data_received(data)
         if self._num_unread > MOST_HEAD_BYTES:
-            message = (
-                f"the head of the request is larger than {MOST_HEAD_BYTES >> 10} KiB; send fewer or shorter headers"
-            )
+            message = f"the request's head is larger than {MOST_HEAD_BYTES >> 10} KiB; send fewer or shorter headers"
             self._refuse(RequestError(message, code="request_too_large", status=431))
         elif self._num_unread and self._deadline is None:
             self._wait("head", HEAD_S)

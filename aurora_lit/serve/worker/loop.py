@@ -31,7 +31,15 @@ from typing import TYPE_CHECKING, Final
 
 from aurora_lit.errors import RequestError
 from aurora_lit.ipc.engine_status import EngineStatusPage, WorkerState
-from aurora_lit.ipc.messages import CANCEL, CallMessage, CancelRequest, Failure, RoundUpdates, WorkerChannel
+from aurora_lit.ipc.messages import (
+    CANCEL,
+    CallMessage,
+    CancelRequest,
+    Failure,
+    RoundUpdates,
+    UnreadableError,
+    WorkerChannel,
+)
 from aurora_lit.request import Output
 from aurora_lit.serve.worker.call_tracker import CallTracker
 from aurora_lit.serve.worker.outbox import Outbox
@@ -41,7 +49,7 @@ from aurora_lit.serve.worker.status_report import StatusReport
 if TYPE_CHECKING:
     from aurora_lit.serve.worker.live_draft import LiveDraft
 
-    Inbox = queue.SimpleQueue[CallMessage | str | None]
+    Inbox = queue.SimpleQueue[CallMessage | tuple[str, Failure] | str | None]
 
 _TELL_EVERY_S = 0.01
 """How often clients are told of new tokens, at most; nobody reads a hundred messages a second."""
@@ -146,8 +154,11 @@ class EngineLoop:
         while True:
             try:
                 inbox.put(self._channel.receive())
-            except ValueError:  # it was read to its end, so the next message can be
-                _log.exception("a message of the HTTP process cannot be read and is dropped")
+            except UnreadableError as error:  # it was read to its end, so the next message can be
+                _log.exception("a message of the HTTP process cannot be read")
+                failure = Failure(message=f"the request cannot be read by the engine: {error}", code="engine_error")
+                if error.call_id:  # whose client would otherwise wait for ever
+                    inbox.put((error.call_id, failure))
             except (EOFError, OSError):
                 inbox.put(_END)
                 return
@@ -168,6 +179,10 @@ class EngineLoop:
             call_id, message = item
             if message == CANCEL:
                 calls.cancel(call_id)
+                continue
+            if isinstance(message, Failure):
+                calls.cancel(call_id)
+                self._send(((call_id, message),), calls, outbox)
                 continue
             if isinstance(message, CancelRequest):
                 calls.cancel_request(call_id, message.request_index)

@@ -20,8 +20,7 @@ from aurora_lit.settings import AuroraConfig, EngineSettings, ServerSettings
 def refused(body: bytes) -> bool:
     try:
         check_containers(body)
-    except RequestError as error:
-        assert error.status == 413
+    except RequestError:
         return True
     return False
 

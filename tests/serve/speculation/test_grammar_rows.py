@@ -47,6 +47,14 @@ def test_a_chain_is_cut_at_the_first_token_that_is_forbidden() -> None:
     assert (row.uncut.proposal.tokens, list(row.uncut.columns)) == ([A, B, C, ZERO], [0, 1, 2])
 
 
+def test_proposals_whose_masks_take_too_long_are_left_to_later_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    sequence, proposal = a_sequence("[ab]{2}[01]"), Proposal(tokens=[A, B, ZERO], source=Source.DRAFT, num_drafted=3)
+    assert decoding_row(sequence, C, proposal).proposal.tokens == [A, B, ZERO]
+    monkeypatch.setattr("aurora_lit.serve.speculation.sources.grammar.MASKS_S", -1.0)
+    row = decoding_row(sequence, C, proposal)
+    assert (row.proposal.tokens, allowed(row.allowed)) == ([], [{A, B, AB}])
+
+
 def test_of_a_tree_each_branch_is_cut_and_columns_keep_their_order() -> None:
     sequence = a_sequence("a(b0|c1)|b[01]")
     copies = (

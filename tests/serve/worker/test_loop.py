@@ -226,6 +226,17 @@ def test_a_refused_call_is_told_so_and_the_others_go_on(serve: Callable[..., Fak
     serve(http_process)
 
 
+def test_a_call_that_cannot_be_read_is_told_so(serve: Callable[..., FakeEngine]) -> None:
+    def http_process(http: HTTPProcess) -> None:
+        http.send(("bad", {"call_id": "bad"}))  # type: ignore[arg-type]
+        http.read_until(lambda: "bad" in http.failures)
+        assert "cannot be read" in http.failures["bad"].message
+        http.call("a", "abc", max_tokens=5)
+        http.read_until(lambda: http.ended("a"))
+
+    serve(http_process)
+
+
 def test_a_message_that_cannot_be_read_is_dropped_and_the_next_one_is_read(
     serve: Callable[..., FakeEngine], caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -5,6 +5,7 @@ Left out: what a grammar allows (grammars/matcher.py), and what is done with the
 
 from __future__ import annotations
 
+import time
 from collections import defaultdict
 
 import numpy as np
@@ -13,6 +14,9 @@ from aurora_lit.grammars.matcher import Grammar, Mask
 from aurora_lit.request import Source
 from aurora_lit.serve.engine.round_plan import NO_PROPOSAL, DecodingRow, Proposal, Uncut
 from aurora_lit.serve.engine.sequence import RunningSequence
+
+MASKS_S = 0.02
+"""Processor time for the masks of one sequence's proposals: other sequences' rounds wait for it."""
 
 
 def forced_proposal(sequence: RunningSequence, *, most: int) -> Proposal:
@@ -47,6 +51,7 @@ def _allowed(proposal: Proposal, grammar: Grammar, end_tokens: frozenset[int]) -
     if not proposal.tokens:
         return allowed
     branch = grammar.branch()
+    ends_s = time.thread_time() + MASKS_S
 
     def walk(parent: int) -> None:
         for column in children[parent]:
@@ -56,6 +61,8 @@ def _allowed(proposal: Proposal, grammar: Grammar, end_tokens: frozenset[int]) -
             if token in end_tokens:  # nothing follows it
                 allowed[column] = np.full_like(grammar.allowed, 0xFF)
                 continue
+            if time.thread_time() > ends_s:  # left to later rounds
+                return
             branch.enter(token)
             mask_W = branch.allowed()
             if mask_W is not None:  # else a limit of llguidance: left to a later round, which fails if it must
