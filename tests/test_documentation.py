@@ -174,7 +174,7 @@ def test_a_container_needs_a_key(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     assert "secret" not in with_key
     assert "api_key: ${oc.env:AURORA_LIT_API_KEY}" in with_key, "printed settings can be used as a file"
     (tmp_path / "printed.yaml").write_text(with_key)
-    assert load_config(tmp_path / "printed.yaml").server.api_key == "secret"
+    assert load_config(tmp_path / "printed.yaml", []).server.api_key == "secret"
 
 
 # -- pictures and the site -----------------------------------------------------------------------------------------

@@ -1,7 +1,8 @@
 """The server's own learner: a child process that may end, hang or fail to start while serving continues.
 
 Serving knows of learning only its command line. A learner that ends by a fault is restarted, with a longer wait each
-time, and hourly at last; one that ends with exit code 0 is not. Leaves out what a learner does, and learners started by others.
+time, and hourly at last; one that ends with exit code 0 is not. Leaves out what a learner does, and learners started by
+others.
 
     child = LearnerChild(learner_command(run_folder), page)
     child.start()          # returns at once; a thread watches the child

@@ -26,7 +26,7 @@ May import: models/tokenizer.py, tool_calls/, ipc/. Start with routes.py. The fi
     infill_response.py  llama.cpp's response to POST /infill
     request_ids.py    x-request-id: a request's name in its response and in the log
     errors.py         every error as OpenAI's error body
-    connection.py     how large a request's head may be, and how long head and body may take
+    connection.py     how large a request's head may be, and how long head, body and reader may take
     bodies.py         how large a body may be, and how many lists and objects it may have
     channel.py        the sockets to the engine worker, as LitServe's transport and request queue
     worker_client.py  a call in the HTTP process: sent, awaited, cancelled

@@ -1,6 +1,7 @@
 """A connection of uvicorn's that may send so many bytes, and take so many seconds, before its request is complete.
 
-Nothing here has seen a key yet. Leaves out how large a body may be, which depends on settings (bodies.py).
+Nothing here has seen a key yet. What is not read of an answer is not kept for ever either. Leaves out how large a body
+may be, which depends on settings (bodies.py).
 
     server.run(http=LimitedConnection)
 """
@@ -22,6 +23,8 @@ HEAD_S = 10.0
 """From the connection, or the first byte of its next request, to the end of the head."""
 BODY_S = 60.0
 """From there to the end of the body."""
+UNREAD_S = 60.0
+"""A connection ends whose client has read nothing of an answer for so long; all that is unread stays in memory."""
 
 
 class LimitedConnection(HttpToolsProtocol):
@@ -30,6 +33,7 @@ class LimitedConnection(HttpToolsProtocol):
     _num_unread = 0
     """Bytes since the end of the last head, of the last part of a body or of the last request."""
     _deadline: TimerHandle | None = None
+    _reader_deadline: TimerHandle | None = None
 
     def connection_made(self, transport: Transport) -> None:  # type: ignore[override]
         """A client that sends nothing is not waited for either."""
@@ -39,7 +43,18 @@ class LimitedConnection(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """Forget the deadline, which would keep this object alive."""
         self._stop_waiting()
+        self._stop_watching()
         super().connection_lost(exc)
+
+    def pause_writing(self) -> None:
+        """The client has much to read: see that it does."""
+        super().pause_writing()
+        self._watch_reader()
+
+    def resume_writing(self) -> None:
+        """It has read nearly all."""
+        super().resume_writing()
+        self._stop_watching()
 
     def data_received(self, data: bytes) -> None:
         """Read on; without end if the parser kept what it has not understood yet."""
@@ -94,6 +109,21 @@ class LimitedConnection(HttpToolsProtocol):
             return
         message = f"the {for_what} of the request was not complete within {seconds:g} s; send it faster"
         self._refuse(RequestError(message, code="request_timeout", status=408))
+
+    def _watch_reader(self) -> None:
+        num_unread = self.transport.get_write_buffer_size()
+        self._reader_deadline = self.loop.call_later(UNREAD_S, self._check_reader, num_unread)
+
+    def _check_reader(self, num_unread_before: int) -> None:
+        if self.transport.get_write_buffer_size() < num_unread_before:
+            self._watch_reader()
+        else:
+            self.transport.abort()
+
+    def _stop_watching(self) -> None:
+        if self._reader_deadline is not None:
+            self._reader_deadline.cancel()
+            self._reader_deadline = None
 
     def _refuse(self, error: RequestError) -> None:
         """End the connection, after an answer if none has begun."""

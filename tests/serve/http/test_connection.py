@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -30,13 +31,13 @@ async def _answer_after_the_body(scope: Any, receive: Any, send: Any) -> None:
 
 
 @pytest.fixture
-def speak(monkeypatch: pytest.MonkeyPatch) -> Callable[[Client], None]:
+def speak(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Connects a client to a server of this process that waits a fifth of a second for heads and bodies."""
     monkeypatch.setattr(connection, "HEAD_S", 0.2)
     monkeypatch.setattr(connection, "BODY_S", 0.2)
 
-    async def serve(client: Client) -> None:
-        config, state = Config(_answer_after_the_body, log_config=None, lifespan="off"), ServerState()
+    async def serve(client: Client, app: Any) -> None:
+        config, state = Config(app, log_config=None, lifespan="off"), ServerState()
         loop = asyncio.get_running_loop()
         server = await loop.create_server(lambda: LimitedConnection(config, state, {}), "127.0.0.1", 0)
         reader, writer = await asyncio.open_connection(*server.sockets[0].getsockname())
@@ -49,7 +50,7 @@ def speak(monkeypatch: pytest.MonkeyPatch) -> Callable[[Client], None]:
             await asyncio.sleep(0.05)  # until both ends have closed
         assert not state.connections
 
-    return lambda client: asyncio.run(serve(client))
+    return lambda client, app=_answer_after_the_body: asyncio.run(serve(client, app))
 
 
 async def _refused(reader: asyncio.StreamReader, status: int, code: str) -> None:
@@ -104,6 +105,35 @@ def test_only_the_request_is_waited_for_and_not_its_answer(speak: Callable[[Clie
         await _refused(reader, 408, "request_timeout")
 
     speak(client)
+
+
+LARGE = 20_000_000
+
+
+async def _answer_at_length(scope: Any, receive: Any, send: Any) -> None:
+    await send({"type": "http.response.start", "status": 200, "headers": []})
+    await send({"type": "http.response.body", "body": b"a" * LARGE})
+
+
+@pytest.mark.parametrize("reads", [False, True])
+def test_an_answer_is_kept_as_long_as_its_client_reads(
+    reads: bool, speak: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(connection, "UNREAD_S", 0.2)
+
+    async def client(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(GET)
+        num_read = 0
+        await asyncio.sleep(0 if reads else 0.6)
+        with contextlib.suppress(ConnectionError):
+            while piece := await reader.read(1_000_000):
+                num_read += len(piece)
+                await asyncio.sleep(0.01)
+                if num_read > LARGE:
+                    break
+        assert (num_read > LARGE) == reads
+
+    speak(client, _answer_at_length)
 
 
 def test_what_is_no_http_gets_an_error_body(speak: Callable[[Client], None]) -> None:
