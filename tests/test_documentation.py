@@ -177,6 +177,13 @@ def test_a_container_needs_a_key(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     assert load_config(tmp_path / "printed.yaml", []).server.api_key == "secret"
 
 
+def test_compose_publishes_on_loopback_only() -> None:
+    services = yaml.safe_load((ROOT / "compose.yaml").read_text())["services"]
+    ports = [port for service in services.values() for port in service.get("ports", ())]
+    assert len(ports) == 3
+    assert all(port.startswith("127.0.0.1:") for port in ports)
+
+
 # -- pictures and the site -----------------------------------------------------------------------------------------
 
 

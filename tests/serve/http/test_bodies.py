@@ -34,6 +34,7 @@ def test_lists_and_objects_are_counted_outside_strings() -> None:
     assert not refused(json.dumps({"prompt": code, "suffix": code}).encode())
     nested = json.dumps({"prompt": 'a\\"' * 3, "n": []}).encode()
     assert refused(nested[:-2] + b"[1]," * many + b"]}")
+    assert refused(b'["a",' * (MOST_CONTAINERS * 8 + 1)), "too many strings to be told apart"
     assert refused(('["' + "[1]," * many + '"').encode("utf-16")), "there escapes cannot be told apart"
 
 
