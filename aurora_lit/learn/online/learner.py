@@ -26,6 +26,7 @@ import torch
 from lightning.fabric import Fabric
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from aurora_lit.errors import AuroraError
 from aurora_lit.learn.data.target_head import TargetHead
 from aurora_lit.learn.data.training_state import read_state, write_state
 from aurora_lit.learn.online.step_metrics import StepMetrics
@@ -38,6 +39,8 @@ from aurora_lit.modules.losses.objective import OnlineReport
 
 STARTING_VERSION = "start"
 """Version of the draft that serving started with, before any was published."""
+STATE_FORMAT = 1
+"""Of the saved state. Raise it when a state of before could not be continued."""
 PATIENCE_TRIALS = 4
 """After so many refusals without a pass, learning restarts from the served draft at half the learning rate."""
 _LOG_EVERY_STEPS = 8
@@ -213,20 +216,40 @@ class Learner:
     def resume(self) -> bool:
         """Load the saved state; False, and nothing changes, if there is none.
 
-        The same, with a warning, if it cannot be read or is not of this draft; the next `save` replaces it.
+        The same, with a warning, if it cannot be read or is not of this draft; the next `save` replaces it. One of
+        another version is set aside. Raises AuroraError if only a part of it could be loaded: it is set aside too, so
+        that the next start begins from the draft.
         """
         state = read_state(self.state_path)
         if state is None:
             return False
-        if reason := self._mismatch(state):
-            _log.warning("the learner's state in %s is not used: %s", self.state_path, reason)
+        found = state.get("format", STATE_FORMAT)  # an older state does not say
+        if found != STATE_FORMAT:
+            aside = self._set_aside()
+            message = "the learner's state has format %s, and this version reads %s: it is set aside as %s"
+            _log.warning(message, found, STATE_FORMAT, aside)
             return False
-        self.load_state_dict(state)
+        try:
+            if reason := self._mismatch(state):
+                _log.warning("the learner's state in %s is not used: %s", self.state_path, reason)
+                return False
+            self.load_state_dict(state)
+        except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+            aside = self._set_aside()
+            message = f"the learner's state cannot be read ({error!r}) and is set aside as {aside}; start it again"
+            raise AuroraError(message) from error
         return True
+
+    def _set_aside(self) -> Path:
+        aside = self.state_path.with_name(f"{self.state_path.name}.unread")
+        if self.fabric.is_global_zero:
+            self.state_path.replace(aside)
+        return aside
 
     def state_dict(self) -> dict[str, Any]:
         """The whole state, of plain data and tensors."""
         return {
+            "format": STATE_FORMAT,
             **{name: part.state_dict() for name, part in self._stateful().items()},
             "schedules": [schedule.state_dict() for schedule in self.schedules],
             "version": self.version,

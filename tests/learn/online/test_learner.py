@@ -15,6 +15,7 @@ from support.live_traces import make_controller, online_module
 from support.tiny_models import random_draft
 
 from aurora_lit.drafts.initial import initial_draft
+from aurora_lit.errors import AuroraError
 from aurora_lit.learn.data.collate import collate_online
 from aurora_lit.learn.data.target_head import TargetHead
 from aurora_lit.learn.data.trace_parts import first_trained_position
@@ -187,6 +188,21 @@ def test_a_state_is_continued_with_and_without_an_average(
         for name, tensor in module.draft.state_dict().items():
             torch.testing.assert_close(tensor, first.draft.state_dict()[name], msg=name)
     assert again.update(batch) is not None
+
+
+def test_a_state_of_another_version_is_set_aside(make: MakeLearner, tmp_path: Path) -> None:
+    """And learning begins from the draft, instead of ending again and again."""
+    path, aside = tmp_path / "state", tmp_path / "state.unread"
+    learner = make()
+    state = learner.state_dict()
+    write_state(path, state | {"format": 99})
+    assert not make().resume()
+    assert (path.exists(), aside.exists()) == (False, True)
+    for spoiled in (state | {"schedules": 5}, {"format": state["format"]}):
+        write_state(path, spoiled)
+        with pytest.raises(AuroraError, match=r"cannot be read .* is set aside as .*state.unread"):
+            make().resume()
+        assert not make().resume()
 
 
 def test_a_resumed_learner_goes_on_counting_refusals(make: MakeLearner, target: Target, tmp_path: Path) -> None:
