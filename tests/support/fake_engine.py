@@ -141,7 +141,7 @@ class FakeEngine:
             request_id, request = next(iter(self._waiting.items()))
             del self._waiting[request_id]
             says_client = self._special["<|client|>"] in request.prompt_ids
-            script = self._tokenizer.encode(request.client or "nobody") if says_client else request.prompt_ids
+            script = self._tokenizer.encode(request.client.name or "nobody") if says_client else request.prompt_ids
             script = [token_id for token_id in script if token_id not in self._marks] or [self._special["<|end|>"]]
             asked = request.params.structured_outputs
             begins = self._tokenizer.encode((asked and asked.begins_with) or "")
