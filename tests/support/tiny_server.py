@@ -221,8 +221,8 @@ class ForkedCommand:
 
     def __init__(self, command: list[str], **_: object) -> None:
         self._code: int | None = None
-        self._pid = os.fork()
-        if self._pid == 0:
+        self.pid = os.fork()
+        if self.pid == 0:
             _run_command(command[3:])
 
     def poll(self) -> int | None:
@@ -240,15 +240,15 @@ class ForkedCommand:
 
     def _reap(self, options: int) -> int | None:
         if self._code is None:
-            pid, status = os.waitpid(self._pid, options)
+            pid, status = os.waitpid(self.pid, options)
             self._code = os.waitstatus_to_exitcode(status) if pid else None
         return self._code
 
     def terminate(self) -> None:
-        os.kill(self._pid, signal.SIGTERM)
+        os.kill(self.pid, signal.SIGTERM)
 
     def kill(self) -> None:
-        os.kill(self._pid, signal.SIGKILL)
+        os.kill(self.pid, signal.SIGKILL)
 
 
 def run_forked(folder: str, constants: dict[str, Any], arguments: list[str]) -> None:
