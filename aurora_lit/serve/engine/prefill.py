@@ -1,12 +1,15 @@
 """Which prompt tokens a round computes beside the sequences that decode, within a set time.
 
-The prompt with the fewest unread tokens comes first, so that an editor's keystroke does not wait for an agent's file;
-every fourth round with prompt tokens begins with the oldest prompt instead, so that none waits for ever.
+The prompt with the fewest unread tokens comes first, so that an editor's completion does not wait for an agent's long
+prompts. After three rounds that began with others the oldest prompt comes first. So of any four rounds with prompt
+tokens one begins with the oldest, whatever else arrives: it is read to its end, and then the next one is the oldest.
 
 While nobody decodes, a round computes as many prompt tokens as `PREFILL_CHUNK_TOKENS`. Beside sequences
 that decode, prompt tokens share their pass, as many as keep the round below MAX_ROUND_S, or below 2.25 times
-what it takes without them if that is longer: these sequences wait no longer than that for their next token. A prefix
-that another slot or the store has is copied instead.
+what it takes without them if that is longer: these sequences wait no longer than that for their next token.
+
+A prefix that another slot or the store has is copied instead. It is searched for when a prompt arrives, when another
+has been read, and when a prompt comes first after another: that one may have the same beginning.
 
 The last token of a prompt is left to the first decoding pass, so that no second code path chooses a token. Left out:
 where a prefix is (serve/engine/slot_allocator.py), copying it (serve/engine/prefix_cache.py), and forward passes
@@ -18,7 +21,6 @@ Shapes: T positions of a chunk, H hidden, S slots, L capacity of a slot, V vocab
 from __future__ import annotations
 
 from collections import deque
-from itertools import islice
 
 import torch
 
@@ -26,7 +28,6 @@ from aurora_lit.ipc.engine_status import EngineCounters
 from aurora_lit.models.interface import Target
 from aurora_lit.modules.sampling.distribution import token_logprobs
 from aurora_lit.modules.sampling.tree import common_prefix_length
-from aurora_lit.request import Request
 from aurora_lit.serve.engine.prefix_cache import PrefixCache
 from aurora_lit.serve.engine.round_plan import PromptRow
 from aurora_lit.serve.engine.sequence import RunningSequence
@@ -48,10 +49,10 @@ MAX_ROUND_S, prompts would be read so slowly that slots wait instead of decoding
 _LEFT_OUT_EVERY = 64
 """Rounds that carry prompts beside sequences that decode, after which one leaves them out: only such a round tells what
 these sequences take, which decides how many prompt tokens are computed beside them."""
-_OLDEST_FIRST_EVERY = 4
-"""Rounds with prompt tokens, of which one begins with the oldest prompt."""
+_MOST_ROUNDS_WITHOUT_OLDEST = 3
+"""Rounds in a row with prompt tokens that may begin with other prompts than the oldest."""
 _WORTH_WAITING = 32
-"""Prompt tokens that can be copied soon, for which a sequence lets others go first."""
+"""Prompt tokens that can be copied a round later, for which a sequence lets others go first."""
 _LOGPROB_CHUNK = 32
 """Positions whose logits are held at the same time."""
 
@@ -86,7 +87,10 @@ class Prefill:
         """Running mean of the time per prompt token; None before the first chunk."""
         self._rounds_beside = 0
         """That carried prompts beside sequences that decode, since one did not."""
-        self._rounds_with_prompts = 0
+        self._rounds_without_oldest = 0
+        """With prompt tokens, in a row, that began with another prompt."""
+        self._first: RunningSequence | None = None
+        """Whose prompt came first in the last round with prompt tokens."""
 
     def plan(self, *, num_decoding: int, round_s: float, updates_costs: bool = True) -> list[PromptRow]:
         """The prompt chunks of the next round. `round_s`: what it takes for the `num_decoding` other sequences.
@@ -97,15 +101,16 @@ class Prefill:
         leaves_out = updates_costs and num_decoding > 0 and self._rounds_beside >= _LEFT_OUT_EVERY
         budget = 0 if leaves_out else self._budget(num_decoding, round_s)
         rows: list[PromptRow] = []
-        for sequence in self._order() if budget else []:
+        for sequence in self._order() if budget and self.sequences else []:
             if budget <= 0:
                 break
+            if self._shares_with(sequence, rows):
+                continue
             start, end = sequence.prefilled, min(sequence.prefilled + budget, sequence.prompt_length - 1)
             if end > start:
                 tokens = list(sequence.request.prompt_ids[start:end])
                 rows.append(PromptRow(sequence, start, tokens))
                 budget -= len(tokens)
-        self._rounds_with_prompts += bool(rows)
         if num_decoding:
             self._rounds_beside = self._rounds_beside + 1 if rows else 0
         return rows
@@ -115,6 +120,9 @@ class Prefill:
         ready = [sequence for sequence in self.sequences if sequence.prefilled == sequence.prompt_length - 1]
         for sequence in ready:
             self.sequences.remove(sequence)
+        if ready:
+            for sequence in self.sequences:
+                sequence.searched_for_prefix = False
         return ready
 
     def complete(self, rows: list[PromptRow], columns: Columns, *, first: int) -> None:
@@ -144,39 +152,42 @@ class Prefill:
         return min(max(fitting, _LEAST_TOKENS), self._chunk_tokens)
 
     def _order(self) -> list[RunningSequence]:
-        """Whose prompts are read next; without those that wait for an older one, of which they can copy much."""
-        reading: list[RunningSequence] = []
-        for age, sequence in enumerate(self.sequences):
-            if not sequence.searched_for_prefix:
-                if self._waits_for([older.request for older in islice(self.sequences, age)], sequence):
-                    continue
-                self._copy_prefix(sequence)
-            reading.append(sequence)
-        shortest = sorted(reading, key=lambda sequence: sequence.prompt_length - sequence.prefilled)
-        if self._rounds_with_prompts % _OLDEST_FIRST_EVERY == _OLDEST_FIRST_EVERY - 1:
-            shortest.sort(key=lambda sequence: sequence is not self.sequences[0])
-        return shortest
+        """Whose prompts are read next, at least one's; what can be copied of them has been copied."""
+        for sequence in self.sequences:
+            self._copy_prefix(sequence)
+        order = sorted(self.sequences, key=lambda sequence: sequence.prompt_length - sequence.prefilled)
+        oldest = self.sequences[0]
+        if self._rounds_without_oldest >= _MOST_ROUNDS_WITHOUT_OLDEST:
+            order.sort(key=lambda sequence: sequence is not oldest)
+        self._rounds_without_oldest = 0 if order[0] is oldest else self._rounds_without_oldest + 1
+        if order[0] is not self._first:
+            self._first = order[0]
+            self._first.searched_for_prefix = False
+            self._copy_prefix(self._first)
+        return order
 
-    def _waits_for(self, older: list[Request], sequence: RunningSequence) -> bool:
-        """True if much of the sequence's prompt is being read for an older one: it can be copied soon."""
+    def _shares_with(self, sequence: RunningSequence, rows: list[PromptRow]) -> bool:
+        """True if this round computes much of the sequence's prompt for others: the next round can copy it."""
         request = sequence.request
-        if not older or not self._allocator.looks_up(request):
+        if not rows or not self._allocator.looks_up(request):
             return False
-        others = [other for other in older if self._allocator.may_copy(request, other)]
+        others = [row.sequence.request for row in rows if self._allocator.may_copy(request, row.sequence.request)]
         shared = max((common_prefix_length(request.prompt_ids, other.prompt_ids) for other in others), default=0)
-        return shared >= self._allocator.find_longest_prefix(sequence).length + _WORTH_WAITING
+        return shared >= sequence.prefilled + _WORTH_WAITING
 
     def _copy_prefix(self, sequence: RunningSequence) -> None:
-        """Copy the longest prefix of the prompt that is elsewhere; only once, before its first chunk."""
-        sequence.searched_for_prefix = True
-        if self._prefix_cache is None:
+        """Copy the longest prefix of the prompt that is elsewhere, unless it was searched for already."""
+        if sequence.searched_for_prefix or self._prefix_cache is None:
             return
+        sequence.searched_for_prefix = True
         prefix = self._allocator.find_longest_prefix(sequence)
         if prefix.length > sequence.prefilled:
             self._prefix_cache.copy(prefix, slot=sequence.slot, start=sequence.prefilled)
             self.has_copied = True
-            self._counters.cached_tokens += prefix.length - sequence.prefilled
-            sequence.prefilled = sequence.num_reused = prefix.length
+            num_copied = prefix.length - sequence.prefilled
+            self._counters.cached_tokens += num_copied
+            sequence.num_reused += num_copied
+            sequence.prefilled = prefix.length
 
     def _add_prompt_logprobs(self, sequence: RunningSequence, last_TH: torch.Tensor, start: int) -> None:
         """Append the log-probabilities of the tokens that follow positions start, start + 1, …"""

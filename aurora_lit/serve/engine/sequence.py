@@ -50,7 +50,7 @@ class RunningSequence:
     num_reused: int = 0
     """Prompt tokens that were in the slot already or copied to it, so not computed."""
     searched_for_prefix: bool = False
-    """True once a prefix of the prompt was searched for elsewhere."""
+    """False: a prefix of the prompt may be elsewhere that the slot does not have (serve/engine/prefill.py)."""
     draft_versions: dict[str, None] = field(default_factory=dict)
     """Draft versions that have proposed for it, in order (an ordered set)."""
     memory_part: int = 0

@@ -86,37 +86,35 @@ def test_the_prompt_with_least_to_read_comes_first_and_the_last_token_is_left_to
     assert [(row.sequence.slot, row.start, len(row.tokens)) for row in rows] == [(1, 500, 99), (0, 0, 157)]
 
 
-def test_a_long_prompt_is_read_in_every_fourth_round_however_many_short_ones_come() -> None:
+def test_the_oldest_prompt_comes_first_after_three_rounds_that_began_with_others() -> None:
+    """Two long prompts, and a new short one in every round: the older one is read, then the other."""
+    prefill = make_prefill(3)
+    old, next_old, short = prefill.sequences
+    first: list[RunningSequence] = []
+    for _ in range(2 * 4 * (600 // 16 + 1)):
+        short.prefilled = 590
+        for row in prefill.plan(num_decoding=1, round_s=0.0, updates_costs=False)[:1]:
+            first.append(row.sequence)
+            row.sequence.prefilled += len(row.tokens)
+        for ready in prefill.take_ready():
+            if ready is short:
+                prefill.sequences.append(short)
+    assert first[:8] == [short, short, short, old] * 2
+    assert list(prefill.sequences) == [short]
+    assert max(number for number, each in enumerate(first) if each is old) < first.index(next_old)
+
+
+def test_a_prompt_beside_the_oldest_one_takes_no_turn_from_it_and_waits_for_none() -> None:
+    """The turns of the oldest are counted since it last came first."""
     prefill = make_prefill(2)
-    long, short = prefill.sequences
-    long.prompt_length = long.length = 2_000
-    long.request = replace(long.request, prompt_ids=(0,) * 2_000)
+    old, short = prefill.sequences
+    prefill.sequences.remove(short)
+    for _ in range(7):
+        assert [row.sequence for row in prefill.plan(num_decoding=0, round_s=0.0)] == [old]
+    prefill.sequences.append(short)
     short.prefilled = 300
-    first = []
-    for _ in range(12):
-        rows = prefill.plan(num_decoding=1, round_s=0.0)
-        first.append(rows[0].sequence.slot)
-        if rows[0].sequence is long:
-            long.prefilled += len(rows[0].tokens)
-        else:  # its prompt has been read, and another short one is there
-            short.prefilled = 300
-    assert first == [1, 1, 1, 0] * 3
-    assert long.prefilled >= 3 * 16
-
-
-def test_a_short_prompt_is_answered_while_long_ones_are_read(target: Target) -> None:
-    engine = make(target, None, prefill_chunk_tokens=16)
-    for name, prompt in {"a": LONG, "b": LONG[::-1]}.items():
-        engine.submit(request(name, prompt, max_tokens=1))
-    engine.round()
-    engine.submit(request("keystroke", LONG[40:60], max_tokens=1))
-    ended = []
-    rounds = 0
-    while engine.has_work:
-        rounds += not ended
-        ended += [output.request_id for output in engine.round() if output.finish_reason]
-    assert ended[0] == "keystroke"
-    assert rounds <= 4, "two chunks, at most one of which has to wait for an older prompt's"
+    first = [prefill.plan(num_decoding=0, round_s=0.0)[0].sequence for _ in range(5)]
+    assert first == [short, short, short, old, short]
 
 
 def test_the_time_of_a_prompt_token_is_learned_slowly_and_from_chunks_that_fill_a_tile() -> None:
@@ -338,6 +336,39 @@ def test_of_two_prompts_with_a_long_common_prefix_the_second_waits_and_copies_it
         for name, prompt in prompts.items():
             alone = make(target, None)
             assert answers[name] == run(alone, [request(name, prompt, max_tokens=2)])[name].token_ids
+
+
+@pytest.mark.parametrize("draft_too", [False, True])
+def test_a_short_prompt_is_read_before_long_ones_and_all_answers_are_those_alone(
+    draft_too: bool, target: Target, draft: Eagle3Draft, plans: list[tuple[RoundPlan, Columns]]
+) -> None:
+    engine = make(target, draft if draft_too else None, prefill_chunk_tokens=16)
+    requests = [request(name, prompt, max_tokens=4) for name, prompt in (("a", LONG), ("b", LONG[::-1]))]
+    requests.append(request("short", LONG[40:70], max_tokens=4))
+    answers = run(engine, requests, arrivals=[0, 0, 1])
+    order = [row.sequence.request.request_id for plan, _ in plans for row in plan.prompts[:1]]
+    assert order[:4] == ["a", "short", "short", "a"]
+    begun = [[row.sequence.request.request_id for row in plan.decoding] for plan, _ in plans]
+    assert begun[:4] == [[], [], [], ["short"]], "two chunks, then its first token"
+    if native.library() is not None:
+        for each in requests:
+            assert answers[each.request_id].token_ids == run(make(target, None), [each])[each.request_id].token_ids
+
+
+def test_what_a_shorter_prompt_has_read_of_a_common_prefix_the_older_one_copies(
+    target: Target, draft: Eagle3Draft, plans: list[tuple[RoundPlan, Columns]]
+) -> None:
+    """It goes on from what the older one has, which in its turn goes on from what it has: nothing is read twice."""
+    engine = make(target, draft, prefix_cache_mb=1, prefill_chunk_tokens=16)
+    requests = [request("a", LONG, max_tokens=4), request("b", [*LONG[:120], *[3] * 9], max_tokens=4)]
+    answers = run(engine, requests, arrivals=[0, 2])
+    rows = prompt_rows(plans)
+    assert rows["b"] == [(32, 16), (48, 16), (64, 16), (96, 16), (112, 16)]
+    assert rows["a"] == [(0, 16), (16, 16), (80, 16), (120, 16), (136, 13)], "its turn comes after three rounds"
+    assert engine.counters.cached_tokens == 32 + (80 - 32) + (96 - 80) + (120 - 96)
+    if native.library() is not None:
+        for each in requests:
+            assert answers[each.request_id].token_ids == run(make(target, None), [each])[each.request_id].token_ids
 
 
 def test_a_short_common_prefix_is_not_waited_for(target: Target, plans: list[tuple[RoundPlan, Columns]]) -> None:
