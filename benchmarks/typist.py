@@ -16,12 +16,15 @@ llama.vim shows what it knows, and llama.vim lets an answer end before it asks a
 
 Times are of whole answers, from the request. The share within 500 ms (1,000) is that of pauses that leave so long or
 longer. p50 and p95 are over those that leave 1 s or longer; what was cancelled counts as later than all others.
+
+With --agents, so many clients send chats of about 6,000 tokens meanwhile, each one as soon as its last one is answered.
 """
 
 from __future__ import annotations
 
 import argparse
 import inspect
+import itertools
 import json
 import math
 import random
@@ -29,16 +32,19 @@ import secrets
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import NamedTuple
 
-from aurora_lit.bench.load import Json
+from aurora_lit.bench.load import Answer, Json, ask, chat, sending
 from aurora_lit.errors import AuroraError
 from aurora_lit.progress import Progress
-from benchmarks.infilling import infill, own_fields
+from benchmarks.infilling import infill, own_fields, preceding_code
 
 _LINES_BEFORE, _LINES_AFTER, _CHUNK_LINES, _TOKENS, _MOST_PREDICT_MS = 256, 64, 32, 128, 250
 """llama.vim's defaults; a chunk is a part of another file."""
+_AGENT_CHARACTERS, _AGENT_TOKENS = 22_000, 16
+"""Of an agent's prompt, and of its answer."""
 _LIMITS_S = (0.5, 1.0)
 _MEDIANS_S, _SPREAD = {"in a word": 0.16, "word": 0.6, "line": 2.0}, {"in a word": 0.25, "word": 0.9, "line": 0.6}
 _LONGEST_S = 5.0
@@ -136,6 +142,11 @@ def type_keys(
     return asked
 
 
+def ask_as_agent(url: str, number: int) -> Answer:
+    """Send a long chat, whose prompt begins as no other one does."""
+    return ask(url, chat(preceding_code(number, _AGENT_CHARACTERS), stream=True, max_tokens=_AGENT_TOKENS))
+
+
 def print_report(asked: Sequence[Asked]) -> None:
     """The figures of the file's docstring."""
     answered = [a for a in asked if a.seconds is not None]
@@ -164,6 +175,7 @@ def main() -> int:
     parser.add_argument("--keys", type=int, default=200)
     parser.add_argument("--chunks", type=int, default=4, help="parts of other files in each request")
     parser.add_argument("--debounce", type=float, default=0.25, help="seconds without a key until a request")
+    parser.add_argument("--agents", type=int, default=0, help="clients that send long prompts meanwhile")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--plain", action="store_true", help="without speculation, of our server")
     parser.add_argument("--out", type=Path, help="JSON lines: each request")
@@ -179,7 +191,9 @@ def main() -> int:
         for number in range(len(extra) + 1):
             around = body_at("", "", extra[:number]) if number < len(extra) else body_at(before, newline + after, extra)
             infill(options.url, {**own, **around, "n_predict": 0})
-        asked = type_keys(options.url, before, keys, newline + after, extra, own, options.debounce)
+        agents = sending(lambda number: ask_as_agent(options.url, number), itertools.count(), clients=options.agents)
+        with agents if options.agents else nullcontext():
+            asked = type_keys(options.url, before, keys, newline + after, extra, own, options.debounce)
     except AuroraError as error:
         print(error, file=sys.stderr)
         return 1

@@ -371,6 +371,17 @@ def test_what_a_shorter_prompt_has_read_of_a_common_prefix_the_older_one_copies(
             assert answers[each.request_id].token_ids == run(make(target, None), [each])[each.request_id].token_ids
 
 
+def test_a_prompt_of_which_much_was_read_for_another_comes_before_a_shorter_one(
+    target: Target, plans: list[tuple[RoundPlan, Columns]]
+) -> None:
+    """When "a" has been read, little is left of "b"; before, "c" was the shorter one of the two."""
+    engine = make(target, None, prefix_cache_mb=1, prefill_chunk_tokens=16)
+    prompts = {"a": LONG, "b": [*LONG[:145], *[3] * 15], "c": LONG[:8:-1]}
+    run(engine, [request(name, prompt, max_tokens=1) for name, prompt in prompts.items()], arrivals=[0, 1, 1])
+    first = [plan.prompts[0].sequence.request.request_id for plan, _ in plans if plan.prompts]
+    assert first == ["a"] * 10 + ["b"] + ["c"] * 8
+
+
 def test_a_short_common_prefix_is_not_waited_for(target: Target, plans: list[tuple[RoundPlan, Columns]]) -> None:
     engine = make(target, None, prefix_cache_mb=1, prefill_chunk_tokens=200)
     run(engine, [request("a", [*LONG[:20], 1, 2], max_tokens=2), request("b", [*LONG[:20], 3, 4], max_tokens=2)])
