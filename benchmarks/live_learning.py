@@ -12,7 +12,7 @@ others none. The last prompts of each file are held out. After each phase the dr
 long requests took.
 
 Then the server ends, and benchmarks/one_process.py compares on the held-out prompts, file by file: the shipped draft,
-the draft that was served at the end of that phase, the last one of all (what was kept of a domain whose traffic ended),
+the draft that was served when its traffic first ended, the last one of all (what was kept of it since),
 the learned one with the traffic memory, and plain decoding. Two servers could not be compared so finely.
 """
 
@@ -34,12 +34,12 @@ from typing import NamedTuple
 import numpy as np
 import psutil
 
-from aurora_lit.bench.load import Chat, Json, ask, chat, send_at, sending, status
+from aurora_lit.bench.load import Json, ask, body_of, send_at, sending, status
 from aurora_lit.bench.servers import free_port, running_server
 from aurora_lit.config import load_config
 from aurora_lit.drafts.store import DraftStore
 from aurora_lit.errors import ConfigError
-from aurora_lit.learn.pretrain.prompts import encode_prompt, read_prompts
+from aurora_lit.learn.pretrain.prompts import Prompt, encode_prompt, read_prompts
 from aurora_lit.serve.worker.load_models import load_tokenizer
 from benchmarks import one_process
 
@@ -70,19 +70,19 @@ class Sent(NamedTuple):
         )
 
 
-def send(url: str, chats: Iterator[Chat], *, seconds: float, clients: int, max_tokens: int) -> Sent:
+def send(url: str, prompts: Iterator[Prompt], *, seconds: float, clients: int, max_tokens: int) -> Sent:
     """Keep `clients` requests running for so long. Raises ConfigError if there are too few prompts."""
-    with sending(functools.partial(ask, url), bodies(chats, max_tokens), clients=clients) as running:
+    with sending(functools.partial(ask, url), bodies(prompts, max_tokens), clients=clients) as running:
         running.wait(seconds)
     return Sent.of([(answer.tokens, answer.seconds) for answer in running.answers])
 
 
-def bodies(chats: Iterator[Chat], max_tokens: int) -> Iterator[Json]:
+def bodies(prompts: Iterator[Prompt], max_tokens: int) -> Iterator[Json]:
     """Requests with these prompts, every second one greedy. Raises ConfigError at their end."""
-    for number, turns in enumerate(chats):
+    for number, prompt in enumerate(prompts):
         temperature = 0.0 if number % 2 else None
         how: Json = {"max_tokens": max_tokens, "temperature": temperature, "seed": number}
-        yield chat(turns, **how, cache_salt="all", store=True)
+        yield body_of(prompt, **how, cache_salt="all", store=True)
     raise ConfigError("--phases: a file has fewer prompts than a phase sends; give more, or less --seconds")
 
 
@@ -146,6 +146,7 @@ def main() -> int:
     """Measure and print; exit code 1 if answers differ."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--phases", nargs="+", type=Path, required=True, help="JSONL files of prompts")
+    parser.add_argument("--config", type=Path, help="a preset's name or a YAML file; without it that of SmolLM2")
     parser.add_argument("--seconds", type=float, default=600.0, help="of each phase")
     parser.add_argument("--clients", type=int, default=4)
     parser.add_argument("--arrivals", type=Path, help="send at these times instead of in turn")
@@ -162,13 +163,16 @@ def main() -> int:
         )
     options.out.mkdir(parents=True, exist_ok=True)
     held_out = 2 * (options.turns + options.warm_up)
-    chats = {path: fitting_chats(path, options) for path in options.phases}
-    report: Json = {"overrides": options.overrides, "clients": options.clients, "phases": [], "rows": []}
-    drafts = _serve({path: iter(each[:-held_out]) for path, each in chats.items()}, options, report)
-    for path, learned in zip(options.phases, drafts, strict=True):
+    prompts = {path: fitting_prompts(path, options) for path in options.phases}
+    report: Json = {name: str(getattr(options, name)) for name in ("config", "overrides", "clients")}
+    report |= {"phases": [], "rows": []}
+    drafts = _serve({path: iter(each[:-held_out]) for path, each in prompts.items()}, options, report)
+    first = {path: drafts[options.phases.index(path)] for path in options.phases}
+    for path, learned in first.items():
         compared = argparse.Namespace(
+            config=options.config,
             prompts=[path],
-            skip=len(chats[path]) - held_out,
+            skip=len(prompts[path]) - held_out,
             temperatures=[0.0, 1.0],
             clients=1,
             turns=options.turns,
@@ -184,21 +188,21 @@ def main() -> int:
     return int(any(row["unequal"] for row in report["rows"]))
 
 
-def fitting_chats(path: Path, options: argparse.Namespace) -> list[Chat]:
+def fitting_prompts(path: Path, options: argparse.Namespace) -> list[Prompt]:
     """The prompts of a file that leave room for an answer, as one_process.py has them."""
-    config = load_config(None, options.overrides)
+    config = load_config(options.config, options.overrides)
     tokenizer, room = load_tokenizer(config), config.engine.max_seq_len - options.max_tokens
-    return [prompt.chat for prompt in read_prompts(path) if len(encode_prompt(tokenizer, prompt)) <= room]
+    return [prompt for prompt in read_prompts(path) if len(encode_prompt(tokenizer, prompt)) <= room]
 
 
 def _write(out: Path, report: Json) -> None:
     (out / "report.json").write_text(json.dumps(report, indent=2) + "\n")
 
 
-def _serve(traffic: dict[Path, Iterator[Chat]], options: argparse.Namespace, report: Json) -> list[str | None]:
+def _serve(traffic: dict[Path, Iterator[Prompt]], options: argparse.Namespace, report: Json) -> list[str | None]:
     """Send all traffic; the folder of the draft that was served at the end of each phase, None: the shipped one."""
     overrides = [f"checkpoint.dir={options.out / 'versions'}", *options.overrides]
-    config = load_config(None, overrides)
+    config = load_config(options.config, overrides)
     config = replace(config, server=replace(config.server, port=free_port()))
     store = DraftStore(Path(config.checkpoint.dir) / config.checkpoint.run)
     drafts: list[str | None] = []

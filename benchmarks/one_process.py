@@ -62,9 +62,11 @@ class Turn(NamedTuple):
         return self.num_tokens / self.seconds
 
 
-def build_arms(arms: Mapping[str, list[str]], overrides: Sequence[str]) -> tuple[dict[str, Engine], Any]:
+def build_arms(
+    arms: Mapping[str, list[str]], overrides: Sequence[str], *, config: Path | None = None
+) -> tuple[dict[str, Engine], Any]:
     """An engine for each arm, on one target, and the tokenizer. Raises ConfigError if arms have different targets."""
-    configs = {name: load_config(None, [*overrides, *own]) for name, own in arms.items()}
+    configs = {name: load_config(config, [*overrides, *own]) for name, own in arms.items()}
     first = next(iter(configs.values()))
     use_threads(first.engine.threads)
     target, engines, tokenizer = load_serving_target(first), {}, None
@@ -110,6 +112,7 @@ def main() -> int:
     """Measure and print; exit code 1 if answers differ."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--prompts", nargs="+", type=Path, required=True, help="JSONL files, taken in turn")
+    parser.add_argument("--config", type=Path, help="a preset's name or a YAML file; without it that of SmolLM2")
     parser.add_argument("--skip", type=int, default=0, help="prompts to begin after")
     parser.add_argument(
         "--arm", dest="arms", action="append", required=True, metavar="NAME=KEY=VALUE,…", help="twice or more"
@@ -136,7 +139,7 @@ def main() -> int:
 
 def measure(arms: Mapping[str, list[str]], options: argparse.Namespace) -> list[dict[str, Any]]:
     """Take all turns, and print the table."""
-    engines, tokenizer = build_arms(arms, options.overrides)
+    engines, tokenizer = build_arms(arms, options.overrides, config=options.config)
     room = next(iter(engines.values())).max_seq_len - options.max_tokens
     prompts = load_prompts(options.prompts, limit=None, tokenizer=tokenizer, max_prompt_tokens=room)[options.skip :]
     if not prompts:

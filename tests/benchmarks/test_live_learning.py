@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from aurora_lit.bench.load import Answer, Chat, Json
+from aurora_lit.bench.load import Answer, Json
 from aurora_lit.errors import ConfigError
+from aurora_lit.learn.pretrain.prompts import Prompt
 from benchmarks import live_learning
 from benchmarks.live_learning import Sent, arms_of, phase_report, read_arrivals, send
 
@@ -34,8 +35,8 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, float | None]]:
     return found
 
 
-def chats(texts: Iterable[str]) -> Iterator[Chat]:
-    return ([{"role": "user", "content": text}] for text in texts)
+def chats(texts: Iterable[str]) -> Iterator[Prompt]:
+    return (Prompt(domain="", messages=(text,)) for text in texts)
 
 
 def test_every_second_prompt_is_greedy_and_too_few_are_an_error(asked: list[tuple[str, float | None]]) -> None:
