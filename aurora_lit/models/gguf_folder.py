@@ -8,8 +8,9 @@
       manifest written last, fsync, renamed                       <cache>/models/FOLDER/
 
 The weights stay in the GGUF file; loading.py reads them from there. A folder under models/ is complete or absent: it
-appears by a rename, and its manifest lists every file with its size. A second process that needs the same model waits
-for a file lock and then finds the folder.
+appears by a rename, and its manifest lists every file with its size and, unless it is a link, its SHA-256. The small
+files are compared with it whenever the folder is used, the weights when they are read (`check_weights`). A second
+process that needs the same model waits for a file lock and then finds the folder.
 
 Leaves out: how a file is downloaded (package_index.py), other sources and the location of the cache (source.py).
 """
@@ -105,12 +106,29 @@ def folder_of_file(path: Path, *, cache_dir: Path, local_only: bool = False) -> 
 
 
 def is_complete(folder: Path) -> bool:
-    """True if the folder has its manifest and every file in it has the listed size."""
+    """True if the folder has its manifest, every file has the listed size, and the small ones their SHA-256."""
     try:
-        files = json.loads((folder / MANIFEST_NAME).read_text())["files"]
-        return all((folder / name).stat().st_size == size_bytes for name, size_bytes in files.items())
+        manifest = json.loads((folder / MANIFEST_NAME).read_text())
+        if any((folder / name).stat().st_size != size_bytes for name, size_bytes in manifest["files"].items()):
+            return False
+        digests = manifest["sha256"].items()
+        return all(file_sha256(folder / name) == digest for name, digest in digests if not name.endswith(".gguf"))
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
+
+
+def check_weights(folder: Path) -> None:
+    """Compare the GGUF file with the folder's manifest; nothing of a folder without one, or if it is a user's file.
+
+    Raises SourceError if it was altered.
+    """
+    try:
+        digests = json.loads((folder / MANIFEST_NAME).read_text())["sha256"]
+    except (OSError, ValueError, KeyError):
+        return
+    for name in (name for name in digests if name.endswith(".gguf")):
+        if file_sha256(folder / name) != digests[name]:
+            raise SourceError(f"{folder / name} was altered since it was downloaded; remove its folder to get it again")
 
 
 @dataclass(frozen=True)
@@ -189,6 +207,7 @@ def _build_folder(folder: Path, origin: _Origin) -> None:
             "conversion": _CONVERSION,
             "transformers": importlib.metadata.version("transformers"),
             "files": {path.name: path.stat().st_size for path in sorted(partial.iterdir())},
+            "sha256": {path.name: file_sha256(path) for path in sorted(partial.iterdir()) if not path.is_symlink()},
         }
         (partial / MANIFEST_NAME).write_text(json.dumps(manifest, indent=2) + "\n")
         for path in partial.iterdir():

@@ -34,6 +34,7 @@ from aurora_lit.kernels import native
 from aurora_lit.kernels.packed_linear import PackedLinear, pack_model
 from aurora_lit.models import packed_file
 from aurora_lit.models.gguf import gguf_in
+from aurora_lit.models.gguf_folder import check_weights
 from aurora_lit.models.interface import CPU
 from aurora_lit.models.native_target import NativeTarget, make_native, packed_contents, read_native
 from aurora_lit.models.source import UNQUANTISED, check_names, loading_error, unreadable_weights
@@ -111,6 +112,7 @@ def _load(folder: Path, *, precision: str, device: torch.device) -> NativeTarget
     if (unreadable := unreadable_weights(folder)) is not None:
         raise SourceError(f"target.source: {folder} {unreadable}; {UNQUANTISED}")
     with waiting(f"Loading {folder.name}"):
+        check_weights(folder)
         model = _packed_from_gguf(folder, precision) if packing and gguf_in(folder) is not None else None
         if model is None:
             model = transformers_model(folder, dtype=torch.float32 if packing else dtype)

