@@ -4,9 +4,10 @@ The prompt with the fewest unread tokens comes first, so that an editor's comple
 prompts. After three rounds that began with others the oldest prompt comes first. So of any four rounds with prompt
 tokens one begins with the oldest, whatever else arrives: it is read to its end, and then the next one is the oldest.
 
-While nobody decodes, a round computes as many prompt tokens as `PREFILL_CHUNK_TOKENS`. Beside sequences
-that decode, prompt tokens share their pass, as many as keep the round below MAX_ROUND_S, or below 2.25 times
-what it takes without them if that is longer: these sequences wait no longer than that for their next token.
+While nobody decodes, a round computes as many prompt tokens as take MAX_ALONE_S, `PREFILL_CHUNK_TOKENS` at most: a new
+prompt waits no longer than that for its turn. Beside sequences that decode, prompt tokens share their pass, as many as
+keep the round below MAX_ROUND_S, or below 2.25 times what it takes without them if that is longer: these sequences wait
+no longer than that for their next token.
 
 A prefix that another slot or the store has is copied instead. It is searched for when a prompt arrives, when another
 has been read, and when a prompt comes first after another: that one may have the same beginning.
@@ -36,6 +37,10 @@ from aurora_lit.serve.engine.target_runner import Columns, TargetRunner
 
 PREFILL_CHUNK_TOKENS = 256
 """Most prompt tokens that are computed in one round."""
+MAX_ALONE_S = 0.1
+"""Longest round while no sequence decodes, in seconds, if it has more than _LEAST_ALONE tokens."""
+_LEAST_ALONE = 64
+"""Prompt tokens of such a round at least; with fewer, reading the weights is what takes the time."""
 MAX_ROUND_S = 0.020
 """Longest round beside sequences that decode, in seconds. With a shorter one running answers pause for less, and new
 requests wait longer for their first token. The draft catches up with a prompt by as much as fits into it."""
@@ -144,7 +149,8 @@ class Prefill:
     def _budget(self, num_decoding: int, round_s: float) -> int:
         """Prompt tokens of this round."""
         if not num_decoding:
-            return self._chunk_tokens
+            fitting = int(MAX_ALONE_S / self._token_s) if self._token_s else self._chunk_tokens
+            return min(max(fitting, _LEAST_ALONE), self._chunk_tokens)
         if self._token_s is None:
             return min(_LEAST_TOKENS, self._chunk_tokens)
         room_s = max(self._max_round_s - round_s, _LEAST_SHARE * round_s)
