@@ -111,7 +111,7 @@ def is_complete(folder: Path) -> bool:
         manifest = json.loads((folder / MANIFEST_NAME).read_text())
         if any((folder / name).stat().st_size != size_bytes for name, size_bytes in manifest["files"].items()):
             return False
-        digests = manifest["sha256"].items()
+        digests = manifest.get("sha256", {}).items()  # older folders have none
         return all(file_sha256(folder / name) == digest for name, digest in digests if not name.endswith(".gguf"))
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
