@@ -7,10 +7,11 @@ produced for a request. They are plain data without torch, which msgpack carries
 from __future__ import annotations
 
 import secrets
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import IntEnum
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Protocol, TypeVar
 
 MAX_DOMAIN_CHARACTERS = 64
 """Longest label of a domain. Labels are printable."""
@@ -142,6 +143,30 @@ class Client(NamedTuple):
 
 
 UNKNOWN_CLIENT = Client()
+
+
+class _OfClient(Protocol):
+    @property
+    def client(self) -> str: ...
+
+
+_T = TypeVar("_T", bound=_OfClient)
+
+
+def oldest_of_busiest(items: Collection[_T]) -> _T:
+    """Of items from old to new, the oldest one of the client that has most of them: it is the next to make room."""
+    ((busiest, _),) = Counter(each.client for each in items).most_common(1)
+    return next(each for each in items if each.client == busiest)
+
+
+def by_turns(items: Iterable[_T]) -> list[_T]:
+    """The first item of each client, then the second of each, and so on."""
+    counts: Counter[str] = Counter()
+    turns: list[tuple[int, _T]] = []
+    for each in items:
+        counts[each.client] += 1
+        turns.append((counts[each.client], each))
+    return [each for _, each in sorted(turns, key=lambda turn: turn[0])]
 
 
 @dataclass(frozen=True, kw_only=True)

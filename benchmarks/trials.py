@@ -20,6 +20,7 @@ import itertools
 import math
 import random
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 from aurora_lit.drafts.evidence import NEEDED_AGAINST, Evidence
 from aurora_lit.drafts.live_watch import REQUEST_ROUNDS, TRIAL_REQUESTS, LiveWatch, TrafficKind
@@ -29,6 +30,7 @@ CHAIN = 4
 """First choices a round."""
 DOMAINS = {"code": (5, 2.6), "chat": (4, 2.0), "mails": (1, 2.3)}
 """Share of the requests, and mean accepted length in tokens a round."""
+HOSTILE = "hostile"
 PAIRED_NOISE, SPREAD = 0.06, 0.15
 """Standard deviations as shares of the accepted length: of a request's change, and of requests of a domain."""
 
@@ -59,19 +61,47 @@ def lengths(chance: random.Random, *, spread: float) -> Iterator[tuple[str, floa
         yield domain, DOMAINS[domain][1] * (1 + spread * heavy_tailed(chance))
 
 
+@dataclass(frozen=True, kw_only=True)
+class Clients:
+    """Who asks: so many honest clients, by turns at random."""
+
+    honest: int = 1
+    hostile: float = 0.0
+    """Share of requests of one more client, whose text is easy before the swap and hard after it."""
+
+    def draw(self, chance: random.Random) -> str:
+        """Who sends the next request."""
+        return HOSTILE if chance.random() < self.hostile else str(chance.randrange(self.honest))
+
+
+ALONE = Clients()
+
+
 def serve(
-    watch: LiveWatch, chance: random.Random, *, number: int, change: float = 0.0, spread: float = SPREAD
+    watch: LiveWatch,
+    chance: random.Random,
+    *,
+    number: int,
+    change: float = 0.0,
+    spread: float = SPREAD,
+    clients: Clients = ALONE,
+    hostile_length: float = 0.0,
 ) -> int | None:
-    """Serve so many requests; returns after how many the version was called bad, or None."""
+    """Serve so many requests; returns after how many the version was called bad, or None.
+
+    hostile_length: accepted length of all that the hostile client sends.
+    """
     names = itertools.count()
     for count, (domain, length) in enumerate(itertools.islice(lengths(chance, spread=spread), number), 1):
-        rate = RATES[max(0, min(len(RATES) - 1, round(100 * (length * (1 + change) - 1))))]
+        client = clients.draw(chance)
+        length = hostile_length if client == HOSTILE else length * (1 + change)
+        rate = RATES[max(0, min(len(RATES) - 1, round(100 * (length - 1))))]
         num_rounds, name = chance.randint(4, 2 * REQUEST_ROUNDS), f"{next(names)}"
         for round_number in range(num_rounds):
             accepted = next((i for i in range(CHAIN) if chance.random() >= rate), CHAIN)
             verdict = watch.observe(
                 request=name,
-                traffic=TrafficKind(domain),
+                traffic=TrafficKind(domain, client=client),
                 proposed=CHAIN,
                 accepted=accepted,
                 is_last=round_number + 1 == num_rounds,
@@ -81,12 +111,14 @@ def serve(
     return None
 
 
-def live_trial(seed: int, *, change: float, number: int, before: int = 256, spread: float = SPREAD) -> int | None:
+def live_trial(
+    seed: int, *, change: float, number: int, before: int = 256, spread: float = SPREAD, clients: Clients = ALONE
+) -> int | None:
     """One trial after a swap, of a draft whose accepted length differs by this share."""
     chance, watch = random.Random(seed), LiveWatch()
-    serve(watch, chance, number=before, spread=spread)
+    serve(watch, chance, number=before, spread=spread, clients=clients, hostile_length=CHAIN)
     watch.swapped(trusted=False)
-    return serve(watch, chance, number=number, change=change, spread=spread)
+    return serve(watch, chance, number=number, change=change, spread=spread, clients=clients, hostile_length=1.0)
 
 
 def paired_trial(seed: int, *, change: float, number: int, finds_worse: bool, noise: float) -> int | None:

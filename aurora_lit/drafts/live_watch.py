@@ -7,7 +7,15 @@ the draft is, and traffic changes its mix of domains, temperatures, grammars and
 worse one. The request's place among those before it in the same kind of traffic is evidence (drafts/evidence.py): an
 equal draft's has any place as likely as any other, however much requests differ and however few came before. A
 version is on trial once, for its first requests: a bad draft is bad from its first round on, later changes are due to
-traffic. Leaves out the rollback itself (drafts/hot_reload.py) and the gate before publishing (learn/online/gate.py).
+traffic.
+
+Clients weigh, not requests. A client's requests are compared with its own, so that what one sends says nothing about
+another's, nor does another mix of clients after the swap. Those of clients with few requests are compared with each
+other, if they are enough together. A version is bad only if several clients agree (`agreed`), unless one alone has
+asked: one that sends easy text before a swap and hard text after it rolls nothing back. By the opposite it can keep a
+bad draft from being rolled back, which costs the others speed until the next version passes the gate.
+
+Leaves out the rollback itself (drafts/hot_reload.py) and the gate before publishing (learn/online/gate.py).
 
     watch = LiveWatch()
     watch.swapped(trusted=False)                                            # the trial of a new version begins
@@ -17,12 +25,13 @@ traffic. Leaves out the rollback itself (drafts/hot_reload.py) and the gate befo
 from __future__ import annotations
 
 from bisect import insort
-from collections import Counter, OrderedDict, deque
-from collections.abc import Iterable
+from collections import Counter, OrderedDict
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from aurora_lit.drafts.evidence import NEEDED_AGAINST, DomainEvidence, place_among
+from aurora_lit.drafts.evidence import FEWEST_FOR_A_SAY, NEEDED_AGAINST, DomainEvidence, agreed, place_among
+from aurora_lit.request import oldest_of_busiest
 
 TRIAL_REQUESTS = 128
 """Length of a trial, requests included that are not compared."""
@@ -33,17 +42,20 @@ REQUEST_ROUNDS = 32
 _QUIET_ROUNDS = 1024
 """A request of which nothing came in so many rounds is over, such as one that was cancelled."""
 _REMEMBERED_REQUESTS = 256
-"""Requests of a version that the next one is compared with, the latest."""
+"""Requests of a version that the next one is compared with, the latest of each client."""
 _ENOUGH_REQUESTS = 32
 """Of a kind of traffic; if a version had fewer, those of the versions before it count too."""
 _MOST_SWAPS = 4
 """After so many swaps a kind of traffic that has not come since is forgotten: drafts and traffic have changed."""
 _FEWEST_CHOICES = 32
 """Fewest choices at a place of the chain for their mean to be used."""
+_FEWEST_OF_OTHERS = 16
+"""Fewest requests, of a kind, that clients with few requests must have sent together to be compared."""
 
 
 class TrafficKind(NamedTuple):
-    """What makes a draft right more or less often, however good it is: only rounds that agree in it are compared."""
+    """What makes a draft right more or less often, however good it is: only rounds that agree in it are compared, but
+    for clients with few requests."""
 
     domain: str = ""
     """What the request is served as."""
@@ -53,9 +65,11 @@ class TrafficKind(NamedTuple):
     """True if a grammar constrains the answer."""
     has_options: bool = False
     """True if penalties, a bias, top-k, top-p or min-p change the target's distribution; the draft knows of none."""
+    client: str = ""
+    """Who asks (`Client.source`); "" if that is unknown."""
 
 
-@dataclass
+@dataclass(eq=False)
 class _Request:
     """How often the draft's first choices were right in one request."""
 
@@ -66,6 +80,15 @@ class _Request:
     """How many choices the answer tells about, by their place in the round's chain."""
     right: list[int] = field(default_factory=list)
     is_counted: bool = False
+
+    @property
+    def client(self) -> str:
+        return self.traffic.client
+
+    @property
+    def kind(self) -> TrafficKind:
+        """Its kind of traffic, whoever asks."""
+        return self.traffic._replace(client="")
 
     @property
     def num_rounds(self) -> int:
@@ -87,10 +110,11 @@ class LiveWatch:
         """No trial runs before the first swap."""
         self._open: OrderedDict[str, _Request] = OrderedDict()
         """Requests that may go on, the one with the latest round last."""
-        self._latest: deque[_Request] = deque(maxlen=_REMEMBERED_REQUESTS)
+        self._latest: list[_Request] = []
         """Those of the present version that have been counted."""
         self._num_rounds = 0
         self._before: dict[TrafficKind, _Before] = {}
+        """By kind, whoever asks."""
         self._on_trial = self._was_bad = False
 
     def swapped(self, *, trusted: bool) -> None:
@@ -100,6 +124,8 @@ class LiveWatch:
             self._remember([*self._latest, *(each for each in self._open.values() if not each.is_counted)])
         self._on_trial = bool(self._before) and not trusted
         self._evidence = DomainEvidence()
+        self._heard: set[str | None] = {client for before in self._before.values() for client in before.clients}
+        """Clients that have a say; None: those with few requests."""
         self._num_requests = self._num_compared = 0
         self._num_choices, self._lead = 0, 0.0
         self._was_bad = False
@@ -130,14 +156,15 @@ class LiveWatch:
         """The next version is compared with these."""
         by_kind: dict[TrafficKind, list[_Request]] = {}
         for each in requests:
-            by_kind.setdefault(each.traffic, []).append(each)
+            by_kind.setdefault(each.kind, []).append(each)
         known: dict[TrafficKind, _Before] = {}
         for traffic, older in self._before.items():
             if traffic not in by_kind and older.age < _MOST_SWAPS:
                 known[traffic] = _Before(older.requests, age=older.age + 1)
         for traffic, latest in by_kind.items():
             if len(latest) < _ENOUGH_REQUESTS and traffic in self._before:
-                latest = [*self._before[traffic].requests, *latest][-_REMEMBERED_REQUESTS:]
+                latest = [*self._before[traffic].requests, *latest]
+                _forget_beyond(_REMEMBERED_REQUESTS, latest)
             known[traffic] = _Before(latest)
         self._before = known
 
@@ -147,11 +174,12 @@ class LiveWatch:
             return None
         request.is_counted = True
         self._latest.append(request)
+        _forget_beyond(_REMEMBERED_REQUESTS, self._latest)
         if not self._on_trial:
             return None
         self._num_requests += 1
         self._judge(request)
-        if self._evidence.value < NEEDED_AGAINST:
+        if agreed(self._evidence.without, self._heard) < NEEDED_AGAINST:
             is_acquitted = self._num_compared >= _ACQUITTAL_REQUESTS and self._evidence.value < 1
             self._on_trial = self._num_requests < TRIAL_REQUESTS and not is_acquitted
             return None
@@ -165,13 +193,15 @@ class LiveWatch:
 
     def _judge(self, request: _Request) -> None:
         """Compare a request with those before the swap, if there were any of its kind."""
-        before = self._before.get(request.traffic)
-        if before is None or not before.rates:
+        before = self._before.get(request.kind)
+        place = before.place(request) if before is not None and before.rates else None
+        if before is None or place is None:
             return
+        self._heard.add(request.client)
         self._num_compared += 1
         self._num_choices += sum(request.reached[: len(before.rates)])
         self._lead += before.lead(request) * request.num_rounds
-        self._evidence.add_lead(request.traffic.domain, -before.place(request))
+        self._evidence.add_lead(request.traffic.domain, -place, client=request.client)
 
 
 class _Before:
@@ -188,16 +218,39 @@ class _Before:
         """How often choices were right, by place, as far as there were enough."""
         while reached[len(self.rates)] >= _FEWEST_CHOICES:
             self.rates.append(right[len(self.rates)] / reached[len(self.rates)])
-        self._leads = sorted(map(self.lead, requests))
+        by_client: dict[str, list[float]] = {}
+        for each in requests:
+            by_client.setdefault(each.client, []).append(self.lead(each))
+        enough = 1 if len(by_client) == 1 else FEWEST_FOR_A_SAY
+        self._leads: dict[str | None, list[float]] = {
+            client: sorted(leads) for client, leads in by_client.items() if len(leads) >= enough
+        }
+        of_others = sorted(lead for leads in by_client.values() if len(leads) < enough for lead in leads)
+        if len(of_others) >= _FEWEST_OF_OTHERS:
+            self._leads[None] = of_others
+
+    @property
+    def clients(self) -> Collection[str | None]:
+        """Those that have enough requests for a comparison with their own; None: the others have together."""
+        return self._leads.keys()
 
     def lead(self, request: _Request) -> float:
         """Choices a round that were right more than expected; below 0: fewer."""
         counts = zip(request.right, request.reached, self.rates, strict=False)
         return sum(right - reached * rate for right, reached, rate in counts) / request.num_rounds
 
-    def place(self, request: _Request) -> float:
-        """Place among these and the requests since, to which it is added."""
+    def place(self, request: _Request) -> float | None:
+        """Place among these and the requests since of its client, to which it is added; None: they are too few."""
+        leads = self._leads.get(request.client, self._leads.get(None))
+        if leads is None:
+            return None
         lead = self.lead(request)
-        place = place_among(self._leads, lead)
-        insort(self._leads, lead)
+        place = place_among(leads, lead)
+        insort(leads, lead)
         return place
+
+
+def _forget_beyond(number: int, requests: list[_Request]) -> None:
+    """Or one client would have others forgotten by sending many."""
+    while len(requests) > number:
+        requests.remove(oldest_of_busiest(requests))

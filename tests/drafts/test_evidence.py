@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import pytest
 
-from aurora_lit.drafts.evidence import NEEDED_AGAINST, DomainEvidence, Evidence, place_among
+from aurora_lit.drafts.evidence import NEEDED_AGAINST, DomainEvidence, Evidence, agreed, place_among
 from benchmarks import trials
 
 LAWS: dict[str, Callable[[random.Random], float]] = {
@@ -86,3 +86,30 @@ def test_trials_are_as_sharp_as_they_are_said_to_be() -> None:
     assert sum(each is not None for each in found) >= 180
     live = [trials.live_trial(seed, change=-0.1, number=80) for seed in range(30)]
     assert sum(each is not None for each in live) >= 22
+
+
+def test_no_client_brings_more_than_a_third_of_what_clients_agree_on() -> None:
+    evidence = DomainEvidence()
+    for number in range(40):
+        evidence.add_lead(str(number % 2), 1.0, client="hostile")
+    clients: list[str | None] = ["hostile", "a", "b"]
+    assert evidence.value > 1e6
+    assert agreed(evidence.without, ["hostile"]) == evidence.value, "it is the only one"
+    assert agreed(evidence.without, clients) == pytest.approx(1.0)
+    for number in range(12):
+        evidence.add_lead(str(number % 2), 0.8, client="ab"[number % 2])
+    of_two = evidence.without("hostile")
+    assert 1 < agreed(evidence.without, clients) == of_two**1.5 < evidence.value
+
+
+def test_whatever_one_client_does_equal_drafts_reach_evidence_no_oftener_than_the_bound_allows() -> None:
+    """It sees all that is known, and bets against the draft."""
+    chance, reached = random.Random(5), 0
+    for _ in range(400):
+        evidence, top = Evidence(), 0.0
+        for number in range(120):
+            lead = chance.uniform(-1, 1) if number % 4 else 1.0
+            evidence.add_lead(lead, client=str(number % 4))
+            top = max(top, agreed(evidence.without, "0123"))
+        reached += top >= 8
+    assert reached / 400 < 1 / 4, "8 to the power of 2/3"

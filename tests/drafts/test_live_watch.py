@@ -269,3 +269,69 @@ def test_without_observations_to_compare_with_nothing_is_rolled_back() -> None:
     watch = LiveWatch()
     assert observe(watch, rounds(rng, 0.0), 500) is None
     assert observe(watched(rounds(rng, 0.7), num_before=20), rounds(rng, 0.0), 500) is None
+
+
+def by_clients(chance: random.Random, shares: dict[str, float], rates: dict[str, float]) -> Draw:
+    """Each request is of a client, drawn by these shares, whose proposals are accepted at its rate."""
+
+    def draws() -> Iterator[tuple[TrafficKind, int, int]]:
+        while True:
+            (client,) = chance.choices(list(shares), list(shares.values()))
+            for _ in range(ROUNDS_OF_REQUEST):
+                yield TrafficKind(client=client), 4, num_accepted(chance, rates[client], 4)
+
+    return draws().__next__
+
+
+HONEST = {"a": 0.6, "b": 0.5, "c": 0.7}
+
+
+@pytest.mark.parametrize("share", [0.25, 0.5, 0.9])
+def test_a_client_with_easy_text_before_a_swap_and_hard_text_after_it_rolls_nothing_back(share: float) -> None:
+    """Of an equal draft one in 17 at most is, whatever the client does."""
+    chance, called = random.Random(15), 0
+    shares = dict.fromkeys(HONEST, (1 - share) / 3) | {"hostile": share}
+    for _ in range(12):
+        watch = watched(by_clients(chance, shares, HONEST | {"hostile": 0.95}), num_before=4000)
+        called += observe(watch, by_clients(chance, shares, HONEST | {"hostile": 0.0}), TRIAL_ROUNDS) is not None
+    assert called <= 2
+
+
+def test_a_bad_draft_is_rolled_back_though_one_of_several_clients_sends_easy_text_or_none() -> None:
+    chance = random.Random(16)
+    bad = dict.fromkeys(HONEST, 0.2)
+    for shares, quiet in (({"a": 1.0, "b": 1.0, "c": 1.0}, {}), ({"a": 2.0, "b": 1.0}, {"c": 1.0})):
+        for _ in range(10):
+            watch = watched(by_clients(chance, shares | quiet, HONEST), num_before=1200)
+            found = observe(watch, by_clients(chance, shares, bad), TRIAL_ROUNDS)
+            assert found is not None
+            assert found[0] < 40 * ROUNDS_OF_REQUEST
+
+
+def test_another_mix_of_clients_is_not_blamed_on_the_draft() -> None:
+    """Some clients' text is hard for any draft."""
+    chance = random.Random(17)
+    rates = {"easy": 0.8, "hard": 0.3}
+    for _ in range(10):
+        watch = watched(by_clients(chance, {"easy": 0.8, "hard": 0.2}, rates), num_before=1200)
+        assert observe(watch, by_clients(chance, {"easy": 0.1, "hard": 0.9}, rates), TRIAL_ROUNDS) is None
+
+
+def test_many_clients_with_few_requests_are_compared_with_each_other() -> None:
+    chance = random.Random(18)
+    names = [str(number) for number in range(200)]
+    for rate, is_bad in ((0.6, False), (0.2, True)):
+        shares = dict.fromkeys(names, 1.0)
+        watch = watched(by_clients(chance, shares, dict.fromkeys(names, 0.6)), num_before=100 * ROUNDS_OF_REQUEST)
+        found = observe(watch, by_clients(chance, shares, dict.fromkeys(names, rate)), TRIAL_ROUNDS)
+        assert (found is not None) is is_bad
+
+
+def test_a_client_with_many_requests_does_not_have_others_forgotten() -> None:
+    """It would be the only one then, and decide alone."""
+    chance = random.Random(19)
+    watch = LiveWatch()
+    observe(watch, by_clients(chance, {"a": 1.0, "b": 1.0}, HONEST), 20 * ROUNDS_OF_REQUEST)
+    observe(watch, by_clients(chance, {"hostile": 1.0}, {"hostile": 0.95}), 600 * ROUNDS_OF_REQUEST)
+    watch.swapped(trusted=False)
+    assert observe(watch, by_clients(chance, {"hostile": 1.0}, {"hostile": 0.0}), TRIAL_ROUNDS) is None

@@ -148,6 +148,7 @@ def _kind(request: Request, output: Output) -> TrafficKind:
         temperature=round(params.temperature, 1),
         has_grammar=params.structured_outputs is not None,
         has_options=has_options(params),
+        client=request.client.source,
     )
 
 
