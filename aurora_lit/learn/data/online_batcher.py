@@ -1,10 +1,11 @@
 """Chooses the traces of each batch: live traffic as it arrives, mixed with replay.
 
 A live trace waits until a batch takes it; then it goes to the reservoir, from where it may be drawn again as replay.
-When more arrives than can be trained on, the most informative traces are taken, and the oldest ones go to the reservoir
-without having been in a batch. While there are several clients, none gets more than its share of a batch, live and
-replayed traces together, nor of its live part, so that what is replayed of that client has room. Leaves out padding
-(learn/data/collate.py) and requests kept out of training (learn/online/held_out.py), which never come here.
+When more arrives than can be trained on, clients have turns: the most informative trace of each is taken, then its
+second; the oldest of the client that has most of them go to the reservoir without having been in a batch. While there
+are several clients, none gets more than its share of a batch, live and replayed traces together, nor of its live part,
+so that what is replayed of that client has room. Leaves out padding (learn/data/collate.py) and requests kept out of
+training (learn/online/held_out.py), which never come here.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from aurora_lit.learn.data.trace_parts import (
     trained_positions,
 )
 from aurora_lit.modules.losses.batch import OnlineBatch
-from aurora_lit.request import Source
+from aurora_lit.request import Source, by_turns, oldest_of_busiest
 from aurora_lit.traces.record import Trace
 
 MAX_PASSES = 4
@@ -34,6 +35,8 @@ probe would be 70 % of its loss, each 140 times a replayed one, and a probe ever
 MAX_CLIENT_SHARE = 0.5
 """Largest share of a batch's positions from one client while there are others. A client is the request's `user`, else
 its network address."""
+_MOST_INFORMATIVE = 0.75
+"""Text of which more is rejected is no better to learn from: it is mostly noise, as at temperature 2."""
 _MIN_POSITIONS = 8
 """Shorter traces are dropped: each would be a row of its own in a batch."""
 MAX_CONTEXT = 128
@@ -124,7 +127,8 @@ class OnlineBatcher:
             self._waiting.append(piece)
             self._waiting_bytes += piece.num_bytes
         while self._waiting_bytes > self._live_bytes:
-            oldest = self._waiting.popleft()
+            oldest = oldest_of_busiest(self._waiting)
+            self._waiting.remove(oldest)
             self._waiting_bytes -= oldest.num_bytes
             self._remember_untaken(oldest)
 
@@ -183,10 +187,10 @@ class OnlineBatcher:
         return len({*self._clients, *(trace.client for trace in self._waiting)}) > 1
 
     def _take_live(self, quota: _ClientQuota) -> list[Trace]:
-        """The most informative of the waiting traces, as many as the batch's live share holds; at least one."""
+        """The most informative of each client's waiting traces, as many as the live part holds; at least one."""
         taken: list[Trace] = []
         chosen, held_back = set(), set()
-        for trace in sorted(self._waiting, key=informativeness, reverse=True):
+        for trace in by_turns(sorted(self._waiting, key=informativeness, reverse=True)):
             part = quota.allowed_part(trace)
             if taken and batch_size([*taken, part or trace]) > self._live_positions:
                 continue
@@ -278,11 +282,11 @@ class _ClientQuota:
 def informativeness(trace: Trace) -> float:
     """The draft's rejection rate, rejected / verified proposals; 0.5 for a trace without rounds of the draft.
 
-    Proposals after a round's first rejection are not verified and do not count.
+    Proposals after a round's first rejection are not verified and do not count. It is _MOST_INFORMATIVE at most.
     """
     drafted_R = (trace.source_R == Source.DRAFT) & (trace.num_proposed_R > 0)
     if not drafted_R.any():
         return 0.5
     accepted_R, proposed_R = trace.num_accepted_R[drafted_R].long(), trace.num_proposed_R[drafted_R].long()
     rejected_R = accepted_R < proposed_R
-    return float(rejected_R.sum()) / float((accepted_R + rejected_R).sum())
+    return min(_MOST_INFORMATIVE, float(rejected_R.sum()) / float((accepted_R + rejected_R).sum()))

@@ -8,9 +8,10 @@ variance than what was accepted, and overrates both drafts. p is the target's di
 and a position whose token lies outside it counts 0. So the target's whole head is not needed. In expectation that is
 P Σ min(p, q), where P is the target's probability of the draft vocabulary, and hardly less than Σ min(P p, q).
 
-A trial scores both drafts on the waiting requests that no challenger was tried on, the newest first, until the
+A trial scores both drafts on the waiting requests that no challenger was tried on, by turns of their clients, until the
 evidence suffices or does not promise to. By those that are never learned from the drafts are compared in domains of the
-past. Leaves out which requests these are (learn/online/held_out.py), how evidence is weighed
+past. A mean is one over clients, and no client alone can have a challenger refused for a domain while several have a
+say. Leaves out which requests these are (learn/online/held_out.py), how evidence is weighed
 (drafts/evidence.py), when a trial is held (learn/online/loop.py), and writing checkpoints of drafts that pass
 (drafts/versions.py).
 
@@ -19,15 +20,18 @@ Shapes: K draft steps, B rows, T positions, N scored positions, S those of sampl
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from statistics import fmean
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from aurora_lit.drafts.evidence import Evidence
+from aurora_lit.drafts.evidence import FEWEST_FOR_A_SAY, Evidence, agreed
 from aurora_lit.learn.data.collate import collate, group_by_length
 from aurora_lit.learn.data.trace_parts import crop, first_trained_position
 from aurora_lit.learn.online.held_out import HeldOut, HeldOutRequest
@@ -55,6 +59,14 @@ _MAX_ROOTS, _MAX_SAMPLED_ROOTS = 32, 16
 sampled request take more time, and vary less."""
 _LEAST_PROBABILITY = 0.01
 """Proposals that are reached with a smaller probability are not counted."""
+
+
+class Scores(NamedTuple):
+    """Expected accepted lengths of one request, in tokens a round."""
+
+    champion: float
+    challenger: float
+    client: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,31 +99,33 @@ class GateDecision:
 
 
 def decide(
-    new: Sequence[tuple[float, float]],
-    by_domain: dict[str, list[tuple[float, float]]],
+    new: Sequence[Scores],
+    by_domain: dict[str, list[Scores]],
     *,
     evidence: float,
     needed: float = NEEDED_TO_PASS,
 ) -> GateDecision:
-    """Decide by (champion, challenger) scores, paired by request; `evidence`: the lineage's e-value, `new` included.
+    """Decide by both drafts' scores of the same requests; `evidence`: the lineage's e-value, `new` included.
 
     The challenger passes if the evidence is as much as needed, if it is itself ahead on the new requests, and if it is
-    in no domain worse: the mean over domains of the evidence for that is too little. If it is neither ahead nor
-    behind, since hardly anything was learned, it is not refused either.
+    in no domain worse: the mean over domains of the evidence for that is too little, as far as clients agree. If it is
+    neither ahead nor behind, since hardly anything was learned, it is not refused either.
     """
     champion, challenger = _means(new)
     reason = f"{challenger:.3f} against {champion:.3f} tokens a round on {len(new)} new requests"
     reason += f", evidence {evidence:.2f} of {needed:.3g}"
-    table, against = {}, {}
-    for domain, pairs in sorted(by_domain.items()):
-        before, after = _means(pairs)
-        table[domain] = {"champion": round(before, 4), "challenger": round(after, 4), "requests": float(len(pairs))}
-        worse = Evidence()
-        worse.add([before - after for before, after in pairs])
-        against[domain] = worse.value / len(by_domain)
-    is_worse = sum(against.values()) >= _NEEDED_TO_REFUSE
+    table, against = {}, dict[str, Evidence]()
+    for domain, scores in sorted(by_domain.items()):
+        before, after = _means(scores)
+        table[domain] = {"champion": round(before, 4), "challenger": round(after, 4), "requests": float(len(scores))}
+        against[domain] = Evidence()
+        against[domain].add([of.champion - of.challenger for of in scores], clients=[of.client for of in scores])
+    counts = Counter(each.client for scores in by_domain.values() for each in scores)
+    have_a_say = {client for client, count in counts.items() if count >= FEWEST_FOR_A_SAY}
+    evidence_against = agreed(lambda client: fmean(each.without(client) for each in against.values()), have_a_say)
+    is_worse = evidence_against >= _NEEDED_TO_REFUSE
     if is_worse:
-        domain = max(against, key=against.__getitem__)
+        domain = max(against, key=lambda domain: against[domain].value)
         before, after, number = table[domain].values()
         reason += f"; worse in domain {domain!r}: {after:.3f} against {before:.3f} on {number:.0f} requests"
     return GateDecision(
@@ -126,9 +140,13 @@ def decide(
     )
 
 
-def _means(pairs: Sequence[tuple[float, float]]) -> tuple[float, float]:
-    """Of the champion's and of the challenger's scores."""
-    champion, challenger = (sum(side) / len(pairs) for side in zip(*pairs, strict=True))
+def _means(scores: Sequence[Scores]) -> tuple[float, float]:
+    """Of the champion's and of the challenger's scores; each client has the same weight, however much it asks."""
+    counts = Counter(each.client for each in scores)
+    champion, challenger = (
+        math.fsum(getattr(each, draft) / counts[each.client] for each in scores) / len(counts)
+        for draft in ("champion", "challenger")
+    )
     return champion, challenger
 
 
@@ -152,25 +170,29 @@ def compare_drafts(
     """
     for request in held_out:
         request.challenger_score = None
-    tried: list[tuple[HeldOutRequest, tuple[float, float]]] = []
+    tried: list[tuple[HeldOutRequest, Scores]] = []
     needed = NEEDED_TO_PASS ** (1 - heat)
     if len(untried := held_out.untried) < MIN_REQUESTS:
         return None
 
     scored = partial(score_requests, batch_positions=batch_positions, between_batches=between_batches)
 
-    def score(part: Sequence[HeldOutRequest]) -> list[tuple[HeldOutRequest, tuple[float, float]]]:
-        """(champion, challenger) scores of those that are long enough."""
+    def score(part: Sequence[HeldOutRequest]) -> list[tuple[HeldOutRequest, Scores]]:
+        """Scores of those that are long enough."""
         unscored = [request for request in part if request.champion_score is None]
         for request, of_champion in scored(champion, unscored):
             request.champion_score = of_champion
         for request, of_challenger in scored(challenger, part):
             request.challenger_score = of_challenger
-        pairs = [(request, (request.champion_score, request.challenger_score)) for request in part]
-        return [(r, (before, after)) for r, (before, after) in pairs if before is not None and after is not None]
+        pairs = [(request, request.champion_score, request.challenger_score) for request in part]
+        return [
+            (request, Scores(before, after, request.client))
+            for request, before, after in pairs
+            if before is not None and after is not None
+        ]
 
-    def decision(others: Sequence[tuple[HeldOutRequest, tuple[float, float]]] = ()) -> GateDecision:
-        new = [pair for _, pair in tried]
+    def decision(others: Sequence[tuple[HeldOutRequest, Scores]] = ()) -> GateDecision:
+        new = [scores for _, scores in tried]
         return decide(new, _by_domain([*tried, *others]), evidence=held_out.evidence.value, needed=needed)
 
     while untried:
@@ -178,7 +200,7 @@ def compare_drafts(
         pairs = score(part)
         for request in part:
             request.was_tried = True
-        held_out.evidence.add([after - before for _, (before, after) in pairs])
+        held_out.evidence.add([of.challenger - of.champion for _, of in pairs])
         tried += pairs
         if len(tried) < MIN_REQUESTS:
             continue
@@ -197,11 +219,11 @@ def compare_drafts(
 
 
 def _by_domain(
-    scored: Sequence[tuple[HeldOutRequest, tuple[float, float]]],
-) -> dict[str, list[tuple[float, float]]]:
-    table: dict[str, list[tuple[float, float]]] = {}
-    for request, pair in scored:
-        table.setdefault(request.domain, []).append(pair)
+    scored: Sequence[tuple[HeldOutRequest, Scores]],
+) -> dict[str, list[Scores]]:
+    table: dict[str, list[Scores]] = {}
+    for request, scores in scored:
+        table.setdefault(request.domain, []).append(scores)
     return table
 
 

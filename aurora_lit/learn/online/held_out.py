@@ -1,6 +1,8 @@
 """Requests that drafts are compared on: those that wait before they are learned from, and a few that never are.
 
 The newest requests wait for a trial before they are learned from (test-then-train), so that evidence costs no traffic.
+Those make room first that were tried, then the oldest of the client that has most of them waiting, and a trial takes
+one of each client by turns: one that sends many requests does not decide it.
 A few of those that have waited are never learned from, as a sample of the domains of the past. Evidence adds up within
 a lineage of challengers, which ends when the champion changes, learning restarts, or traffic is new and more speaks
 against the lineage than for it (learn/online/intake.py). Leaves out scores and the decision (learn/online/gate.py).
@@ -13,12 +15,12 @@ from __future__ import annotations
 
 import random
 import zlib
-from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
 from aurora_lit.drafts.evidence import Evidence
 from aurora_lit.learn.data.reservoir import MAX_DOMAINS
+from aurora_lit.request import by_turns, oldest_of_busiest
 from aurora_lit.traces.record import Trace
 
 _KEPT_EVERY = 16
@@ -35,6 +37,7 @@ class HeldOutRequest:
 
     request_id: str
     domain: str
+    client: str = ""
     traces: list[Trace] = field(default_factory=list)
     champion_score: float | None = None
     """Cached until the champion changes or another segment arrives."""
@@ -57,7 +60,7 @@ class HeldOut:
     def __init__(self, *, seed: int, limit_bytes: int = 1 << 40) -> None:
         """seed: of the sample of older requests. limit_bytes: memory for traces, a half of it for the newest requests;
         beyond it these wait less long, and fewer older ones are kept."""
-        self.newest: deque[HeldOutRequest] = deque()
+        self.newest: list[HeldOutRequest] = []
         self.evidence = Evidence()
         """What speaks for the present lineage of challengers."""
         self.old: dict[str, list[HeldOutRequest]] = {}
@@ -76,22 +79,23 @@ class HeldOut:
         """Keep a segment, with its request's earlier segments if there are any."""
         request = next((r for r in self if r.request_id == trace.request_id), None)
         if request is None:
-            request = HeldOutRequest(request_id=trace.request_id, domain=trace.domain)
+            request = HeldOutRequest(request_id=trace.request_id, domain=trace.domain, client=trace.client)
             self.newest.append(request)
         request.traces.append(trace)
         request.champion_score = request.challenger_score = None
 
     def release(self, num_newest: int) -> list[Trace]:
-        """Let the oldest of the newest requests go until `num_newest` are left; returns what is learned from now."""
+        """Let some of the newest requests go until `num_newest` are left; returns what is learned from now."""
         released = []
         while len(self.newest) > num_newest or (
             len(self.newest) > _FEWEST_NEWEST and sum(r.num_bytes for r in self.newest) > self._half_bytes
         ):
-            oldest = self.newest.popleft()
-            if self.is_kept(oldest.request_id):
-                self._remember(oldest)
+            leaving = next((r for r in self.newest if r.was_tried), None) or oldest_of_busiest(self.newest)
+            self.newest.remove(leaving)
+            if self.is_kept(leaving.request_id):
+                self._remember(leaving)
             else:
-                released += oldest.traces
+                released += leaving.traces
         return released
 
     def rename_domain(self, removed: str, kept: str) -> None:
@@ -110,8 +114,8 @@ class HeldOut:
 
     @property
     def untried(self) -> list[HeldOutRequest]:
-        """The newest requests that no challenger was tried on, the newest first."""
-        return [request for request in reversed(self.newest) if not request.was_tried]
+        """The newest requests that no challenger was tried on: the newest of each client, then their second, …"""
+        return by_turns(request for request in reversed(self.newest) if not request.was_tried)
 
     def clear_champion_scores(self) -> None:
         """Forget the champion's cached scores and the evidence: another draft is the champion now."""

@@ -229,7 +229,7 @@ def test_one_client_cannot_fill_more_than_its_share_of_a_batch(
     assert {name for share in shares for name in share} == {"flood", "ann", "bob", ""}, "all clients are in batches"
     assert batcher.num_over_share > 0
     free = limited("free", replay_share=replay_share, max_client_share=1.0)
-    for trace in traces:
+    for trace in traces[:21]:
         free.add(trace)
     batch = taken(free)
     assert free.num_over_share == 0
@@ -324,3 +324,23 @@ def test_few_remembered_traces_are_read_for_a_batch(
         rows += len(batch.live_B)
     assert rows > 10
     assert len(read) < 2 * rows
+
+
+def test_noise_of_one_client_is_not_preferred(limited: MakeBatcher, traffic: list[Trace]) -> None:
+    """Nearly all of it is rejected, so that by that alone it would be the most informative."""
+    noise = [replace(trace, client="noise", num_accepted_R=torch.zeros_like(trace.num_accepted_R)) for trace in traffic]
+    honest = [replace(each, client="ab"[n % 2], num_accepted_R=each.num_proposed_R) for n, each in enumerate(traffic)]
+    assert informativeness(noise[0]) == 0.75
+    who = {tuple(trace.token_ids_T.tolist()): trace.client for trace in [*noise[:12], *honest[12:]]}
+    batcher = limited()
+    for trace in [*noise[:12], *honest[12:]]:
+        batcher.add(trace)
+    share = positions_of(taken(batcher), who)
+    assert share["noise"] < 0.4 * share.total(), "a third"
+
+
+def test_a_client_with_many_traces_does_not_displace_those_of_others(make: MakeBatcher, served: list[Trace]) -> None:
+    batcher = make(live_bytes=8 * served[0].num_bytes)
+    for number, client in enumerate(["a", "b", *["flood"] * 30]):
+        batcher.add(replace(served[0], request_id=str(number), client=client))
+    assert {"a", "b"} <= {trace.client for trace in batcher._waiting}

@@ -47,7 +47,7 @@ class Trials:
         for _ in range(self._requests):
             self._num_requests += 1
             trace: Any = SimpleNamespace(
-                request_id=str(self._num_requests), domain=f"{self._num_requests % 3}", num_bytes=0
+                request_id=str(self._num_requests), domain=f"{self._num_requests % 3}", client="", num_bytes=0
             )
             self.held_out.add(trace)
         self.held_out.release(32)

@@ -14,7 +14,7 @@ from support.tiny_models import random_draft
 from aurora_lit.learn.data.collate import collate
 from aurora_lit.learn.online import gate
 from aurora_lit.learn.online import held_out as held_out_module
-from aurora_lit.learn.online.gate import compare_drafts, decide, score_requests
+from aurora_lit.learn.online.gate import Scores, compare_drafts, decide, score_requests
 from aurora_lit.learn.online.held_out import HeldOut, HeldOutRequest
 from aurora_lit.models.interface import Target
 from aurora_lit.modules.draft.eagle3 import Eagle3Draft
@@ -256,14 +256,14 @@ def test_requests_that_have_waited_are_learned_from_but_for_a_few(served: list[T
 def test_a_draft_passes_with_enough_evidence_and_if_it_is_ahead_itself(
     changes: list[float], evidence: float, passed: bool, refused: bool
 ) -> None:
-    pairs = [(2.0, 2.0 + change) for change in changes]
+    pairs = [Scores(2.0, 2.0 + change) for change in changes]
     decision = decide(pairs, {"chat": pairs}, evidence=evidence)
     assert (decision.passed, decision.refused) == (passed, refused)
 
 
 def test_the_gate_refuses_a_draft_that_is_worse_in_one_domain() -> None:
-    better, worse = [(2.0, 2.4 + i / 50) for i in range(12)], [(2.0, 1.8 + i / 80) for i in range(12)]
-    noisy = [(2.0, 1.0), (2.0, 2.9), (2.0, 1.5), (2.0, 2.4)]
+    better, worse = [Scores(2.0, 2.4 + i / 50) for i in range(12)], [Scores(2.0, 1.8 + i / 80) for i in range(12)]
+    noisy = [Scores(2.0, after) for after in (1.0, 2.9, 1.5, 2.4)]
     assert decide(better, {"new": better, "noisy": noisy}, evidence=9.0).passed
     decision = decide(better, {"new": better, "old": worse}, evidence=9.0)
     assert not decision.passed
@@ -273,14 +273,14 @@ def test_the_gate_refuses_a_draft_that_is_worse_in_one_domain() -> None:
 
 def test_equal_drafts_are_rarely_refused_for_a_domain_however_many_domains_there_are() -> None:
     chance = torch.Generator().manual_seed(0)
-    better = [(2.0, 2.4 + i / 50) for i in range(12)]
+    better = [Scores(2.0, 2.4 + i / 50) for i in range(12)]
 
     def refused(shift: float, requests: int, *, domains: int = 8, step: float = 0.0) -> float:
         """step: scores are multiples of it; 0: of nothing."""
         changes = shift + torch.randn(500, domains, requests, generator=chance)
         changes = (changes / step).round() * step if step else changes
         decisions = [
-            decide(better, {str(i): [(2.0, 2.0 + c) for c in row] for i, row in enumerate(table)}, evidence=9.0)
+            decide(better, {str(i): [Scores(2.0, 2.0 + c) for c in row] for i, row in enumerate(table)}, evidence=9.0)
             for table in changes.tolist()
         ]
         return sum(not decision.passed for decision in decisions) / 500
@@ -294,9 +294,9 @@ def test_equal_drafts_are_rarely_refused_for_a_domain_however_many_domains_there
 
 def test_one_short_answer_does_not_hide_what_a_domain_loses() -> None:
     """Its own score is a coarse one, those of the others are not."""
-    better = [(2.0, 2.4 + i / 50) for i in range(12)]
+    better = [Scores(2.0, 2.4 + i / 50) for i in range(12)]
     changes = [*(-6 / 32, -7 / 32, -6 / 32, -5 / 32, -7 / 32, -6 / 32, -7 / 32) * 2, 0.0, 1.0]
-    by_domain = {str(i): better for i in range(7)} | {"chat": [(2.0, 2.0 + change) for change in changes]}
+    by_domain = {str(i): better for i in range(7)} | {"chat": [Scores(2.0, 2.0 + change) for change in changes]}
     decision = decide(better, by_domain, evidence=9.0)
     assert decision.refused
     assert "'chat'" in decision.reason
@@ -412,3 +412,38 @@ def test_evidence_adds_up_over_trials_and_is_forgotten_with_the_champion(
         held_out.evidence.add([0.5])
         forget()
         assert held_out.evidence.value == 1.0
+
+
+def test_a_client_with_many_requests_neither_displaces_others_nor_is_tried_more_often(served: list[Trace]) -> None:
+    held_out = HeldOut(seed=0)
+    names = ["a", "b", *["flood"] * 20, "a", "b", *["flood"] * 20]
+    for number, name in enumerate(names):
+        held_out.add(replace(served[0], request_id=str(number), client=name))
+        held_out.release(8)
+    assert [request.client for request in held_out.newest] == ["a", "b", "a", "b", *["flood"] * 4]
+    untried = held_out.untried
+    assert sorted(request.client for request in untried[:6]) == ["a", "a", "b", "b", "flood", "flood"]
+    assert [request.request_id for request in untried[:3]] == ["43", "23", "22"], "the newest first"
+    for request in untried[:6]:
+        request.was_tried = True
+    for number in range(100, 106):
+        held_out.add(replace(served[0], request_id=str(number), client="flood"))
+        held_out.release(8)
+    assert not any(request.was_tried for request in held_out.newest), "or quiet clients' requests would fill it"
+
+
+def test_a_challenger_must_be_ahead_in_the_mean_over_clients() -> None:
+    pairs = [Scores(2.0, 2.3, "flood") for _ in range(10)] + [Scores(2.0, 1.8, name) for name in "ab"]
+    decision = decide(pairs, {"chat": pairs}, evidence=9.0)
+    assert not decision.passed
+    assert decision.refused
+    assert decision.challenger == pytest.approx((2.3 + 1.8 + 1.8) / 3)
+
+
+def test_no_client_alone_has_a_challenger_refused_for_a_domain() -> None:
+    better = [Scores(2.0, 2.4 + i / 50, "abc"[i % 3]) for i in range(12)]
+    worse = [1.8 + i / 80 for i in range(16)]
+    for names, refuses in (("h", False), ("ad", True)):
+        of_domain = [Scores(2.0, score, names[i % len(names)]) for i, score in enumerate(worse)]
+        decision = decide(better, {"new": better, "own": of_domain}, evidence=9.0)
+        assert (decision.refused, decision.passed) == (refuses, not refuses)
