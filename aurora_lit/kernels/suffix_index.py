@@ -9,7 +9,10 @@ Shapes: B sequences, S slots, L capacity of a slot, R tables of rates, C cells o
 from __future__ import annotations
 
 import ctypes
+import threading
 import weakref
+from array import array
+from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -41,7 +44,10 @@ GAP_CLASSES = (0, 1, 5, 17)
 NUM_CELLS = len(KINDS) * len(LENGTH_CLASSES) * len(SHARE_CLASSES) * len(COUNT_CLASSES)
 """A cell is a combination of kind and classes: what is known about a node before it is verified."""
 _CELLS_OF_KIND, _MEMORY = NUM_CELLS // len(KINDS), KINDS.index("memory")
-_BYTES_OF_TOKEN, _BYTES_OF_HEAD = 32, 16
+_BYTES_OF_TOKEN, _BYTES_OF_HEAD = 36, 16
+"""32 of a token are in the index, 4 in the copy by which it is remembered anew."""
+_MOST_RENEWED = 4096
+"""Tokens that are remembered anew at a time, which takes less than a millisecond."""
 _MIN_TOKENS = 64
 
 
@@ -102,8 +108,22 @@ def is_remembered(cell: int) -> bool:
     return cell // _CELLS_OF_KIND == _MEMORY
 
 
+class _Held(NamedTuple):
+    """A sequence that is remembered."""
+
+    end: int
+    """Number of tokens inserted until its end, separators included."""
+    tokens: array[int]
+    context: int
+    part: int
+    client: str
+
+
 class SuffixMemory:
     """Tokens of sequences that have ended, the oldest overwritten first. Look-ups and insertions may be of two threads.
+
+    A client that holds more than half of it overwrites its own: others' sequences whose turn it is are inserted anew.
+    Those of an unknown client ("") have no such right.
 
     >>> memory = SuffixMemory(64 << 20)
     >>> memory.insert([5, 6, 7, 8], context=2, part=1 << DOMAIN_BITS)
@@ -123,25 +143,49 @@ class SuffixMemory:
         if not self.pointer:
             raise ConfigError(f"memory.capacity_mb={capacity_bytes >> 20}: the system gives no such memory; lower it")
         weakref.finalize(self, library.aurora_memory_free, self.pointer)
+        self._held: deque[_Held] = deque()
+        self._end = 0
+        self._tokens_of: Counter[str] = Counter()
+        """Of each client, separators included."""
+        self._inserting = threading.Lock()
 
-    def insert(self, tokens: Sequence[int], *, context: int, part: int) -> None:
+    def insert(self, tokens: Sequence[int], *, context: int, part: int, client: str = "") -> bool:
         """Remember a sequence for a part; of one longer than half the capacity its end.
 
-        `context`: so many tokens at its beginning help to recognise what follows, and are never proposed.
+        `context`: so many tokens at its beginning help to recognise what follows, and are never proposed. False: its
+        client has more than its share, and room among its own is still being looked for.
         """
         dropped = max(0, len(tokens) - self.capacity // 2)
-        tokens, context = tokens[dropped:], max(0, context - dropped)
-        array = (ctypes.c_int32 * len(tokens))(*tokens)
-        numbers = (ctypes.c_int64(len(tokens)), ctypes.c_int64(context), ctypes.c_int64(part))
-        self._library.aurora_memory_insert(self.pointer, array, *numbers)
+        tokens, context = array("i", tokens[dropped:]), max(0, context - dropped)
+        renewed = 0
+        with self._inserting:
+            while self._held and (oldest := self._held[0]).end - len(oldest.tokens) - 1 + self.capacity < (
+                self._end + len(tokens) + 1
+            ):
+                if renewed > _MOST_RENEWED:
+                    return False
+                self._held.popleft()
+                self._tokens_of[oldest.client] -= len(oldest.tokens) + 1
+                if oldest.client not in ("", client) and self._tokens_of[client] > self.capacity // 2:
+                    self._append(oldest.tokens, context=oldest.context, part=oldest.part, client=oldest.client)
+                    renewed += len(oldest.tokens)
+            self._append(tokens, context=context, part=part, client=client)
+        return True
 
-    def insert_answer(self, tokens: Sequence[int], *, answer: int, part: int) -> bool:
-        """Remember the last `answer` of a request's tokens, after the end of its prompt; False: they are too few."""
+    def _append(self, tokens: array[int], *, context: int, part: int, client: str) -> None:
+        numbers = (ctypes.c_int64(len(tokens)), ctypes.c_int64(context), ctypes.c_int64(part))
+        self._library.aurora_memory_insert(self.pointer, ctypes.c_void_p(tokens.buffer_info()[0]), *numbers)
+        self._end += len(tokens) + 1
+        self._tokens_of[client] += len(tokens) + 1
+        self._held.append(_Held(self._end, tokens, context, part, client))
+
+    def insert_answer(self, tokens: Sequence[int], *, answer: int, part: int, client: str = "") -> bool:
+        """Remember the last `answer` of a request's tokens, after the end of its prompt; False: they are too few, or as
+        `insert` says."""
         if answer < MIN_ANSWER_TOKENS:
             return False
         context = min(CONTEXT_TOKENS, len(tokens) - answer)
-        self.insert(tokens[len(tokens) - answer - context :], context=context, part=part)
-        return True
+        return self.insert(tokens[len(tokens) - answer - context :], context=context, part=part, client=client)
 
     @property
     def counts(self) -> tuple[int, int]:

@@ -28,7 +28,10 @@ class Asked:
     def sequence(self) -> RunningSequence:
         """The request when its answer has ended."""
         asked = replace(
-            request("r", self.prompt, max_tokens=64), client=Client(self.client), cache_salt=self.salt, store=self.store
+            request("r", self.prompt, max_tokens=64),
+            client=Client(self.client, self.client),
+            cache_salt=self.salt,
+            store=self.store,
         )
         length = len(self.prompt) + len(self.answer)
         sequence = RunningSequence(request=asked, slot=0, prompt_length=len(self.prompt), length=length)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -133,3 +134,47 @@ def test_short_answers_are_not_remembered() -> None:
     memory.open(sequence)
     memory.remember(sequence, torch.tensor(asked.prompt + asked.answer))
     assert memory.counters.memory_answers == 0
+
+
+@pytest.fixture
+def asked_about() -> Callable[[str, int], list[int]]:
+    """Asks for a client, of a memory that all share, and returns what was proposed; 23 tokens are remembered of it."""
+    memory = TrafficMemory(1 << 16, shared_by="domain", counters=EngineCounters())
+
+    def ask(client: str, about: int) -> list[int]:
+        tokens = [about, about + 1, *range(about, about + 20)]
+        sequence = Asked(client=client, salt="", domain="", store=True, prompt=tokens[:2], answer=tokens[2:]).sequence()
+        memory.open(sequence)
+        sequence.length = 2
+        found = copies_for(memory, sequence, tokens[:2]).tokens
+        sequence.length = len(tokens)
+        memory.remember(sequence, torch.tensor(tokens))
+        return found
+
+    return ask
+
+
+def test_a_client_with_many_answers_has_none_of_others_forgotten(asked_about: Callable[[str, int], list[int]]) -> None:
+    for number in range(8):
+        asked_about("a", 10_000 + 100 * number)
+        asked_about("b", 20_000 + 100 * number)
+    for number in range(1000):
+        asked_about("flood", 100_000 + 100 * number)
+    assert asked_about("flood", 100_000 + 100 * 998), "its latest are remembered"
+    assert not asked_about("flood", 100_000 + 100 * 900), "in the room of older ones"
+    for number in range(8):
+        assert asked_about("b", 10_000 + 100 * number), "what a was told"
+        assert asked_about("a", 20_000 + 100 * number)
+
+
+def test_a_client_has_half_of_the_memory_beside_others_and_all_of_it_alone(
+    asked_about: Callable[[str, int], list[int]],
+) -> None:
+    """69 answers of 23 tokens are all that it holds."""
+    for number in range(200):
+        asked_about("a", 100_000 + 100 * number)
+    assert asked_about("", 100_000 + 100 * 140)
+    for number in range(200):
+        asked_about("b", 200_000 + 100 * number)
+    assert not asked_about("", 100_000 + 100 * 150), "b has had its half"
+    assert asked_about("", 100_000 + 100 * 180), "and no more"

@@ -1,9 +1,9 @@
 """The traffic memory: what earlier requests were answered, so that later ones may copy from it.
 
 Learning by remembering: it needs no training and no pass of the draft, and works from the first repeated phrase. It is
-bounded, the oldest forgotten first. What a request may read and write is decided by its key (`Request.scope`):
-sequences of different keys never meet, since the index compares keys exactly. What was kept on disk belongs to a key
-again by the hash that its file is named by.
+bounded, the oldest forgotten first; a client that holds more than half of it has no one else's forgotten. What a
+request may read and write is decided by its key (`Request.scope`): sequences of different keys never meet, since the
+index compares keys exactly. What was kept on disk belongs to a key again by the hash that its file is named by.
 
 Left out: the index (kernels/suffix_index.py), searching it (ngram.py), and files (kept_answers.py).
 
@@ -72,7 +72,8 @@ class TrafficMemory:
         # Of a long prompt only the end is needed.
         answer = sequence.length - sequence.prompt_length
         tokens = tokens_L[max(0, sequence.prompt_length - CONTEXT_TOKENS) : sequence.length].tolist()
-        if not self.index.insert_answer(tokens, answer=answer, part=sequence.memory_part):
+        client = sequence.request.client.source
+        if not self.index.insert_answer(tokens, answer=answer, part=sequence.memory_part, client=client):
             return
         self.counters.memory_answers += 1
         key = sequence.request.scope(self._shared_by)
