@@ -5,7 +5,8 @@ than the usual magnitude of its hidden state, and with a coordinate that all hav
 of a template found no clusters. Centroids are kept as plain means, so that they stay correct while those statistics
 change. An embedding that is far from all centroids is an outlier; enough outliers close together found a cluster. At
 the maximum, the two closest clusters are merged if they are closer to each other than the new cluster is to its
-nearest. Clusters that have their names from outside are never merged, and are half of all at most.
+nearest. Clusters that have their names from outside are never merged, and are half of all at most; at that number, one
+whose name nobody has used for long gives way to a new one.
 
 Requests without a cluster have a mean too. While all traffic is of one kind that varies much, few of its requests are
 in a cluster until other kinds arrive. A cluster founded near that mean has low novelty.
@@ -30,8 +31,11 @@ from aurora_lit.modules.domains.centroids import Centroids, standardise
 WARMUP_REQUESTS = 16
 """The first requests only update the statistics, and are outliers."""
 MAX_CLUSTERS = 16
-"""Beyond them the closest two are merged. At most half have names from outside, the first that come, which are never
-merged. A smaller number than there are clusters deletes none."""
+"""Beyond them the closest two are merged. At most half have names from outside, and are never merged while these are
+used. A smaller number than there are clusters deletes none."""
+UNUSED_REQUESTS = 512
+"""Requests without a name from outside after which a new name may take its place: such as ticket numbers, of which each
+is used once."""
 NOVELTY_THRESHOLD = 0.75
 """Distance to every centroid beyond which an embedding is an outlier. Smaller values give finer clusters."""
 _MIN_FOUNDERS = 4
@@ -67,6 +71,8 @@ class OnlineClusters:
         self.names: list[str] = []
         self._is_fixed: list[bool] = []
         """Clusters whose names come from outside. They are never merged."""
+        self._used_at: list[int] = []
+        """Number of requests when each cluster last got one."""
         self._max_fixed = (max_clusters + 1) // 2
         self._sizes: list[int] = []
         self._num_requests = self._num_unassigned = 0
@@ -84,7 +90,7 @@ class OnlineClusters:
             x_E: the embedding.
             new_name: name for the cluster that it may found.
             fixed_name: name of the cluster that it belongs to whatever the distance, as long as there is room for it,
-                and for no more than half of the clusters.
+                and for no more than half of the clusters, but for those that have long been unused.
         """
         self._update_statistics(x_E)
         distance_D = 1 - self._standardise(self._centroid_DE) @ self._standardise(x_E)
@@ -93,7 +99,7 @@ class OnlineClusters:
         if fixed_name is not None:
             if fixed_name in self.names:
                 return self._join(self.names.index(fixed_name), x_E)
-            if sum(self._is_fixed) < self._max_fixed and (merged := self._make_room(distance)) is not None:
+            if self._may_fix_another() and (merged := self._make_room(distance)) is not None:
                 return self._found(fixed_name, x_E, is_fixed=True, size=1, merged=merged)
         if self._num_requests <= WARMUP_REQUESTS:
             self._outliers.append(x_E)
@@ -138,6 +144,7 @@ class OnlineClusters:
         return {
             "names": list(self.names),
             "is_fixed": list(self._is_fixed),
+            "used_at": list(self._used_at),
             "sizes": list(self._sizes),
             "num_requests": self._num_requests,
             "num_unassigned": self._num_unassigned,
@@ -155,6 +162,7 @@ class OnlineClusters:
         for surplus in [at for at, is_fixed in enumerate(self._is_fixed) if is_fixed][self._max_fixed :]:
             self._is_fixed[surplus] = False  # saved when there was no limit, or a higher one
         self._num_requests, self._num_unassigned = state["num_requests"], state["num_unassigned"]
+        self._used_at = list(state.get("used_at", [self._num_requests] * len(self.names)))
         self._mean_E, self._variance_E = state["mean"], state["variance"]
         self._magnitude_E, self._unassigned_mean_E = state["magnitude"], state["unassigned_mean"]
         self._centroid_DE = state["centroids"].clone()
@@ -193,6 +201,7 @@ class OnlineClusters:
 
     def _join(self, index: int, x_E: Tensor) -> ClusterAssignment:
         self._sizes[index] += 1
+        self._used_at[index] = self._num_requests
         rate = max(1 / self._sizes[index], 1 / _CENTROID_REQUESTS)
         self._centroid_DE[index] += rate * (x_E - self._centroid_DE[index])
         return ClusterAssignment(name=self.names[index])
@@ -231,10 +240,20 @@ class OnlineClusters:
         self.num_founded += 1
         self.names.append(name)
         self._is_fixed.append(is_fixed)
+        self._used_at.append(self._num_requests)
         self._sizes.append(size)
         self._centroid_DE = torch.cat([self._centroid_DE, centre_E[None]])
         pair = (merged[0], merged[1]) if merged else None
         return ClusterAssignment(name=name, founded_novelty=max(1e-3, novelty), merged=pair)
+
+    def _may_fix_another(self) -> bool:
+        """True if there is room for a name from outside; one that nobody uses gives way, and its cluster may be merged."""
+        fixed = [at for at, is_fixed in enumerate(self._is_fixed) if is_fixed]
+        if len(fixed) < self._max_fixed:
+            return True
+        oldest = min(fixed, key=self._used_at.__getitem__)
+        self._is_fixed[oldest] = self._num_requests - self._used_at[oldest] <= UNUSED_REQUESTS
+        return not self._is_fixed[oldest]
 
     def _make_room(self, distance: float) -> tuple[str, ...] | None:
         """Make room for a cluster at this distance from its nearest, by merging if necessary.
@@ -259,7 +278,8 @@ class OnlineClusters:
         share = self._sizes[removed] / self._sizes[kept]
         self._centroid_DE[kept] += share * (self._centroid_DE[removed] - self._centroid_DE[kept])
         self._centroid_DE = torch.cat([self._centroid_DE[:removed], self._centroid_DE[removed + 1 :]])
-        del self.names[removed], self._is_fixed[removed], self._sizes[removed]
+        self._used_at[kept] = max(self._used_at[kept], self._used_at[removed])
+        del self.names[removed], self._is_fixed[removed], self._used_at[removed], self._sizes[removed]
         return names
 
 

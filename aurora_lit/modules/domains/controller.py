@@ -19,7 +19,7 @@ from typing import Any
 from torch.optim import Optimizer
 
 from aurora_lit.modules.domains.centroids import RECENCY, UNKNOWN
-from aurora_lit.modules.domains.clusters import MAX_CLUSTERS
+from aurora_lit.modules.domains.clusters import MAX_CLUSTERS, UNUSED_REQUESTS
 from aurora_lit.modules.domains.detector import DomainAssignment, DomainDetector, Shift
 from aurora_lit.modules.domains.lr_schedule import DomainAwareLR
 from aurora_lit.modules.losses.batch import OnlineBatch
@@ -41,14 +41,17 @@ class DomainController:
         """Arguments of the schedules are those of `DomainAwareLR`.
 
         Args:
-            detector: None: domains are the clients' labels, the first `max_labels` of them, and no shift is detected.
+            detector: None: domains are the clients' labels, and no shift is detected.
             warmup_steps: of the schedules.
             min_lr_factor: of the schedules.
             decay_tokens: of the schedules.
-            max_labels: labels that are kept without a detector.
+            max_labels: labels that are kept without a detector. A new one may take the place of one that has long been
+                unused.
         """
         self.detector = detector
-        self._labels: dict[str, None] = {}
+        self._labels: dict[str, int] = {}
+        """The number of traces at each label's last one, in this order."""
+        self._num_traces = 0
         self._max_labels = max_labels
         self.on_merge: Callable[[str, str], None] = lambda removed, kept: None
         """Called when a domain went into another one: what has its name has that one's from now on."""
@@ -145,15 +148,23 @@ class DomainController:
         new ones are not comparable; without a detector, a state with one.
         """
         if self.detector is None:
-            self._labels = dict.fromkeys(state.get("labels", ()))
+            self._labels = dict.fromkeys(state.get("labels", ()), self._num_traces)
         elif state.get("recency") == RECENCY:
             self.detector.load_state_dict(state)
 
     def _known_label(self, label: str) -> str:
         """The label, if it is known or there is room for it, else UNKNOWN."""
-        if label != UNKNOWN and len(self._labels) < self._max_labels:
-            self._labels.setdefault(label)
-        return label if label in self._labels else UNKNOWN
+        self._num_traces += 1
+        if label == UNKNOWN:
+            return UNKNOWN
+        if label not in self._labels and len(self._labels) >= self._max_labels:
+            oldest, used_at = next(iter(self._labels.items()))
+            if self._num_traces - used_at <= UNUSED_REQUESTS:
+                return UNKNOWN
+            del self._labels[oldest]
+        self._labels.pop(label, None)
+        self._labels[label] = self._num_traces
+        return label
 
     def _raise_heat(self, domain: str, novelty: float) -> None:
         for schedule in self._schedules:

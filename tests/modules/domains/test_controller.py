@@ -12,6 +12,8 @@ from support.live_traces import make_controller
 
 from aurora_lit.config import load_config
 from aurora_lit.learn.online.build import controller_for
+from aurora_lit.modules.domains import clusters
+from aurora_lit.modules.domains import controller as controller_module
 from aurora_lit.modules.domains.controller import DomainController
 from aurora_lit.modules.domains.detector import DomainDetector
 
@@ -170,3 +172,24 @@ def behaviour_with(overrides: list[str]) -> dict[str, Any]:
 def test_every_setting_has_its_effect(default: dict[str, Any]) -> None:
     other = behaviour_with(["domain.detect=false"])
     assert {name for name in default if default[name] != other[name]} - {"first_rate"} == {"domains", "rates"}
+
+
+@pytest.mark.parametrize("detect", [False, True])
+def test_a_label_that_nobody_uses_gives_way_to_a_new_one(detect: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ticket numbers would take all places for good."""
+    for module in (clusters, controller_module):
+        monkeypatch.setattr(module, "UNUSED_REQUESTS", 20)
+    detector = DomainDetector(max_domains=5, novelty_threshold=0.7) if detect else None
+    controller, prompts = with_rate(make_controller(detector=detector, max_labels=3))[0], PromptMaker()
+
+    def served_as(label: str) -> str:
+        return controller.assign_domain(prompts.trace("code", label=label)).domain
+
+    assert [served_as(label) for label in ("ticket 1", "used", "ticket 2")] == ["ticket 1", "used", "ticket 2"]
+    found = [served_as(("new", "used")[n % 2]) for n in range(40)]
+    assert found[:18:2].count("new") == 0
+    assert found[24::2] == ["new"] * 8
+    assert found[1::2] == ["used"] * 20
+    again = with_rate(make_controller(detector=DomainDetector(max_domains=5) if detect else None, max_labels=3))[0]
+    again.load_state_dict(controller.state_dict())
+    assert again.assign_domain(prompts.trace("code", label="new")).domain == "new"
