@@ -109,7 +109,7 @@ def _lines(report: Json) -> list[tuple[str, str]]:
         lines.append(("memory", f"{filled}, {memory['accepted']} of {memory['proposed']} proposed tokens accepted"))
     lines += [
         (name.replace("_", " "), f"{draft[name]['version']}: {draft[name]['reason']}")
-        for name in ("refused", "rolled_back")
+        for name in ("refused", "rolled_back", "alarm")
         if draft[name]
     ]
     if served := report["domains"]["served"]:

@@ -13,7 +13,9 @@ Clients weigh, not requests. A client's requests are compared with its own, so t
 another's, nor does another mix of clients after the swap. Those of clients with few requests are compared with each
 other, if they are enough together. A version is bad only if several clients agree (`agreed`), unless one alone has
 asked: one that sends easy text before a swap and hard text after it rolls nothing back. By the opposite it can keep a
-bad draft from being rolled back, which costs the others speed until the next version passes the gate.
+bad draft from being rolled back, which costs the others speed until the next version passes the gate. What is worse for
+one client alone, such as the only one that asks for a domain, raises an alarm (`LiveWatch.alarm`). Alarms and rollbacks
+of equal drafts are one in 75 together.
 
 Leaves out the rollback itself (drafts/hot_reload.py) and the gate before publishing (learn/online/gate.py).
 
@@ -103,6 +105,16 @@ class _Request:
             self.right[place] += place < accepted
 
 
+class _Tally(NamedTuple):
+    """What requests of one domain add up to."""
+
+    requests: int = 0
+    choices: int = 0
+    """First choices that their answers tell about."""
+    lead: float = 0.0
+    """Choices that were right more than expected; below 0: fewer."""
+
+
 class LiveWatch:
     """The trials of one version after another; see the file's example."""
 
@@ -116,6 +128,8 @@ class LiveWatch:
         self._before: dict[TrafficKind, _Before] = {}
         """By kind, whoever asks."""
         self._on_trial = self._was_bad = False
+        self.alarm = ""
+        """Why the version on trial is bad for one client; empty: it is not."""
 
     def swapped(self, *, trusted: bool) -> None:
         """Another version proposes from now on. trusted: it was served before, so there is no trial."""
@@ -124,10 +138,12 @@ class LiveWatch:
             self._remember([*self._latest, *(each for each in self._open.values() if not each.is_counted)])
         self._on_trial = bool(self._before) and not trusted
         self._evidence = DomainEvidence()
+        self._tallies: dict[str, _Tally] = {}
+        """Of the requests that were compared, by domain."""
+        self.alarm = ""
         self._heard: set[str | None] = {client for before in self._before.values() for client in before.clients}
         """Clients that have a say; None: those with few requests."""
-        self._num_requests = self._num_compared = 0
-        self._num_choices, self._lead = 0, 0.0
+        self._num_requests = 0
         self._was_bad = False
         self._latest.clear()
         self._open.clear()  # what they do from now on is of the new version
@@ -179,17 +195,28 @@ class LiveWatch:
             return None
         self._num_requests += 1
         self._judge(request)
-        if agreed(self._evidence.without, self._heard) < NEEDED_AGAINST:
-            is_acquitted = self._num_compared >= _ACQUITTAL_REQUESTS and self._evidence.value < 1
+        if self._evidence.value < NEEDED_AGAINST:
+            num_compared = sum(each.requests for each in self._tallies.values())
+            is_acquitted = num_compared >= _ACQUITTAL_REQUESTS and self._evidence.value < 1
             self._on_trial = self._num_requests < TRIAL_REQUESTS and not is_acquitted
             return None
+        if agreed(self._evidence.without, self._heard) < NEEDED_AGAINST:
+            self.alarm = self.alarm or f"{self._loss()}, but not for several clients: it serves on"
+            self._on_trial = self._num_requests < TRIAL_REQUESTS
+            return None
         self._on_trial, self._was_bad = False, True
-        drop, domain = -self._lead / self._num_choices, self._evidence.strongest
-        where = f" (most in domain {domain!r})" if domain else ""
-        reason = (
-            f"{drop:.0%} fewer of its tokens were right than of the version before, in {self._num_compared} requests"
+        return self._loss()
+
+    def _loss(self) -> str:
+        """What the version on trial loses, in one domain or in all together."""
+        domain = self._evidence.strongest
+        tallies = [self._tallies[domain]] if domain is not None else list(self._tallies.values())
+        requests, choices, lead = (sum(each) for each in zip(*tallies, strict=True))
+        where = f" of domain {domain!r}" if domain is not None and len(self._tallies) > 1 else ""
+        return (
+            f"{-lead / choices:.0%} fewer of its tokens were right than of the version before, in {requests:.0f} "
+            f"requests{where}"
         )
-        return reason + where
 
     def _judge(self, request: _Request) -> None:
         """Compare a request with those before the swap, if there were any of its kind."""
@@ -198,10 +225,13 @@ class LiveWatch:
         if before is None or place is None:
             return
         self._heard.add(request.client)
-        self._num_compared += 1
-        self._num_choices += sum(request.reached[: len(before.rates)])
-        self._lead += before.lead(request) * request.num_rounds
-        self._evidence.add_lead(request.traffic.domain, -place, client=request.client)
+        domain, tally = request.traffic.domain, self._tallies.get(request.traffic.domain, _Tally())
+        self._tallies[domain] = _Tally(
+            tally.requests + 1,
+            tally.choices + sum(request.reached[: len(before.rates)]),
+            tally.lead + before.lead(request) * request.num_rounds,
+        )
+        self._evidence.add_lead(domain, -place, client=request.client)
 
 
 class _Before:

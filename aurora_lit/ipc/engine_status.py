@@ -234,6 +234,14 @@ class EngineStatus(EngineCounters):
     rolled_back_version: str = text(256)
     """The last draft that was rolled back; empty: none."""
     rolled_back_reason: str = text(512)
+    alarms: int = counter(
+        "aurora_draft_alarms",
+        "Drafts that serve on although fewer of their tokens were accepted for one client alone.",
+        report="draft.alarms",
+    )
+    alarm_version: str = text(256)
+    """The last of them; empty: none."""
+    alarm_reason: str = text(512)
     domains_version: int = gauge(
         "aurora_domains_version", "Number of the publication that requests are assigned domains by; 0: there is none."
     )

@@ -335,3 +335,33 @@ def test_a_client_with_many_requests_does_not_have_others_forgotten() -> None:
     observe(watch, by_clients(chance, {"hostile": 1.0}, {"hostile": 0.95}), 600 * ROUNDS_OF_REQUEST)
     watch.swapped(trusted=False)
     assert observe(watch, by_clients(chance, {"hostile": 1.0}, {"hostile": 0.0}), TRIAL_ROUNDS) is None
+
+
+def in_domains(chance: random.Random, clients: dict[str, tuple[str, ...]], rates: dict[str, float]) -> Draw:
+    """Each request is of a domain and of one of its clients; proposals are accepted at the domain's rate."""
+
+    def draws() -> Iterator[tuple[TrafficKind, int, int]]:
+        while True:
+            domain = chance.choice(list(clients))
+            traffic = TrafficKind(domain, client=chance.choice(clients[domain]))
+            for _ in range(ROUNDS_OF_REQUEST):
+                yield traffic, 4, num_accepted(chance, rates[domain], 4)
+
+    return draws().__next__
+
+
+def test_what_makes_one_domain_worse_is_rolled_back_and_named_or_raises_an_alarm_if_one_client_has_asked() -> None:
+    chance = random.Random(20)
+    names = ("code", "chat", "mails")
+    before, after = dict.fromkeys(names, 0.6), {"code": 0.62, "chat": 0.62, "mails": 0.15}
+    for of_mails in (("a", "b", "c"), ("c",)):
+        clients = {"code": ("a", "b"), "chat": ("a", "b"), "mails": of_mails}
+        watch = watched(in_domains(chance, clients, before), num_before=2400)
+        found = observe(watch, in_domains(chance, clients, after), TRIAL_ROUNDS)
+        reason = watch.alarm if found is None else found[1]
+        assert (found is None) is (len(of_mails) == 1)
+        assert "of domain 'mails'" in reason
+        assert 0.3 < float(reason.partition("%")[0]) / 100 < 0.7, "of what was right before"
+        assert ("not for several clients" in reason) is (found is None)
+        watch.swapped(trusted=False)
+        assert not watch.alarm

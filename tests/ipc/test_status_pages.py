@@ -283,6 +283,8 @@ def test_json_reports_drafts_and_learner(path):
         "refused": {"version": "draft-000003", "reason": "NaN"},
         "rollbacks": 0,
         "rolled_back": None,
+        "alarms": 0,
+        "alarm": None,
     }
     assert report["domains"] == {
         "version": 3,

@@ -137,6 +137,8 @@ def test_published_drafts_are_served_reported_and_rolled_back_by_the_command_lin
             "refused": None,
             "rollbacks": 0,
             "rolled_back": None,
+            "alarms": 0,
+            "alarm": None,
         }
         assert versions_of(server) == ["draft-000001"]
         publish_draft(tmp_path)

@@ -247,7 +247,7 @@ class OnlineClusters:
         return ClusterAssignment(name=name, founded_novelty=max(1e-3, novelty), merged=pair)
 
     def _may_fix_another(self) -> bool:
-        """True if there is room for a name from outside; one that nobody uses gives way, and its cluster may be merged."""
+        """True if there is room for a name from outside; one that nobody uses gives way: its cluster may be merged."""
         fixed = [at for at, is_fixed in enumerate(self._is_fixed) if is_fixed]
         if len(fixed) < self._max_fixed:
             return True

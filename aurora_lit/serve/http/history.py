@@ -137,6 +137,8 @@ def changes(before: Json, now: Json) -> Iterator[Json]:
     draft, draft_before = now["draft"], before["draft"]
     if draft["refusals"] > draft_before["refusals"]:
         yield {"kind": "refused", **(draft["refused"] or {})}
+    if draft["alarms"] > draft_before["alarms"]:
+        yield {"kind": "alarm", **(draft["alarm"] or {})}
     if draft["version"] != draft_before["version"]:
         # The verdict may be older: until another draft is loaded, the bad one serves.
         rolled_back = draft["rolled_back"] or {}

@@ -50,6 +50,7 @@ def engine_json(status: EngineStatus, ring: RingCounters | None) -> Json:
     report["draft"] |= {
         "refused": _version_event(status.refused_version, status.refused_reason),
         "rolled_back": _version_event(status.rolled_back_version, status.rolled_back_reason),
+        "alarm": _version_event(status.alarm_version, status.alarm_reason),
     }
     report["domains"] |= {
         "version": status.domains_version or None,

@@ -43,6 +43,9 @@ class LiveDraft:
         self.num_rollbacks = 0
         self.rolled_back: Refusal | None = None
         """The last version that was rolled back."""
+        self.num_alarms = 0
+        self.alarm: Refusal | None = None
+        """The last version that was worse for one client alone."""
         first = reloader.first()
         if first is not None:
             self._swap(first)
@@ -92,8 +95,12 @@ class LiveDraft:
             verdict = self._watch.observe(
                 request=output.request_id, traffic=kind, proposed=proposed, accepted=accepted, is_last=is_last
             )
+            version = self._engine.draft_version
+            if self._watch.alarm and (alarm := Refusal(version=version, reason=self._watch.alarm)) != self.alarm:
+                _log.warning("draft %s: %s", version, alarm.reason)
+                self.alarm = alarm
+                self.num_alarms += 1
             if verdict is not None:
-                version = self._engine.draft_version
                 _log.warning("draft %s is rolled back: %s", version, verdict)
                 self.num_rollbacks += 1
                 self.rolled_back = Refusal(version=version, reason=verdict)

@@ -63,7 +63,7 @@ class StatusReport:
         self, parts: WorkerParts, calls: CallTracker, live_draft: LiveDraft | None, page: EngineStatusPage
     ) -> None:
         self._parts, self._calls, self._live_draft, self._page = parts, calls, live_draft, page
-        self._written_texts: tuple[Refusal | None, Refusal | None, str, str] | None = None
+        self._written_texts: tuple[Refusal | None, Refusal | None, Refusal | None, str, str] | None = None
         self._written_domains: tuple[list[str], str] = [], ""
         self.round_times = RoundTimes()
         self.domains = DomainCounts()
@@ -99,18 +99,25 @@ class StatusReport:
 
     def _draft_fields(self) -> dict[str, int | str]:
         version, live = self._parts.engine.draft_version, self._live_draft
-        refused, rolled_back = (None, None) if live is None else (live.refused, live.rolled_back)
+        refused, rolled_back, alarm = (None,) * 3 if live is None else (live.refused, live.rolled_back, live.alarm)
         gain = "" if live is None else live.gain.line
         fields: dict[str, int | str] = {}
         if live is not None:
-            fields = {"swaps": live.num_swaps, "refusals": live.num_refused, "rollbacks": live.num_rollbacks}
-        if (refused, rolled_back, version, gain) != self._written_texts:
-            self._written_texts = (refused, rolled_back, version, gain)
+            fields = {
+                "swaps": live.num_swaps,
+                "refusals": live.num_refused,
+                "rollbacks": live.num_rollbacks,
+                "alarms": live.num_alarms,
+            }
+        if (refused, rolled_back, alarm, version, gain) != self._written_texts:
+            self._written_texts = (refused, rolled_back, alarm, version, gain)
             fields.update(draft_version=version, draft_gain=gain)
             if refused is not None:
                 fields.update(refused_version=refused.version, refused_reason=refused.reason)
             if rolled_back is not None:
                 fields.update(rolled_back_version=rolled_back.version, rolled_back_reason=rolled_back.reason)
+            if alarm is not None:
+                fields.update(alarm_version=alarm.version, alarm_reason=alarm.reason)
         return fields
 
 

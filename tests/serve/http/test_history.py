@@ -161,12 +161,14 @@ def test_what_changes_is_an_event(report) -> None:
     now["learner"]["domains"] |= {"shifts": 1, "last_shift": "to sql"}
     now["draft"] |= {"version": "draft-000001", "swaps": 1, "refusals": 1}
     now["draft"]["refused"] = {"version": "draft-000009", "reason": "torn"}
+    now["draft"] |= {"alarms": 1, "alarm": {"version": "draft-000001", "reason": "worse for one"}}
     now["worker"] |= {"state": "failed", "error": "out of memory"}
     verdict = {"challenger": 2.1, "champion": 2.0}
     assert list(changes(report, now)) == [
         {"kind": "held_back", "count": 2, **verdict},
         {"kind": "published", "version": "draft-000001", "count": 1, **verdict},
         {"kind": "refused", "version": "draft-000009", "reason": "torn"},
+        {"kind": "alarm", "version": "draft-000001", "reason": "worse for one"},
         {"kind": "swapped", "version": "draft-000001", "count": 1},
         {"kind": "shift", "reason": "to sql"},
         {"kind": "learner", "state": "running", "reason": None},

@@ -364,16 +364,20 @@ def judged(
     plain_rounds: int = 0,
     before: Mapping[str, Any] | None = None,
     rounds: int = 400,
+    clients: int = 1,
     **of_output: Any,
 ) -> LiveDraft:
-    """After `rounds` that accepted 3 tokens, and plain ones, a new draft, and as many that accepted none."""
+    """After `rounds` that accepted 3 tokens, and plain ones, a new draft, and as many that accepted none.
+
+    clients: whose requests come in turn; for all but the first the new draft accepts as many as the one before.
+    """
     engine = RecordingEngine()
     live = LiveDraft(engine, HotReloader(store, lambda folder: folder and folder.name))
     live.start(on_change=lambda: None)
     output = Output(request_id="", token_ids=(1,), num_proposed=3, num_accepted=3)
     for number in range(rounds):
         good = dataclasses.replace(output, request_id=f"before {number // 32}", **(before or {}))
-        live.after_round([good], [TrafficKind()])
+        live.after_round([good], [TrafficKind(client=str(number // 32 % clients))])
     for _ in range(plain_rounds):
         live.after_round([Output(request_id="plain", token_ids=(1,))], [TrafficKind()])
     draft = Eagle3Draft(Eagle3Config(**SMALL_SHAPE))
@@ -381,8 +385,10 @@ def judged(
     wait(lambda: live._reloader._ready)
     live.before_round()
     for number in range(rounds):
-        bad = dataclasses.replace(output, request_id=f"after {number // 32}", **{"num_accepted": 0, **of_output})
-        live.after_round([bad], [TrafficKind()])
+        client = number // 32 % clients
+        changes: dict[str, Any] = {**(before or {})} if client else {"num_accepted": 0, **of_output}
+        bad = dataclasses.replace(output, request_id=f"after {number // 32}", **changes)
+        live.after_round([bad], [TrafficKind(client=str(client))])
     if live.num_rollbacks:
         wait(lambda: live._reloader._ready)
         live.before_round()
@@ -437,3 +443,11 @@ def test_proposals_that_the_end_of_a_request_cut_off_do_not_count_against_a_draf
 
 def test_plain_rounds_do_not_take_the_place_of_what_the_draft_before_has_shown(store: DraftStore) -> None:
     assert judged(store, plain_rounds=4096).num_rollbacks == 1
+
+
+def test_a_draft_that_is_worse_for_one_of_two_clients_serves_on_with_an_alarm(store: DraftStore) -> None:
+    live = judged(store, rounds=1200, clients=2)
+    assert (live.num_rollbacks, live.num_alarms) == (0, 1), "once for a version"
+    assert live.alarm is not None
+    assert live.alarm.version == "draft-000001"
+    assert "fewer of its tokens were right" in live.alarm.reason

@@ -106,8 +106,8 @@ class HTTPProcess:
 class DraftToSwap:
     """In place of a LiveDraft: records what had been told whenever a draft could be swapped."""
 
-    domain_watch = refused = rolled_back = None
-    num_swaps = num_refused = num_rollbacks = 0
+    domain_watch = refused = rolled_back = alarm = None
+    num_swaps = num_refused = num_rollbacks = num_alarms = 0
 
     def __init__(self) -> None:
         self.engine: FakeEngine

@@ -39,8 +39,8 @@ def test_what_a_swap_brought_is_written_when_it_changes(tmp_path: Path) -> None:
     engine: Any = FakeEngine()
     page = EngineStatusPage.create(tmp_path / "status")
     gain = SimpleNamespace(line="")
-    none: Any = {"refused": None, "rolled_back": None, "domain_watch": None}
-    live: Any = SimpleNamespace(gain=gain, num_swaps=1, num_refused=0, num_rollbacks=0, **none)
+    none: Any = {"refused": None, "rolled_back": None, "alarm": None, "domain_watch": None}
+    live: Any = SimpleNamespace(gain=gain, num_swaps=1, num_refused=0, num_rollbacks=0, num_alarms=0, **none)
     report = StatusReport(WorkerParts(engine=engine), CallTracker(engine), live, page)
     for line in ("", "draft 7: 2.61 → 2.83 tokens a round", ""):
         gain.line = line

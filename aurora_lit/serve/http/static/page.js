@@ -338,6 +338,7 @@ const DESCRIPTIONS = {
   swapped: (event) => [`${event.version} serves`, event.count > 1 ? `${event.count} swaps` : "swapped in between two rounds"],
   rolled_back: (event) => [`${event.version} was rolled back`, event.reason],
   refused: (event) => [`${event.version} could not be served`, event.reason],
+  alarm: (event) => [`${event.version} is worse for one client`, event.reason],
   shift: (event) => ["Traffic shifted", event.reason],
   learner: (event) => [`The learner is ${event.state}`, event.reason],
   worker: (event) => [`The engine is ${event.state}`, event.reason],
@@ -355,7 +356,7 @@ function showEvents() {
   const list = at("events");
   if (list.dataset.newest === newest) return;
   list.dataset.newest = newest;
-  const bad = new Set(["rolled_back", "refused"]);
+  const bad = new Set(["rolled_back", "refused", "alarm"]);
   list.replaceChildren(
     ...(shown.length
       ? shown.map((event) => {
