@@ -1,12 +1,14 @@
 """How often trials of drafts decide wrongly, and how soon rightly: made requests, real statistics.
 
     python benchmarks/trials.py --runs 2000
+    python benchmarks/trials.py --runs 2000 --clients 7 --hostile 0.5     # live only, beside a hostile client
 
 Requests differ: each has its own rate at which the draft's first choices are right, and rounds are drawn with it. The
 new draft changes the accepted length of every request by the same share, and of each request by noise with heavy tails
 (Student's t with 4 degrees of freedom, as a share of the accepted length). Three domains, one of which is rare.
 
-    live: after a swap, unpaired, through LiveWatch. back: rolled back within so many requests
+    live: after a swap, unpaired, through LiveWatch. back: rolled back within so many requests. A hostile client's share
+          of the requests is right in all first choices before the swap, and in none after it
     pairs: the gate's evidence, from scores of both drafts. out: enough for the gate at heat 0. back: as much against
            the draft as rolls one back in live traffic
 
@@ -136,7 +138,10 @@ def main() -> None:
     """Print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, default=2000)
+    parser.add_argument("--clients", type=int, default=1, help="honest ones (default: %(default)s)")
+    parser.add_argument("--hostile", type=float, default=0.0, help="share of a hostile client's requests")
     options = parser.parse_args()
+    clients = Clients(honest=options.clients, hostile=options.hostile)
 
     def share(found: Iterator[int | None]) -> str:
         return f"{sum(each is not None for each in found) / options.runs:7.2%}"
@@ -144,8 +149,12 @@ def main() -> None:
     seeds = range(options.runs)
     for spread in (SPREAD, 0.25):
         for change, number in ((0.0, TRIAL_REQUESTS), (-0.1, 80)):
-            back = share(live_trial(seed, change=change, number=number, spread=spread) for seed in seeds)
+            back = share(
+                live_trial(seed, change=change, number=number, spread=spread, clients=clients) for seed in seeds
+            )
             print(f"live, requests differ by {spread:.0%}: {change:+.0%} back within {number:3}: {back}", flush=True)
+    if clients != ALONE:
+        return
     for noise in (PAIRED_NOISE, 0.08, 0.1, 0.125):
         for change, number, finds_worse in ((0.0, TRIAL_REQUESTS, True), (-0.1, 20, True), (0.05, 40, False)):
             found = share(
