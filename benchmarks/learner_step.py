@@ -52,15 +52,14 @@ from aurora_lit.learn.online.build import (
     for_scoring,
     load_head_and_draft,
     make_batcher,
-    make_held_out,
+    make_trial,
     online_module,
 )
 from aurora_lit.learn.online.environment import LearnerEnvironment
-from aurora_lit.learn.online.gate import compare_drafts
-from aurora_lit.learn.online.held_out import HeldOut
 from aurora_lit.learn.online.intake import TraceIntake
 from aurora_lit.learn.online.learner import STARTING_VERSION, Learner
 from aurora_lit.learn.online.loop import OnlineLoop
+from aurora_lit.learn.online.trial import Trial
 from aurora_lit.learn.pretrain.prompts import read_prompts
 from aurora_lit.models.package_index import file_sha256
 from aurora_lit.modules.draft.eagle3 import Eagle3Draft
@@ -206,7 +205,7 @@ class Deployment:
 def time_steps(deployment: Deployment, traces: list[Trace], *, steps: int) -> tuple[Table, Table]:
     """Tables of the parts of a step, and of a trial."""
     learner = deployment.learner()
-    batcher, held_out = _filled(deployment, learner, traces)
+    batcher, tried_on = _filled(deployment, learner, traces)
     parts, positions, live = Parts(), 0, 0
     with contextlib.ExitStack() as patches:
         for owner, attribute, name in _parts_of_a_step(learner):
@@ -236,15 +235,15 @@ def time_steps(deployment: Deployment, traces: list[Trace], *, steps: int) -> tu
         trial.add_column(column, justify="left" if column == "trial" else "right")
     champion = deployment.champion()
     for name in ("first", "again"):  # the second one generates no code for new shapes, and labels no traces
-        held_out.clear_champion_scores()
-        for request in held_out:
+        tried_on.clear_champion_scores()
+        for request in tried_on:
             request.was_tried = False
         started = time.process_time()
         with learner.averaged() as challenger, learner.fabric.autocast():
-            decision = compare_drafts(held_out, champion=champion, challenger=challenger)
+            decision = tried_on.hold(champion=champion, challenger=challenger)
         spent_s = time.process_time() - started
         assert decision is not None, "too few requests are held out: give more prompts"
-        tried = [trace for request in held_out if request.was_tried for trace in request.traces]
+        tried = [trace for request in tried_on if request.was_tried for trace in request.traces]
         positions = sum(len(trace.token_ids_T) - trace_parts.first_trained_position(trace) for trace in tried)
         figures = [f"{spent_s * 1e3:.0f}", f"{spent_s / decision.num_requests * 1e3:.0f}"]
         scores = [f"{decision.champion:.3f}", f"{decision.challenger:.3f}"]
@@ -269,22 +268,18 @@ def _parts_of_a_step(learner: Learner) -> Iterator[tuple[Any, str, str]]:
     yield learner._metrics, "update", "metrics"
 
 
-def _filled(deployment: Deployment, learner: Learner, traces: list[Trace]) -> tuple[OnlineBatcher, HeldOut]:
+def _filled(deployment: Deployment, learner: Learner, traces: list[Trace]) -> tuple[OnlineBatcher, Trial]:
     """A batcher and held-out requests that have taken the traces in; the reservoir holds them too."""
     config = deployment.config
     folder = Path(tempfile.mkdtemp(dir=deployment.folder))
-    batcher = make_batcher(config, deployment.target_head, folder)
-    held_out = make_held_out(config)
-    intake = _intake(config, learner, batcher, held_out)
+    batcher = make_batcher(config, folder)
+    trial = make_trial(config)
+    intake = TraceIntake(learner.controller, batcher, trial)
     for trace in traces:
         intake.add(trace)
     for trace in batcher._waiting:
         batcher.reservoir.add(trace)
-    return batcher, held_out
-
-
-def _intake(config: AuroraConfig, learner: Learner, batcher: OnlineBatcher, held_out: HeldOut) -> TraceIntake:
-    return TraceIntake(learner.controller, batcher, held_out, num_waiting=config.learn.gate_requests)
+    return batcher, trial
 
 
 class Traffic:
@@ -348,7 +343,6 @@ def time_live(deployment: Deployment, traces: list[Trace], *, seconds: float, ra
         slept_s[0] += duration_s
 
     traffic = Traffic(traces, rate=rate, capacity_bytes=config.trace.capacity_mb * _MIB, now=lambda: now_s())
-    held_out = make_held_out(config)
     folder = Path(tempfile.mkdtemp(dir=deployment.folder))
     loop = OnlineLoop(
         LearnerEnvironment(
@@ -364,8 +358,8 @@ def time_live(deployment: Deployment, traces: list[Trace], *, seconds: float, ra
         learner=learner,
         champion=deployment.champion(),
         target_head=deployment.target_head,
-        batcher=make_batcher(config, deployment.target_head, folder),
-        held_out=held_out,
+        batcher=make_batcher(config, folder),
+        trial=make_trial(config),
         budget=Budget(
             idle_share=config.learn.idle_share,
             share=config.learn.compute_share,

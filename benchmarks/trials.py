@@ -26,7 +26,7 @@ from dataclasses import dataclass
 
 from aurora_lit.drafts.evidence import NEEDED_AGAINST, Evidence
 from aurora_lit.drafts.live_watch import REQUEST_ROUNDS, TRIAL_REQUESTS, LiveWatch, TrafficKind
-from aurora_lit.learn.online.gate import NEEDED_TO_PASS
+from aurora_lit.learn.online.trial import NEEDED_TO_PASS
 
 CHAIN = 4
 """First choices a round."""

@@ -44,7 +44,7 @@ from aurora_lit.learn.offline.loop import (
 )
 from aurora_lit.learn.online.build import load_head_and_draft
 from aurora_lit.learn.online.data_parallel import broadcast_plain
-from aurora_lit.learn.online.gate import MIN_REQUESTS
+from aurora_lit.learn.online.trial import MIN_REQUESTS
 from aurora_lit.learn.training_precision import NAMES_OF_PRECISIONS, one_process_fabric, training_precision
 from aurora_lit.machine import use_threads
 from aurora_lit.modules.draft.eagle3 import Eagle3Draft

@@ -6,8 +6,8 @@ there. Of two equal drafts either is as likely to be ahead by as much, so x is a
 e-value is a nonnegative martingale, and the probability that it ever reaches 1/a is at most a (Ville's inequality),
 however often it is looked at. Each request may be bet on only once.
 
-Of a pair, two drafts on the same request (learn/online/gate.py), x is the change divided by the median size of changes,
-cut at 1. Unpaired (drafts/live_watch.py) it is the request's place among those of the draft before (`place_among`). So
+Of a pair, two drafts on one request (learn/online/trial.py), x is the change divided by the median size of changes, cut
+at 1. Unpaired (drafts/live_watch.py) it is the request's place among those of the draft before (`place_among`). So
 neither a scale nor tails have to be known, and no single request counts for much. The bound holds for drafts that are
 equal, not for all that are equal in the mean: one that gains a little on most requests and loses much on a few is taken
 for a better one. All domains share one error budget (`DomainEvidence`).
@@ -15,9 +15,9 @@ for a better one. All domains share one error budget (`DomainEvidence`).
 A client that knows when drafts are swapped can choose its requests so that a new one looks bad, and it can send many.
 So where several clients have a say, evidence counts only as far as no one of them has brought it alone. With E of all
 requests and E₋c of those of all clients but c, `agreed` is min(E, min over c of E₋c^(3/2)): of its logarithm, no client
-brings more than a third. It is at most E, so the bound for honest clients stays 1/a. If one of them, h, does whatever
-it likes, the other requests' x are still as likely as -x given all that came before. So E₋h is such a martingale too,
-`agreed` is at most E₋h^(3/2), and it reaches a with probability a^(-2/3) at most: one in 17 for a = 75.
+brings more than a third. It is at most E, so that the bound for honest clients holds for it. If one of them, h, does
+whatever it likes, the other requests' x are still as likely as -x given all that came before. So E₋h is such a
+martingale too, `agreed` is at most E₋h^(3/2), and it reaches 75 with probability 75^(-2/3) at most, one in 17.
 
 Sources: Waudby-Smith and Ramdas, Estimating means of bounded random variables by betting, arXiv 2010.09686; Vovk et
 al., Testing exchangeability on-line, ICML 2003 (places).

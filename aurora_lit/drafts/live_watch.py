@@ -17,7 +17,7 @@ bad draft from being rolled back, which costs the others speed until the next ve
 one client alone, such as the only one that asks for a domain, raises an alarm (`LiveWatch.alarm`). Alarms and rollbacks
 of equal drafts are one in 75 together.
 
-Leaves out the rollback itself (drafts/hot_reload.py) and the gate before publishing (learn/online/gate.py).
+Leaves out the rollback itself (drafts/hot_reload.py) and the gate before publishing (learn/online/trial.py).
 
     watch = LiveWatch()
     watch.swapped(trusted=False)                                            # the trial of a new version begins

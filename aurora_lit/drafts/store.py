@@ -4,7 +4,7 @@ Learner, server and command line use the folder at the same time. At whatever mo
 a complete version: a version is written under another name, flushed to disk and then renamed, and so is CURRENT.
 
 Leaves out the files' meaning and reading them (drafts/versions.py), and the decisions what to publish
-(learn/online/gate.py) and what to roll back (drafts/live_watch.py).
+(learn/online/trial.py) and what to roll back (drafts/live_watch.py).
 
     store = DraftStore(folder)
     store.publish(draft, record={"score": 2.1})             # "draft-000001", now current

@@ -34,9 +34,10 @@ from aurora_lit.learn.data.target_head import TargetHead
 from aurora_lit.learn.online.budget import Budget, ServerLoad, ShareLimit
 from aurora_lit.learn.online.build import build_loop
 from aurora_lit.learn.online.environment import LearnerEnvironment
-from aurora_lit.learn.online.held_out import HeldOut, HeldOutRequest
 from aurora_lit.learn.online.learner import STARTING_VERSION, Learner
 from aurora_lit.learn.online.loop import OnlineLoop
+from aurora_lit.learn.online.scores import HeldOutRequest
+from aurora_lit.learn.online.trial import Trial
 from aurora_lit.models.interface import Target
 from aurora_lit.modules.domains.controller import DomainController
 from aurora_lit.modules.draft.eagle3 import Eagle3Draft
@@ -46,7 +47,7 @@ from support.live_traces import FakeRing, asked_again, make_controller, online_m
 from support.tiny_models import random_draft
 
 
-class RiggedHeldOut(HeldOut):
+class RiggedTrial(Trial):
     """Held-out requests for which a test may choose the champion's score: a high one has every challenger refused."""
 
     champion_score: float | None = None
@@ -117,7 +118,7 @@ class LearnerHarness:
             served_draft=self.served_draft,
             sleep=self.sleeps_s.append,
         )
-        self.held_out = RiggedHeldOut(seed=0)
+        self.trial = RiggedTrial(seed=0, num_waiting=config.gate_requests)
         self.loop = OnlineLoop(
             self.environment,
             config=config,
@@ -130,7 +131,7 @@ class LearnerHarness:
                 batch_positions=batch_positions,
                 live_bytes=1 << 24,
             ),
-            held_out=self.held_out,
+            trial=self.trial,
             budget=Budget(idle_share=1.0, share=1.0, cpu_s=lambda: 0.0),
         )
         self.loop._intake.max_repeated_share = max_repeated_share

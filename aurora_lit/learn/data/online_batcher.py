@@ -5,7 +5,7 @@ When more arrives than can be trained on, clients have turns: the most informati
 second; the oldest of the client that has most of them go to the reservoir without having been in a batch. While there
 are several clients, none gets more than its share of a batch, live and replayed traces together, nor of its live part,
 so that what is replayed of that client has room. Leaves out padding (learn/data/collate.py) and requests kept out of
-training (learn/online/held_out.py), which never come here.
+training (learn/online/trial.py), which never come here.
 """
 
 from __future__ import annotations

@@ -41,11 +41,11 @@ from aurora_lit.learn.data.trace_parts import is_compatible
 from aurora_lit.learn.offline.ngram_paths import ngram_paths_of
 from aurora_lit.learn.offline.on_policy import RoundSimulator
 from aurora_lit.learn.offline.scoring import RoundScorer, RoundTotals, RoundWalk
-from aurora_lit.learn.online.build import STATE_NAME, controller_for, make_batcher, make_held_out, online_module
+from aurora_lit.learn.online.build import STATE_NAME, controller_for, make_batcher, make_trial, online_module
 from aurora_lit.learn.online.data_parallel import Follower, Leader, broadcast_plain
-from aurora_lit.learn.online.gate import GateDecision, compare_drafts
 from aurora_lit.learn.online.intake import TraceIntake
 from aurora_lit.learn.online.learner import STARTING_VERSION, Learner
+from aurora_lit.learn.online.trial import GateDecision
 from aurora_lit.modules.draft.eagle3 import Eagle3Draft
 from aurora_lit.modules.losses.draft_module import DraftModule
 from aurora_lit.modules.losses.objective import BaseLoss
@@ -137,13 +137,8 @@ class OfflineLoop:
         self._scorers = [self._scorer(config, draft, reach) for draft in (copy.deepcopy(starting), self.served)]
         self._walks = {arm: RoundWalk(reach=reach) for arm in ARMS}
         self._batcher = make_batcher(config, scratch, seed=seed)
-        self._held_out = make_held_out(config, seed=seed)
-        self._intake = TraceIntake(
-            self.learner.controller,
-            self._batcher,
-            self._held_out,
-            num_waiting=learn.gate_requests if gated else 0,
-        )
+        self._trial = make_trial(config, seed=seed, gated=gated)
+        self._intake = TraceIntake(self.learner.controller, self._batcher, self._trial)
         self.simulator = RoundSimulator(module=self._scorers[1].module)
         self._store = DraftStore(folder) if keep_versions else None
         self._gated = gated
@@ -274,20 +269,16 @@ class OfflineLoop:
             if decision.passed:
                 self._serve({"reason": decision.reason} | decision.record)
         # Followers get the schedules, and weights that change, before the next step.
-        if (
-            self._follower is None
-            and (decision.passed or decision.refused)
-            and self.learner.apply_gate_decision(passed=decision.passed, champion=self.served, version=self.version)
-        ):
-            self._held_out.evidence.clear()
+        if self._follower is None:
+            self._trial.conclude(decision, self.learner, champion=self.served, version=self.version)
 
     def _decide(self, challenger: DraftModule) -> GateDecision | None:
         """The first process's decision, in all of them; None if too few requests wait for a trial."""
         decision = None
         if self._follower is None:
             with self.fabric.autocast():
-                decision = compare_drafts(
-                    self._held_out, champion=self._champion, challenger=challenger, heat=self.learner.controller.heat
+                decision = self._trial.hold(
+                    champion=self._champion, challenger=challenger, heat=self.learner.controller.heat
                 )
         fields = broadcast_plain(self.fabric, None if decision is None else vars(decision))
         return None if fields is None else GateDecision(**fields)
@@ -309,7 +300,7 @@ class OfflineLoop:
         for module in (self._champion, *(scorer.module for scorer in self._scorers)):
             self._target_head.install_head(module)
         self.version = self.learner.version = name
-        self._held_out.clear_champion_scores()
+        self._trial.clear_champion_scores()
 
 
 def shard_names(folder: Path) -> list[str]:

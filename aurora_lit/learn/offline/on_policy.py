@@ -28,7 +28,7 @@ from torch import Tensor
 
 from aurora_lit.learn.data.collate import collate, group_by_length
 from aurora_lit.learn.data.trace_parts import first_trained_position
-from aurora_lit.learn.online.gate import first_choice
+from aurora_lit.learn.online.scores import first_choice
 from aurora_lit.modules.losses.draft_module import DraftModule
 from aurora_lit.request import Source
 from aurora_lit.traces.record import Trace

@@ -7,11 +7,11 @@ May import: learn/data/ and above. Start with loop.py. The files, each importing
 
     budget.py              how much processor time learning may use, by how busy the server is
     environment.py         what the loop is connected to: traces, drafts, status pages, the clock
-    held_out.py            requests that wait before they are learned from, and a few that never are
-    gate.py                champion against challenger on held-out requests
-    intake.py              what becomes of a trace: left out, or waits for a trial and is then trained on
+    scores.py              the expected accepted length of a draft on requests that wait
     step_metrics.py        metrics of optimiser steps, averaged for the loggers
     learner.py             Learner.update, the only optimiser step of online learning; its state
+    trial.py               Trial, live and in a replay: waiting requests, evidence, decision, consequence
+    intake.py              what becomes of a trace: left out, or waits for a trial and is then trained on
     data_parallel.py       several processes that take each step together
     centroid_publisher.py  publishes the domains by which the engine assigns requests
     loop.py                OnlineLoop.tick: read traces, follow versions, step, trial, save, report

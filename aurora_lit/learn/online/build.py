@@ -32,9 +32,9 @@ from aurora_lit.learn.data.target_head import TargetHead
 from aurora_lit.learn.online.budget import Budget, LoadWatch
 from aurora_lit.learn.online.data_parallel import Follower, launch_fabric, leader_process
 from aurora_lit.learn.online.environment import LearnerEnvironment
-from aurora_lit.learn.online.held_out import HeldOut
 from aurora_lit.learn.online.learner import STARTING_VERSION, Learner, weights_digest
 from aurora_lit.learn.online.loop import OnlineLoop, newest_usable
+from aurora_lit.learn.online.trial import Trial
 from aurora_lit.learn.training_precision import training_dtype
 from aurora_lit.models.loading import load_target
 from aurora_lit.models.source import cache_root, resolve
@@ -136,7 +136,7 @@ def build_loop(
             champion=champion,
             target_head=target_head,
             batcher=make_batcher(config, run_folder),
-            held_out=make_held_out(config),
+            trial=make_trial(config),
             budget=Budget(
                 idle_share=learn.idle_share,
                 share=learn.compute_share,
@@ -161,9 +161,11 @@ def make_batcher(config: AuroraConfig, folder: Path, *, seed: int = 0) -> Online
     )
 
 
-def make_held_out(config: AuroraConfig, *, seed: int = 0) -> HeldOut:
-    """Held-out requests, chosen by `seed`, as the settings `learn` describe them; none yet."""
-    return HeldOut(seed=seed, limit_bytes=config.learn.reservoir_mb * _MIB // 4)
+def make_trial(config: AuroraConfig, *, seed: int = 0, gated: bool = True) -> Trial:
+    """Trials as the settings `learn` describe them; older requests are chosen by `seed`. gated: false if none is held,
+    so that no request waits for one."""
+    learn = config.learn
+    return Trial(seed=seed, num_waiting=learn.gate_requests if gated else 0, limit_bytes=learn.reservoir_mb * _MIB // 4)
 
 
 def run_follower(config: AuroraConfig, run_folder: Path) -> None:

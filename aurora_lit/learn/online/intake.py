@@ -1,4 +1,4 @@
-"""What becomes of a served request's trace: left out, or trained on once the gate has had it.
+"""What becomes of a served request's trace: left out, or trained on once it has waited for a trial.
 
 Answers that repeat themselves are left out of training and of the gate: they are easy to predict, so they would teach
 the draft to loop, and would make every draft look good at the gate. Leaves out where traces come from
@@ -12,13 +12,11 @@ import torch
 
 from aurora_lit.learn.data.online_batcher import MAX_CONTEXT, OnlineBatcher
 from aurora_lit.learn.data.trace_parts import crop, trained_positions
-from aurora_lit.learn.online.gate import TRIAL_POSITIONS
-from aurora_lit.learn.online.held_out import HeldOut
+from aurora_lit.learn.online.scores import TRIAL_POSITIONS
+from aurora_lit.learn.online.trial import Trial
 from aurora_lit.modules.domains.controller import DomainController
 from aurora_lit.traces.record import Trace
 
-_RELEASED_IDS = 1024
-"""Latest requests that were given to the batches and are remembered, in case more of their segments come."""
 GRAM_TOKENS = 4
 """Length of the n-grams by which repetition is measured."""
 MAX_REPEATED_SHARE = 0.7
@@ -30,7 +28,7 @@ _MIN_GRAMS = 16
 class TraceIntake:
     """Sends each trace to the requests that wait for a trial, and those that have waited to the training batches.
 
-    >>> intake = TraceIntake(controller, batcher, held_out, num_waiting=16)
+    >>> intake = TraceIntake(controller, batcher, trial)
     >>> intake.add(trace).domain                # None: its answer loops, it was left out
     """
 
@@ -38,29 +36,21 @@ class TraceIntake:
         self,
         controller: DomainController,
         batcher: OnlineBatcher,
-        held_out: HeldOut,
-        *,
-        num_waiting: int,
+        trial: Trial,
     ) -> None:
-        """num_waiting: so many requests wait for a trial; at the start half of those that came, so that learning begins
-        with the first.
-        """
-        self._controller, self._batcher, self._held_out = controller, batcher, held_out
+        """num_looping and the share of repetition begin at 0 and at MAX_REPEATED_SHARE."""
+        self._controller, self._batcher, self._trial = controller, batcher, trial
         controller.on_merge = self._rename_domain
         # Or challengers would first have to make up for what steady traffic has cost those before them.
-        controller.on_raised_heat = held_out.evidence.forget_losses
-        self._num_waiting = num_waiting
+        controller.on_raised_heat = trial.evidence.forget_losses
         self.max_repeated_share = MAX_REPEATED_SHARE
         """Answers with a larger share of repeated n-grams are looping; 1 leaves nothing out."""
-        self._num_added = 0
-        self._released: dict[str, None] = {}
-        """In their order."""
         self.num_looping = 0
         """Traces left out because their answer loops."""
 
     def _rename_domain(self, removed: str, kept: str) -> None:
         self._batcher.rename_domain(removed, kept)
-        self._held_out.rename_domain(removed, kept)
+        self._trial.rename_domain(removed, kept)
 
     def add(self, trace: Trace) -> Trace | None:
         """The trace with its domain, after it was added to what waits for a trial; None if left out."""
@@ -70,18 +60,10 @@ class TraceIntake:
         trace = self._controller.assign_domain(trace)
         if not trained_positions(trace):
             return trace
-        if trace.request_id in self._released:
-            self._batcher.add(trace)
-            return trace
-        trained = trained_positions(trace)
-        kept = crop(trace, max(TRIAL_POSITIONS, trained + MAX_CONTEXT))
-        self._held_out.add(kept if kept is trace else kept.copy())  # or the whole prompt would stay in memory
-        self._num_added += 1
-        for waited in self._held_out.release(min(self._num_waiting, self._num_added // 2)):
-            self._released[waited.request_id] = None
+        kept = crop(trace, max(TRIAL_POSITIONS, trained_positions(trace) + MAX_CONTEXT))
+        # Copied, or the whole prompt would stay in memory.
+        for waited in self._trial.take_in(kept if kept is trace else kept.copy()):
             self._batcher.add(waited)
-        while len(self._released) > _RELEASED_IDS:
-            del self._released[next(iter(self._released))]
         return trace
 
 

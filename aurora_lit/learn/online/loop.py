@@ -4,7 +4,7 @@
 
 A trial compares the learner's draft with the served one and publishes it if the gate passes it. Leaves out the
 optimiser step (learn/online/learner.py), batches (learn/data/online_batcher.py), the gate's decision
-(learn/online/gate.py), when domains are published (learn/online/centroid_publisher.py), and the process that runs the
+(learn/online/trial.py), when domains are published (learn/online/centroid_publisher.py), and the process that runs the
 loop (learn/online/process.py).
 """
 
@@ -23,10 +23,9 @@ from aurora_lit.learn.data.trace_parts import is_compatible
 from aurora_lit.learn.online.budget import Budget, ServerLoad, ShareLimit
 from aurora_lit.learn.online.centroid_publisher import CentroidPublisher
 from aurora_lit.learn.online.environment import LearnerEnvironment
-from aurora_lit.learn.online.gate import MIN_REQUESTS, GateDecision, compare_drafts
-from aurora_lit.learn.online.held_out import HeldOut
 from aurora_lit.learn.online.intake import TraceIntake
 from aurora_lit.learn.online.learner import STARTING_VERSION, Learner
+from aurora_lit.learn.online.trial import MIN_REQUESTS, GateDecision, Trial
 from aurora_lit.modules.draft.eagle3 import Eagle3Draft
 from aurora_lit.modules.losses.draft_module import DraftModule
 from aurora_lit.settings import LearnSettings
@@ -96,13 +95,13 @@ class OnlineLoop:
         champion: DraftModule,
         target_head: TargetHead,
         batcher: OnlineBatcher,
-        held_out: HeldOut,
+        trial: Trial,
         budget: Budget,
     ) -> None:
         """`champion`: a module like the learner's, into which the served draft's weights are loaded."""
         self._environment, self._config, self._threads = environment, config, config.threads * config.devices
         self.learner, self._champion, self._target_head = learner, champion, target_head
-        self.batcher, self.held_out, self._budget = batcher, held_out, budget
+        self.batcher, self.trial, self._budget = batcher, trial, budget
         self._centroid_publisher = CentroidPublisher(
             environment.store.folder / CENTROIDS_NAME, target_head, monotonic_s=environment.monotonic_s
         )
@@ -123,12 +122,7 @@ class OnlineLoop:
         self._skip_reasons: set[str] = set()
         self.records, self.skipped = before.records, before.skipped
         self.published, self.refused_by_gate = before.published, before.gate_refused
-        self._intake = TraceIntake(
-            learner.controller,
-            batcher,
-            held_out,
-            num_waiting=config.gate_requests,
-        )
+        self._intake = TraceIntake(learner.controller, batcher, trial)
         self._intake.num_looping, self.batcher.num_over_share = before.looping, before.over_client_share
         learner.controller.num_labels_dropped = before.labels_dropped
         self.decision: GateDecision | None = None
@@ -148,7 +142,7 @@ class OnlineLoop:
         self._reading_limit = ShareLimit(_READING_SHARE)
         self._load_champion(newest_usable(environment.store, environment.served_draft)[0])
         if learner.lineage and learner.lineage["champion"] == self._current_version:
-            held_out.evidence.load_state_dict(learner.lineage["evidence"])
+            trial.evidence.load_state_dict(learner.lineage["evidence"])
 
     def stop(self) -> None:
         """Stop after the current turn, or in the middle of a trial; safe in a signal handler."""
@@ -280,7 +274,7 @@ class OnlineLoop:
             if current == self._current_version:
                 self._tell("loading a version", "")
                 if self._learns_from_later():  # published, and rolled back before this loop has looked
-                    self.held_out.evidence.clear()
+                    self.trial.evidence.clear()
                     self._passed_version = None
                     self._restart_from_champion()
                 return
@@ -314,9 +308,9 @@ class OnlineLoop:
         self._target_head.install_head(self._champion)
         self._current_version = version
         if version is not None and version == self._passed_version:
-            self.held_out.crown_challenger()
+            self.trial.crown_challenger()
         else:
-            self.held_out.clear_champion_scores()
+            self.trial.clear_champion_scores()
 
     # -- trial -----------------------------------------------------------------------------------------------------
 
@@ -325,7 +319,7 @@ class OnlineLoop:
             self._environment.monotonic_s() - self._last_trial_s >= self._config.publish_every_s
             and self.learner.steps - self._last_trial_steps >= self._config.publish_every_steps
             and self._trial_limit.is_due
-            and len(self.held_out.untried) >= MIN_REQUESTS
+            and len(self.trial.untried) >= MIN_REQUESTS
         )
 
     def _end_if_stopped(self) -> None:
@@ -340,8 +334,7 @@ class OnlineLoop:
         self._last_trial_s, self._last_trial_steps = self._environment.monotonic_s(), self.learner.steps
         try:
             with self.learner.averaged() as challenger, self.learner.fabric.autocast():
-                decision = compare_drafts(
-                    self.held_out,
+                decision = self.trial.hold(
                     champion=self._champion,
                     challenger=challenger,
                     heat=self.learner.controller.heat,
@@ -367,10 +360,8 @@ class OnlineLoop:
         else:  # the draft that could not be published is not tried again
             self._tell("publishing a draft", "")
         self.refused_by_gate += decision.refused
-        if (decision.passed or decision.refused) and self.learner.apply_gate_decision(
-            passed=decision.passed, champion=self._champion.draft, version=self._current_version or STARTING_VERSION
-        ):
-            self.held_out.evidence.clear()
+        version = self._current_version or STARTING_VERSION
+        self.trial.conclude(decision, self.learner, champion=self._champion.draft, version=version)
         self.learner.log(
             {
                 "gate_champion": decision.champion,
@@ -389,7 +380,7 @@ class OnlineLoop:
 
     def _save(self) -> None:
         self._last_save_s = self._environment.monotonic_s()
-        self.learner.lineage = {"champion": self._current_version, "evidence": self.held_out.evidence.state_dict()}
+        self.learner.lineage = {"champion": self._current_version, "evidence": self.trial.evidence.state_dict()}
         try:
             with self._saving_limit.measured():
                 self.learner.save()

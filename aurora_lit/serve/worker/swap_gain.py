@@ -2,7 +2,7 @@
 
 Counted are requests with proposals, from any source, that one draft served from beginning to end: of the version
 before the last that ended, of the present one the first, _REQUESTS each. Their traffic may differ, so this is what
-users notice and no test of the draft (drafts/live_watch.py, learn/online/gate.py).
+users notice and no test of the draft (drafts/live_watch.py, learn/online/trial.py).
 
     gain = SwapGain()
     gain.swapped("draft-000007")

@@ -19,9 +19,9 @@ from aurora_lit.kernels import native
 from aurora_lit.learn.data.collate import collate_online
 from aurora_lit.learn.data.target_head import TargetHead
 from aurora_lit.learn.data.trace_parts import crop
-from aurora_lit.learn.offline import loop as loop_module
 from aurora_lit.learn.offline.loop import blocks, read_traces
 from aurora_lit.learn.offline.scoring import RoundTotals
+from aurora_lit.learn.online.trial import Trial
 from aurora_lit.models.interface import Target
 from aurora_lit.modules.losses.objective import OnlineWeights
 from aurora_lit.traces.log import TraceLogWriter
@@ -100,7 +100,7 @@ def test_the_gate_is_told_how_hot_the_stream_is(
     target: Target, stream: list[Trace], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     told: list[float] = []
-    monkeypatch.setattr(loop_module, "compare_drafts", lambda *args, heat, **options: told.append(heat))
+    monkeypatch.setattr(Trial, "hold", lambda *args, heat, **options: told.append(heat))
     replay = make_replay(target, random_draft(target), tmp_path, steps_per_trace=0.5)
     hot: list[float] = []
     for block in blocks(iter(stream[:60]), 12):

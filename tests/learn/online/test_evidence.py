@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 
 from aurora_lit.drafts.evidence import Evidence
-from aurora_lit.learn.online import gate
-from aurora_lit.learn.online.gate import compare_drafts
-from aurora_lit.learn.online.held_out import HeldOut, HeldOutRequest
+from aurora_lit.learn.online import trial as trial_module
 from aurora_lit.learn.online.learner import PATIENCE_TRIALS
+from aurora_lit.learn.online.scores import HeldOutRequest
+from aurora_lit.learn.online.trial import Trial
 
 NOISE = 0.25
 CHAMPION = 2.0
@@ -32,8 +32,8 @@ class Trials:
         self.heat = heat
         self._random, self._requests, self._num_requests, self._noise = random.Random(0), requests, 0, noise
         self._noises: dict[str, float] = {}
-        self.held_out = HeldOut(seed=0)
-        monkeypatch.setattr(gate, "score_requests", self._score)
+        self.trial = Trial(seed=0)
+        monkeypatch.setattr(trial_module, "score_requests", self._score)
 
     def _score(
         self, module: Any, requests: Sequence[HeldOutRequest], **_: Any
@@ -42,23 +42,23 @@ class Trials:
             noise = self._noises.setdefault(request.request_id, self._random.gauss(0.0, self._noise))
             yield request, CHAMPION + (0.0 if module is None else module + noise)
 
-    def hold(self, lead: float) -> gate.GateDecision:
+    def hold(self, lead: float) -> trial_module.GateDecision:
         """One trial."""
         for _ in range(self._requests):
             self._num_requests += 1
             trace: Any = SimpleNamespace(
                 request_id=str(self._num_requests), domain=f"{self._num_requests % 3}", client="", num_bytes=0
             )
-            self.held_out.add(trace)
-        self.held_out.release(32)
+            self.trial.add(trace)
+        self.trial.release(32)
         drafts: Any = {"champion": None, "challenger": lead}
-        decision = compare_drafts(self.held_out, batch_positions=1024, heat=self.heat, **drafts)
+        decision = self.trial.hold(batch_positions=1024, heat=self.heat, **drafts)
         assert decision is not None
         return decision
 
     def lineage(self, lead: Callable[[], float]) -> tuple[int, float | None]:
         """Number of trials that were held, and the lead of the one that passed; None if learning restarts."""
-        self.held_out.clear_champion_scores()
+        self.trial.clear_champion_scores()
         refusals = trials = 0
         while refusals < PATIENCE_TRIALS:
             trials, this = trials + 1, lead()
@@ -117,7 +117,7 @@ def test_the_more_is_left_to_learn_the_sooner_a_better_draft_passes_and_a_worse_
         trials = Trials(monkeypatch, heat=heat)
         found = []
         for _ in range(150):
-            trials.held_out.clear_champion_scores()
+            trials.trial.clear_champion_scores()
             found.append(trials.hold(lead).passed)
         return sum(found) / 150
 
@@ -137,11 +137,11 @@ def test_what_steady_traffic_has_cost_does_not_delay_drafts_for_new_traffic(monk
         trials, found = Trials(monkeypatch, noise=0.2), 0
         for number in range(84):
             trials.heat = 0.0
-            trials.held_out.clear_champion_scores()
+            trials.trial.clear_champion_scores()
             for _ in range(number % 12):
                 if trials.hold(0.0).passed:
-                    trials.held_out.clear_champion_scores()
-            trials.held_out.evidence.forget_losses()
+                    trials.trial.clear_champion_scores()
+            trials.trial.evidence.forget_losses()
             trials.heat = heat
             found += any(trials.hold(lead).passed for _ in range(within))
         return found / 84

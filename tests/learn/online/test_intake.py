@@ -13,8 +13,8 @@ from support.learner_harness import MakeHarness
 from support.live_traces import make_controller, serve, some_requests
 from support.tiny_models import random_draft
 
-from aurora_lit.learn.online.held_out import HeldOut
 from aurora_lit.learn.online.intake import MAX_REPEATED_SHARE, TraceIntake, is_looping, repeated_share
+from aurora_lit.learn.online.trial import Trial
 from aurora_lit.models.interface import Target
 from aurora_lit.traces.record import Trace
 
@@ -60,7 +60,7 @@ def test_loops_reach_neither_batches_nor_the_gate_and_are_counted(make: MakeHarn
     harness.loop.tick()
     page = harness.page.read()
     assert (page.looping, page.records) == (len(loops), len(loops) + len(traffic))
-    assert not any(request.request_id.startswith("loop") for request in harness.loop.held_out)
+    assert not any(request.request_id.startswith("loop") for request in harness.loop.trial)
     names = {trace.request_id for _ in range(50) if (trace := harness.loop.batcher.reservoir.sample())}
     assert names
     assert not any(name.startswith("loop") for name in names)
@@ -77,22 +77,22 @@ def test_requests_wait_before_they_are_learned_from_and_at_the_start_every_secon
             renamed.append((removed, kept))
 
     batches: Any = Batches()
-    held_out, controller, renamed = HeldOut(seed=0), make_controller(), list[tuple[str, str]]()
-    intake = TraceIntake(controller, batches, held_out, num_waiting=4)
+    trial, controller, renamed = Trial(seed=0, num_waiting=4), make_controller(), list[tuple[str, str]]()
+    intake = TraceIntake(controller, batches, trial)
     intake.max_repeated_share = 1.0
     waiting, names = [], [f"r{n}" for n in range(40)]
     for name in names:
         intake.add(replace(traffic[0], request_id=name))
-        waiting.append(len(held_out.newest))
+        waiting.append(len(trial.newest))
     assert waiting == [0, 1, 1, 2, 2, 3, 3, *[4] * 33]
-    in_time = [name for name in names[:36] if not HeldOut.is_kept(name)]
+    in_time = [name for name in names[:36] if not Trial.is_kept(name)]
     assert [name for name, _ in learned] == in_time
-    assert [request.request_id for request in held_out.newest] == names[36:]
+    assert [request.request_id for request in trial.newest] == names[36:]
     learned.clear()
     for name in (in_time[-1], names[-1]):  # another segment of each
         intake.add(replace(traffic[0], request_id=name, first_position=64))
     assert learned == [(in_time[-1], 64)], "what was learned from is not tried, not in part either"
-    assert [len(request.traces) for request in held_out.newest] == [1, 1, 1, 2]
+    assert [len(request.traces) for request in trial.newest] == [1, 1, 1, 2]
     controller.on_merge("auto-1", "auto-2")
     assert renamed == [("auto-1", "auto-2")]
 
@@ -100,15 +100,15 @@ def test_requests_wait_before_they_are_learned_from_and_at_the_start_every_secon
 def test_what_speaks_against_challengers_is_forgotten_when_traffic_is_new(traffic: list[Trace]) -> None:
     """And not what speaks for them: the next one may well be as good."""
     batches: Any = SimpleNamespace(add=lambda trace: None)
-    held_out, number = HeldOut(seed=0), itertools.count()
-    intake = TraceIntake(make_controller(), batches, held_out, num_waiting=4)
+    trial, number = Trial(seed=0, num_waiting=4), itertools.count()
+    intake = TraceIntake(make_controller(), batches, trial)
     intake.max_repeated_share = 1.0
 
     def evidence_after(domain: str, changes: list[float]) -> float:
-        held_out.evidence.clear()
-        held_out.evidence.add(changes)
+        trial.evidence.clear()
+        trial.evidence.add(changes)
         intake.add(replace(traffic[0], request_id=f"r{next(number)}", domain=domain))
-        return held_out.evidence.value
+        return trial.evidence.value
 
     assert evidence_after("chat", [-0.2] * 3) == 1.0
     assert evidence_after("chat", [-0.2] * 3) < 0.5, "nothing is new"

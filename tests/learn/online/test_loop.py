@@ -107,7 +107,7 @@ def test_a_full_disk_is_reported_and_learning_continues(
     def full(*_: Any, **__: Any) -> str:
         raise error
 
-    harness.held_out.champion_score = 0.0
+    harness.trial.champion_score = 0.0
     harness.ask(4)
     failures = ("draft could not be published", "state could not be saved")
     with monkeypatch.context() as patched:
@@ -131,10 +131,10 @@ def test_that_a_draft_could_not_be_published_is_told_no_longer_once_another_did_
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(harness.store, "publish", full)
-    harness.held_out.champion_score = 0.0
+    harness.trial.champion_score = 0.0
     harness.ask(4)
     harness.tick_until(lambda: "draft could not be published" in harness.page.read().error)
-    harness.held_out.champion_score = 100.0
+    harness.trial.champion_score = 100.0
     harness.tick_until(lambda: harness.loop.refused_by_gate > 0)
     assert harness.page.read().error == "", "nobody tries to publish any more"
 

@@ -18,6 +18,7 @@ from support.live_traces import asked_again
 
 from aurora_lit.learn.online import loop
 from aurora_lit.learn.online.budget import Budget, ServerLoad
+from aurora_lit.learn.online.trial import Trial
 from aurora_lit.traces.record import Trace
 
 
@@ -222,7 +223,7 @@ def test_trials_take_a_small_share_of_the_time_that_learning_takes(
         began_s.append(clocks.cpu_s)
         clocks.compute(2.0)
 
-    monkeypatch.setattr(loop, "compare_drafts", compare)
+    monkeypatch.setattr(Trial, "hold", compare)
     for _ in range(120):
         harness.ring.records.extend(itertools.islice(waiting, 5))
         clocks.compute(0.5)
@@ -257,7 +258,7 @@ def test_rounds_have_all_cores_while_the_learner_waits_for_the_disk(
 ) -> None:
     monkeypatch.setattr(loop, "SAVE_EVERY_S", 0.0)
     harness = make(threads=3, publish_every_steps=2)
-    harness.held_out.champion_score = 0.0
+    harness.trial.champion_score = 0.0
     harness.ask(4)
     busy: list[tuple[str, int]] = []
 

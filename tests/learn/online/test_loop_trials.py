@@ -17,6 +17,7 @@ from aurora_lit.drafts.store import DraftStore
 from aurora_lit.errors import AuroraError, CheckpointError
 from aurora_lit.learn.online import loop
 from aurora_lit.learn.online.learner import PATIENCE_TRIALS, STARTING_VERSION
+from aurora_lit.learn.online.trial import Trial
 from aurora_lit.models.interface import Target
 from aurora_lit.modules.draft.eagle3 import Eagle3Draft
 from aurora_lit.traces.record import Trace
@@ -55,7 +56,7 @@ def test_a_draft_gets_better_on_traffic_and_is_published_through_the_gate(
     assert page.steps == harness.learner.steps >= 50
     assert harness.loop.records > 0
     remembered = {trace.request_id for _ in range(300) if (trace := harness.loop.batcher.reservoir.sample())}
-    held_out = {request.request_id for request in harness.loop.held_out}
+    held_out = {request.request_id for request in harness.loop.trial}
     assert len(remembered) > 20
     assert not remembered & held_out
 
@@ -108,13 +109,13 @@ def test_a_version_rolled_back_before_the_loop_has_looked_is_not_learned_on_from
     harness.ask(2)
     harness.tick_until(lambda: harness.learner.steps >= 3)
     harness.learner.version = harness.store.publish(harness.learner.draft, record={})
-    harness.held_out.evidence.add([0.3] * 12)
-    assert harness.held_out.evidence.value > 1
+    harness.trial.evidence.add([0.3] * 12)
+    assert harness.trial.evidence.value > 1
     harness.store.roll_back(bad=harness.learner.version, reason="test")
     harness.loop._follow_versions()
     assert harness.learner.version == STARTING_VERSION
     assert torch.equal(harness.learner.draft.lm_head.weight, harness.starting.lm_head.weight)
-    assert harness.held_out.evidence.value == 1
+    assert harness.trial.evidence.value == 1
     weights = harness.learner.num_weight_changes
     harness.loop._follow_versions()
     assert harness.learner.num_weight_changes == weights, "once"
@@ -129,7 +130,7 @@ def test_the_gate_is_told_how_hot_traffic_is(
     def compare(*args: Any, heat: float, **options: Any) -> None:
         told.append(heat)
 
-    monkeypatch.setattr(loop, "compare_drafts", compare)
+    monkeypatch.setattr(Trial, "hold", compare)
     harness = make(publish_every_steps=2)
     waiting = iter(asked_again(traffic, 12))
     hot: list[float] = []
@@ -144,7 +145,7 @@ def test_the_gate_is_told_how_hot_traffic_is(
 @pytest.mark.slow
 def test_after_repeated_refusals_the_learner_restarts_from_the_served_draft_at_half_the_rate(make: MakeHarness) -> None:
     harness = make(publish_every_steps=2)
-    harness.held_out.champion_score = 100.0
+    harness.trial.champion_score = 100.0
     start = copy.deepcopy(harness.learner.draft.state_dict())
     harness.ask(8)
 
@@ -157,8 +158,8 @@ def test_after_repeated_refusals_the_learner_restarts_from_the_served_draft_at_h
     harness.tick_until(lambda: harness.loop.refused_by_gate == PATIENCE_TRIALS)
     assert is_unchanged()
     assert {schedule.backoff for schedule in harness.learner.schedules} == {0.5}
-    assert harness.held_out.evidence.value == 1.0, "what speaks against the old lineage does not hinder the new one"
-    harness.held_out.champion_score = 0.0
+    assert harness.trial.evidence.value == 1.0, "what speaks against the old lineage does not hinder the new one"
+    harness.trial.champion_score = 0.0
     harness.tick_until(lambda: harness.loop.published == 1)
     assert {schedule.backoff for schedule in harness.learner.schedules} == {1}
     assert not is_unchanged(), "learning continues from a draft that passed"
@@ -171,14 +172,14 @@ def test_evidence_goes_on_after_a_restart_while_the_same_draft_is_served(
     first = make(publish_every_s=3600.0)
     first.ring.records.extend(traffic[:10])
     first.tick_until(lambda: first.learner.steps >= 1)
-    first.held_out.evidence.add([-0.2] * 6)
+    first.trial.evidence.add([-0.2] * 6)
     first.loop.stop()
     first.loop.run()
     again = make(resumes=True)
-    assert again.held_out.evidence.value == first.held_out.evidence.value < 0.2
+    assert again.trial.evidence.value == first.trial.evidence.value < 0.2
     first.store.publish(first.starting, record={})
     other = make(resumes=True)
-    assert other.held_out.evidence.value == 1.0, "it was against another draft"
+    assert other.trial.evidence.value == 1.0, "it was against another draft"
 
 
 def test_beside_a_version_that_cannot_be_loaded_learning_goes_on_from_the_one_before(make: MakeHarness) -> None:
@@ -235,7 +236,7 @@ def test_learning_begins_from_the_starting_draft_if_no_version_can_be_read(
 
 def test_the_average_is_what_is_tried_and_published(make: MakeHarness) -> None:
     harness = make(publish_every_steps=2, ema_decay=0.9)
-    harness.held_out.champion_score = 0.0  # the challenger passes
+    harness.trial.champion_score = 0.0  # the challenger passes
     harness.ask(8)
     tried: list[torch.Tensor] = []
     learned = harness.learner.draft
@@ -252,7 +253,7 @@ def test_the_average_is_what_is_tried_and_published(make: MakeHarness) -> None:
 def test_a_trial_ends_when_the_loop_is_stopped_and_decides_nothing(make: MakeHarness) -> None:
     """A server that ends does not wait for long before it kills the learner."""
     harness = make(publish_every_steps=2, ema_decay=0.9)
-    harness.held_out.champion_score = 0.0  # the challenger would pass
+    harness.trial.champion_score = 0.0  # the challenger would pass
     harness.ask(8)
     draft, looks = harness.learner.draft, list[str]()
 
@@ -265,8 +266,8 @@ def test_a_trial_ends_when_the_loop_is_stopped_and_decides_nothing(make: MakeHar
     assert looks == ["comparing drafts"], "after the first batch of requests"
     assert harness.loop.decision is None
     assert (harness.loop.published, harness.loop.refused_by_gate) == (0, 0)
-    assert len(harness.held_out.untried) == 12
-    assert harness.held_out.evidence.value == 1.0
+    assert len(harness.trial.untried) == 12
+    assert harness.trial.evidence.value == 1.0
     assert harness.learner.draft is draft, "and not the average"
     steps = harness.learner.steps
     assert harness.learner.resume(), "it has saved its state"

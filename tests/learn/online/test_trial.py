@@ -1,4 +1,4 @@
-"""The gate: scores equal what an engine accepts, and only a better draft passes."""
+"""Trials: scores equal what an engine accepts, requests wait by turns of clients, and only a better draft passes."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from support.live_traces import asked_again, online_module, serve, some_requests
 from support.tiny_models import random_draft
 
 from aurora_lit.learn.data.collate import collate
-from aurora_lit.learn.online import gate
-from aurora_lit.learn.online import held_out as held_out_module
-from aurora_lit.learn.online.gate import Scores, compare_drafts, decide, score_requests
-from aurora_lit.learn.online.held_out import HeldOut, HeldOutRequest
+from aurora_lit.learn.online import scores as scores_module
+from aurora_lit.learn.online import trial as trial_module
+from aurora_lit.learn.online.scores import HeldOutRequest, score_requests
+from aurora_lit.learn.online.trial import Scores, Trial, decide
 from aurora_lit.models.interface import Target
 from aurora_lit.modules.draft.eagle3 import Eagle3Draft
 from aurora_lit.traces.record import Trace
@@ -109,11 +109,11 @@ def test_a_score_does_not_depend_on_the_requests_beside_it(target: Target, taugh
 def test_of_a_domain_that_seems_worse_some_more_older_requests_are_scored(
     served: list[Trace], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(held_out_module, "_KEPT_EVERY", 1)
-    held_out, scored = HeldOut(seed=0), list[str]()
+    monkeypatch.setattr(trial_module, "_KEPT_EVERY", 1)
+    trial, scored = Trial(seed=0), list[str]()
     for i in range(50):
-        held_out.add(replace(served[0], request_id=f"{i}", domain="past" if i < 25 else "other" if i < 38 else "new"))
-        held_out.release(12)
+        trial.add(replace(served[0], request_id=f"{i}", domain="past" if i < 25 else "other" if i < 38 else "new"))
+        trial.release(12)
 
     def score(
         module: object, requests: Sequence[HeldOutRequest], **_: object
@@ -125,123 +125,123 @@ def test_of_a_domain_that_seems_worse_some_more_older_requests_are_scored(
             else:
                 yield request, 2.0
 
-    monkeypatch.setattr(gate, "score_requests", score)
+    monkeypatch.setattr(trial_module, "score_requests", score)
     drafts: Any = {"champion": "champion", "challenger": "challenger"}
-    decision = compare_drafts(held_out, **drafts)
+    decision = trial.hold(**drafts)
     assert decision is not None
     assert decision.refused
     assert "'past'" in decision.reason
-    assert {domain: scored.count(domain) for domain in held_out.old} == {"past": 16, "other": 4}
+    assert {domain: scored.count(domain) for domain in trial.old} == {"past": 16, "other": 4}
 
 
 def test_a_segmented_request_counts_once(served: list[Trace]) -> None:
-    held_out = HeldOut(seed=0)
+    trial = Trial(seed=0)
     for trace in [*served[:3], served[2]]:
-        held_out.add(trace)
-    assert [len(request.traces) for request in held_out.newest] == [1, 1, 2]
+        trial.add(trace)
+    assert [len(request.traces) for request in trial.newest] == [1, 1, 2]
 
 
 def test_a_later_segment_of_an_older_request_is_no_request_of_its_own(served: list[Trace]) -> None:
-    held_out, name = HeldOut(seed=0), next(str(n) for n in range(1000) if HeldOut.is_kept(str(n)))
-    held_out.add(replace(served[0], request_id=name))
-    held_out.newest[0].was_tried, held_out.newest[0].champion_score = True, 2.0
-    held_out.release(0)
-    held_out.add(replace(served[0], request_id=name, first_position=64))
-    (request,) = held_out
+    trial, name = Trial(seed=0), next(str(n) for n in range(1000) if Trial.is_kept(str(n)))
+    trial.add(replace(served[0], request_id=name))
+    trial.newest[0].was_tried, trial.newest[0].champion_score = True, 2.0
+    trial.release(0)
+    trial.add(replace(served[0], request_id=name, first_position=64))
+    (request,) = trial
     assert (len(request.traces), request.was_tried, request.champion_score) == (2, True, None)
-    assert not held_out.untried
+    assert not trial.untried
 
 
 def test_requests_of_a_domain_that_went_into_another_are_of_that(served: list[Trace]) -> None:
-    held_out, names = HeldOut(seed=0), [str(n) for n in range(400) if HeldOut.is_kept(str(n))]
+    trial, names = Trial(seed=0), [str(n) for n in range(400) if Trial.is_kept(str(n))]
     for number, name in enumerate(names[:9]):
-        held_out.add(replace(served[0], request_id=name, domain="abc"[number % 3]))
-    held_out.release(3)
-    held_out.rename_domain("a", "b")
-    held_out.rename_domain("b", "d")
-    assert {domain: len(requests) for domain, requests in held_out.old.items()} == {"c": 2, "d": 4}
-    assert [request.domain for request in held_out.newest] == ["d", "d", "c"]
-    assert {trace.domain for request in held_out for trace in request.traces} == {"c", "d"}, "released as such"
+        trial.add(replace(served[0], request_id=name, domain="abc"[number % 3]))
+    trial.release(3)
+    trial.rename_domain("a", "b")
+    trial.rename_domain("b", "d")
+    assert {domain: len(requests) for domain, requests in trial.old.items()} == {"c": 2, "d": 4}
+    assert [request.domain for request in trial.newest] == ["d", "d", "c"]
+    assert {trace.domain for request in trial for trace in request.traces} == {"c", "d"}, "released as such"
 
 
 def test_requests_of_merged_domains_are_kept_as_if_they_had_been_of_one(
     served: list[Trace], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of the frequent one's 96, not as many as of the rare one's 12."""
-    monkeypatch.setattr(held_out_module, "_KEPT_EVERY", 1)
+    monkeypatch.setattr(trial_module, "_KEPT_EVERY", 1)
     rare = total = 0
     for seed in range(40):
-        held_out = HeldOut(seed=seed)
+        trial = Trial(seed=seed)
         for i in range(108):
-            held_out.add(replace(served[0], request_id=str(i), domain="rare" if i % 9 == 0 else "frequent"))
-            held_out.release(0)
-        held_out.rename_domain("rare", "frequent")
-        total += len(held_out.old["frequent"])
-        rare += sum(int(request.request_id) % 9 == 0 for request in held_out.old["frequent"])
+            trial.add(replace(served[0], request_id=str(i), domain="rare" if i % 9 == 0 else "frequent"))
+            trial.release(0)
+        trial.rename_domain("rare", "frequent")
+        total += len(trial.old["frequent"])
+        rare += sum(int(request.request_id) % 9 == 0 for request in trial.old["frequent"])
     assert total > 10 * 40
     assert 0.07 < rare / total < 0.16, "a ninth"
 
 
 def test_older_requests_are_kept_by_domain_within_bounds(served: list[Trace], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(held_out_module, "_KEPT_EVERY", 1)
-    held_out = HeldOut(seed=0)
+    monkeypatch.setattr(trial_module, "_KEPT_EVERY", 1)
+    trial = Trial(seed=0)
     for i in range(300):
-        held_out.add(replace(served[0], request_id=str(i), domain="rare" if i < 3 else f"busy{i % 3}"))
-        assert held_out.release(2) == []
-    assert len(held_out.old["rare"]) == 3
-    assert sum(map(len, held_out.old.values())) <= 64
-    assert {len(held_out.old[f"busy{i}"]) for i in range(3)} == {16}
+        trial.add(replace(served[0], request_id=str(i), domain="rare" if i < 3 else f"busy{i % 3}"))
+        assert trial.release(2) == []
+    assert len(trial.old["rare"]) == 3
+    assert sum(map(len, trial.old.values())) <= 64
+    assert {len(trial.old[f"busy{i}"]) for i in range(3)} == {16}
 
 
 def test_large_requests_wait_less_long_and_fewer_older_ones_are_kept(
     served: list[Trace], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(HeldOut, "is_kept", staticmethod(lambda name: int(name) % 2 == 0))
+    monkeypatch.setattr(Trial, "is_kept", staticmethod(lambda name: int(name) % 2 == 0))
     size = HeldOutRequest(request_id="", domain="", traces=[served[0]]).num_bytes
-    held_out = HeldOut(seed=0, limit_bytes=2 * (10 * size))
+    trial = Trial(seed=0, limit_bytes=2 * (10 * size))
     released = 0
     for i in range(80):
-        held_out.add(replace(served[0], request_id=str(i), domain="rare" if i == 0 else "busy"))
-        released += len(held_out.release(16))
-        assert len(held_out.newest) == min(i + 1, 10)
+        trial.add(replace(served[0], request_id=str(i), domain="rare" if i == 0 else "busy"))
+        released += len(trial.release(16))
+        assert len(trial.newest) == min(i + 1, 10)
     assert released == 35
-    assert {domain: len(requests) for domain, requests in held_out.old.items()} == {"rare": 1, "busy": 9}
+    assert {domain: len(requests) for domain, requests in trial.old.items()} == {"rare": 1, "busy": 9}
     for i in range(80, 100):
-        held_out.add(replace(served[0], request_id=str(i), domain="busy"))
-        held_out.add(replace(served[0], request_id=str(i), domain="busy", first_position=8))
-        held_out.release(16)
-    assert len(held_out.newest) == 8, "a trial needs six"
+        trial.add(replace(served[0], request_id=str(i), domain="busy"))
+        trial.add(replace(served[0], request_id=str(i), domain="busy", first_position=8))
+        trial.release(16)
+    assert len(trial.newest) == 8, "a trial needs six"
 
 
 def test_older_requests_are_a_sample_of_all_times_and_sizes_also_where_memory_is_full(
     served: list[Trace], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(held_out_module, "_KEPT_EVERY", 1)
+    monkeypatch.setattr(trial_module, "_KEPT_EVERY", 1)
     size = HeldOutRequest(request_id="", domain="", traces=[served[0]]).num_bytes
     kept: list[HeldOutRequest] = []
     for seed in range(40):
-        held_out = HeldOut(seed=seed, limit_bytes=2 * (16 * size))
+        trial = Trial(seed=seed, limit_bytes=2 * (16 * size))
         for i in range(400):
             for place in range(1 if i % 2 else 4):  # large ones and small ones in turn: 6.4 fit on average
-                held_out.add(replace(served[0], request_id=str(i), domain="d", first_position=place))
-            held_out.release(0)
-        kept += held_out.old["d"]
+                trial.add(replace(served[0], request_id=str(i), domain="d", first_position=place))
+            trial.release(0)
+        kept += trial.old["d"]
     assert 5 * 40 < len(kept) < 8 * 40
     assert 0.4 < sum(int(request.request_id) >= 200 for request in kept) / len(kept) < 0.6
     assert 0.35 < sum(len(request.traces) == 4 for request in kept) / len(kept) < 0.6
 
 
 def test_requests_that_have_waited_are_learned_from_but_for_a_few(served: list[Trace]) -> None:
-    held_out = HeldOut(seed=0)
+    trial = Trial(seed=0)
     released: list[str] = []
     for i in range(1000):
         for first_position in (0, 8):
-            held_out.add(replace(served[0], request_id=f"cmpl-{i}", domain="d", first_position=first_position))
-        released += [trace.request_id for trace in held_out.release(5)]
-        assert [request.request_id for request in held_out.newest] == [f"cmpl-{j}" for j in range(max(0, i - 4), i + 1)]
-    assert released == [f"cmpl-{i}" for i in range(995) if not HeldOut.is_kept(f"cmpl-{i}") for _ in range(2)]
+            trial.add(replace(served[0], request_id=f"cmpl-{i}", domain="d", first_position=first_position))
+        released += [trace.request_id for trace in trial.release(5)]
+        assert [request.request_id for request in trial.newest] == [f"cmpl-{j}" for j in range(max(0, i - 4), i + 1)]
+    assert released == [f"cmpl-{i}" for i in range(995) if not Trial.is_kept(f"cmpl-{i}") for _ in range(2)]
     assert 0.9 < len(released) / 2 / 995 < 0.97
-    assert all(HeldOut.is_kept(request.request_id) for request in held_out.old["d"])
+    assert all(Trial.is_kept(request.request_id) for request in trial.old["d"])
 
 
 @pytest.mark.parametrize(
@@ -257,15 +257,16 @@ def test_a_draft_passes_with_enough_evidence_and_if_it_is_ahead_itself(
     changes: list[float], evidence: float, passed: bool, refused: bool
 ) -> None:
     pairs = [Scores(2.0, 2.0 + change) for change in changes]
-    decision = decide(pairs, {"chat": pairs}, evidence=evidence)
+    decision = decide(pairs, evidence=evidence)
     assert (decision.passed, decision.refused) == (passed, refused)
 
 
 def test_the_gate_refuses_a_draft_that_is_worse_in_one_domain() -> None:
-    better, worse = [Scores(2.0, 2.4 + i / 50) for i in range(12)], [Scores(2.0, 1.8 + i / 80) for i in range(12)]
-    noisy = [Scores(2.0, after) for after in (1.0, 2.9, 1.5, 2.4)]
-    assert decide(better, {"new": better, "noisy": noisy}, evidence=9.0).passed
-    decision = decide(better, {"new": better, "old": worse}, evidence=9.0)
+    better = [Scores(2.0, 2.4 + i / 50) for i in range(12)]
+    worse = [Scores(2.0, 1.8 + i / 80, domain="old") for i in range(12)]
+    noisy = [Scores(2.0, after, domain="noisy") for after in (1.0, 2.9, 1.5, 2.4)]
+    assert decide(better, noisy, evidence=9.0).passed
+    decision = decide(better, worse, evidence=9.0)
     assert not decision.passed
     assert decision.refused
     assert "'old'" in decision.reason
@@ -280,7 +281,11 @@ def test_equal_drafts_are_rarely_refused_for_a_domain_however_many_domains_there
         changes = shift + torch.randn(500, domains, requests, generator=chance)
         changes = (changes / step).round() * step if step else changes
         decisions = [
-            decide(better, {str(i): [Scores(2.0, 2.0 + c) for c in row] for i, row in enumerate(table)}, evidence=9.0)
+            decide(
+                better,
+                [Scores(2.0, 2.0 + c, domain=str(i)) for i, row in enumerate(table) for c in row],
+                evidence=9.0,
+            )
             for table in changes.tolist()
         ]
         return sum(not decision.passed for decision in decisions) / 500
@@ -296,8 +301,8 @@ def test_one_short_answer_does_not_hide_what_a_domain_loses() -> None:
     """Its own score is a coarse one, those of the others are not."""
     better = [Scores(2.0, 2.4 + i / 50) for i in range(12)]
     changes = [*(-6 / 32, -7 / 32, -6 / 32, -5 / 32, -7 / 32, -6 / 32, -7 / 32) * 2, 0.0, 1.0]
-    by_domain = {str(i): better for i in range(7)} | {"chat": [Scores(2.0, 2.0 + change) for change in changes]}
-    decision = decide(better, by_domain, evidence=9.0)
+    older = [each._replace(domain=str(i)) for i in range(7) for each in better]
+    decision = decide(better, [*older, *(Scores(2.0, 2.0 + c, domain="chat") for c in changes)], evidence=9.0)
     assert decision.refused
     assert "'chat'" in decision.reason
 
@@ -329,16 +334,16 @@ def test_a_worse_draft_scores_worse(target: Target, taught_draft: Eagle3Draft) -
 def test_older_requests_are_scored_only_if_the_challenger_passes_on_new_ones(
     target: Target, taught_draft: Eagle3Draft, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(held_out_module, "_KEPT_EVERY", 1)
+    monkeypatch.setattr(trial_module, "_KEPT_EVERY", 1)
     traces = asked_again(serve(target, taught_draft, some_requests(3)), 6)  # which it was taught
     good, bad = (online_module(target, draft) for draft in (taught_draft, random_draft(target, seed=3)))
     for champion, challenger, passes, requests in ((good, bad, False, 6), (bad, good, True, 6 + 4)):
-        held_out = HeldOut(seed=0)
+        trial = Trial(seed=0)
         for trace in traces:
-            held_out.add(trace)
-        held_out.release(6)
-        assert sum(map(len, held_out.old.values())) == 12
-        decision = compare_drafts(held_out, champion=champion, challenger=challenger, batch_positions=64)
+            trial.add(trace)
+        trial.release(6)
+        assert sum(map(len, trial.old.values())) == 12
+        decision = trial.hold(champion=champion, challenger=challenger, batch_positions=64)
         assert decision is not None
         assert decision.passed is passes
         assert decision.by_domain["chat"]["requests"] == requests, "the challenger is ahead on four older ones"
@@ -365,7 +370,7 @@ def test_a_long_segment_is_scored_at_some_of_its_positions(
                 break
             accept += 1
         by_root.append(accept)
-    monkeypatch.setattr(gate, "_MAX_ROOTS", 8)
+    monkeypatch.setattr(scores_module, "_MAX_ROOTS", 8)
     ((_, score),) = score_requests(module, [held(trace)], batch_positions=64)
     stride = -(-num_roots // 8)
     chosen = by_root[::stride]
@@ -379,62 +384,62 @@ def test_a_trial_ends_as_soon_as_it_is_decided_and_tries_each_request_once_the_n
     good, bad = (online_module(target, draft) for draft in (taught_draft, random_draft(target, seed=3)))
     traces = asked_again(serve(target, taught_draft, some_requests(3)), 9)[:26]  # which it was taught
     for champion, challenger, passes, tried in ((good, bad, False, 12), (bad, good, True, 6)):
-        held_out = HeldOut(seed=0)
+        trial = Trial(seed=0)
         for trace in traces:
-            held_out.add(trace)
+            trial.add(trace)
         newest_first = [trace.request_id for trace in reversed(traces)]
-        for trial in range(26 // tried):
-            decision = compare_drafts(held_out, champion=champion, challenger=challenger, batch_positions=64)
+        for number in range(26 // tried):
+            decision = trial.hold(champion=champion, challenger=challenger, batch_positions=64)
             assert decision is not None
             assert (decision.passed, decision.refused, decision.num_requests) == (passes, not passes, tried)
-            assert [request.request_id for request in held_out.untried] == newest_first[tried * (trial + 1) :]
-            held_out.evidence.clear()
-        rest = held_out.untried
-        assert compare_drafts(held_out, champion=champion, challenger=challenger, batch_positions=64) is None
-        assert held_out.untried == rest, "they wait until there are enough"
+            assert [request.request_id for request in trial.untried] == newest_first[tried * (number + 1) :]
+            trial.evidence.clear()
+        rest = trial.untried
+        assert trial.hold(champion=champion, challenger=challenger, batch_positions=64) is None
+        assert trial.untried == rest, "they wait until there are enough"
 
 
 def test_evidence_adds_up_over_trials_and_is_forgotten_with_the_champion(
     target: Target, taught_draft: Eagle3Draft
 ) -> None:
-    held_out = HeldOut(seed=0)
+    trial = Trial(seed=0)
     good, bad = (online_module(target, draft) for draft in (taught_draft, random_draft(target, seed=3)))
     values = [1.0]
     for trace in serve(target, taught_draft, some_requests(12)):
-        held_out.add(trace)
-        if len(held_out.untried) == 6:
-            decision = compare_drafts(held_out, champion=good, challenger=bad, batch_positions=64)
+        trial.add(trace)
+        if len(trial.untried) == 6:
+            decision = trial.hold(champion=good, challenger=bad, batch_positions=64)
             assert decision is not None
             values.append(decision.evidence)
     assert len(values) == 3
     assert values[2] < 0.9 * values[1] < 0.9 * 0.9
-    for forget in (held_out.clear_champion_scores, held_out.crown_challenger):
-        held_out.evidence.add([0.5])
+    for forget in (trial.clear_champion_scores, trial.crown_challenger):
+        trial.evidence.add([0.5])
         forget()
-        assert held_out.evidence.value == 1.0
+        assert trial.evidence.value == 1.0
 
 
 def test_a_client_with_many_requests_neither_displaces_others_nor_is_tried_more_often(served: list[Trace]) -> None:
-    held_out = HeldOut(seed=0)
+    trial = Trial(seed=0)
     names = ["a", "b", *["flood"] * 20, "a", "b", *["flood"] * 20]
     for number, name in enumerate(names):
-        held_out.add(replace(served[0], request_id=str(number), client=name))
-        held_out.release(8)
-    assert [request.client for request in held_out.newest] == ["a", "b", "a", "b", *["flood"] * 4]
-    untried = held_out.untried
+        trial.add(replace(served[0], request_id=str(number), client=name))
+        trial.release(8)
+    assert [request.client for request in trial.newest] == ["a", "b", "a", "b", *["flood"] * 4]
+    untried = trial.untried
     assert sorted(request.client for request in untried[:6]) == ["a", "a", "b", "b", "flood", "flood"]
     assert [request.request_id for request in untried[:3]] == ["43", "23", "22"], "the newest first"
     for request in untried[:6]:
         request.was_tried = True
     for number in range(100, 106):
-        held_out.add(replace(served[0], request_id=str(number), client="flood"))
-        held_out.release(8)
-    assert not any(request.was_tried for request in held_out.newest), "or quiet clients' requests would fill it"
+        trial.add(replace(served[0], request_id=str(number), client="flood"))
+        trial.release(8)
+    assert not any(request.was_tried for request in trial.newest), "or quiet clients' requests would fill it"
 
 
 def test_a_challenger_must_be_ahead_in_the_mean_over_clients() -> None:
     pairs = [Scores(2.0, 2.3, "flood") for _ in range(10)] + [Scores(2.0, 1.8, name) for name in "ab"]
-    decision = decide(pairs, {"chat": pairs}, evidence=9.0)
+    decision = decide(pairs, evidence=9.0)
     assert not decision.passed
     assert decision.refused
     assert decision.challenger == pytest.approx((2.3 + 1.8 + 1.8) / 3)
@@ -444,6 +449,6 @@ def test_no_client_alone_has_a_challenger_refused_for_a_domain() -> None:
     better = [Scores(2.0, 2.4 + i / 50, "abc"[i % 3]) for i in range(12)]
     worse = [1.8 + i / 80 for i in range(16)]
     for names, refuses in (("h", False), ("ad", True)):
-        of_domain = [Scores(2.0, score, names[i % len(names)]) for i, score in enumerate(worse)]
-        decision = decide(better, {"new": better, "own": of_domain}, evidence=9.0)
+        of_domain = [Scores(2.0, score, names[i % len(names)], "own") for i, score in enumerate(worse)]
+        decision = decide(better, of_domain, evidence=9.0)
         assert (decision.refused, decision.passed) == (refuses, not refuses)
