@@ -46,8 +46,8 @@ NUM_CELLS = len(KINDS) * len(LENGTH_CLASSES) * len(SHARE_CLASSES) * len(COUNT_CL
 _CELLS_OF_KIND, _MEMORY = NUM_CELLS // len(KINDS), KINDS.index("memory")
 _BYTES_OF_TOKEN, _BYTES_OF_HEAD = 36, 16
 """32 of a token are in the index, 4 in the copy by which it is remembered anew."""
-_MOST_RENEWED = 4096
-"""Tokens that are remembered anew at a time, which takes less than a millisecond."""
+_MOST_RENEWED = 2048
+"""Tokens that are remembered anew at a time, which takes about a millisecond."""
 _MIN_TOKENS = 64
 
 
