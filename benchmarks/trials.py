@@ -73,7 +73,9 @@ class Clients:
 
     def draw(self, chance: random.Random) -> str:
         """Who sends the next request."""
-        return HOSTILE if chance.random() < self.hostile else str(chance.randrange(self.honest))
+        if self.hostile and chance.random() < self.hostile:
+            return HOSTILE
+        return str(chance.randrange(self.honest) if self.honest > 1 else 0)
 
 
 ALONE = Clients()
