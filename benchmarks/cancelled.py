@@ -122,13 +122,14 @@ def planned(number: int, seed: int, *, kinds: Sequence[str], longest: int, most_
     return cuts
 
 
-def send_and_cut(url: str, cut: Cut) -> str:
+def send_and_cut(url: str, cut: Cut, *, key: str | None = None) -> str:
     """Send a request, and close its connection. How far it was: "request", "prompt", "stream", "end", or its status."""
     host, content = urlsplit(url).netloc, json.dumps(cut.body).encode()
     head = (
         f"POST {cut.path} HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\nContent-Length: {len(content)}"
     )
-    sent = f"{head}\r\nConnection: close\r\n\r\n".encode() + content
+    authority = "" if key is None else f"\r\nAuthorization: Bearer {key}"
+    sent = f"{head}{authority}\r\nConnection: close\r\n\r\n".encode() + content
     name, _, port = host.rpartition(":")
     with socket.create_connection((name.strip("[]"), int(port)), timeout=60) as connection:
         if cut.resets:

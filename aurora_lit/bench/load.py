@@ -108,16 +108,22 @@ def body_of(prompt: Prompt, **fields: Any) -> Json:
 
 
 def exchange(
-    url: str, path: str, body: Json, *, most_lines: int | None = None, timeout_s: float = TIMEOUT_S
+    url: str,
+    path: str,
+    body: Json,
+    *,
+    key: str | None = None,
+    most_lines: int | None = None,
+    timeout_s: float = TIMEOUT_S,
 ) -> tuple[int, list[tuple[float, bytes]], float]:
     """POST a body; the status, the response's lines with their times, and when it ended.
 
-    most_lines: close the connection after so many lines. timeout_s: close it after so many seconds without a byte, and
-    raise TimeoutError; the server takes that for a cancelled request.
+    key: the server's, if it has one. most_lines: close the connection after so many lines. timeout_s: close it after so
+    many seconds without a byte, and raise TimeoutError; the server takes that for a cancelled request.
     """
     connection = http.client.HTTPConnection(urlsplit(url).netloc, timeout=timeout_s)
     try:
-        connection.request("POST", path, json.dumps(body), {"Content-Type": "application/json"})
+        connection.request("POST", path, json.dumps(body), {"Content-Type": "application/json", **_authority(key)})
         response = connection.getresponse()
         lines = [(time.monotonic(), line) for line in itertools.islice(response, most_lines)]
         return response.status, lines, time.monotonic()
@@ -175,16 +181,21 @@ def _events(lines: Iterable[tuple[float, bytes]]) -> Iterator[tuple[float, Json]
             yield stamp, json.loads(line[5:])
 
 
-def get(url: str, path: str) -> Json:
+def get(url: str, path: str, *, key: str | None = None, timeout_s: float = TIMEOUT_S) -> Json:
     """The JSON at a path of the server."""
-    with LOOPBACK.open(f"{url}{path}", timeout=TIMEOUT_S) as response:
+    request = urllib.request.Request(f"{url}{path}", headers=_authority(key))
+    with LOOPBACK.open(request, timeout=timeout_s) as response:
         found: Json = json.load(response)
     return found
 
 
-def status(url: str) -> Json:
+def status(url: str, *, key: str | None = None, timeout_s: float = TIMEOUT_S) -> Json:
     """What our server says of itself."""
-    return get(url, "/v1/aurora/status")
+    return get(url, "/v1/aurora/status", key=key, timeout_s=timeout_s)
+
+
+def _authority(key: str | None) -> dict[str, str]:
+    return {} if key is None else {"Authorization": f"Bearer {key}"}
 
 
 # -- clients -----------------------------------------------------------------------------------------------------------
