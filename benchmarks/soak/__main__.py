@@ -7,7 +7,7 @@ The server has a key, records traces, keeps its memory on disk, tries a new draf
 which are full soon. A tenth of the time is baseline, three quarters bring faults, in an order drawn by the seed, and
 the rest is without: in 100 minutes sixty faults, one each 75 seconds, in 10 minutes one each 25. Eight clients send
 requests all the time; their answers must equal what the same server answers without speculation. As root the server
-gets a /dev/shm of 512 MiB and a checkpoint disk of 256 MiB of its own; else the faults that need them are left out,
+gets a /dev/shm of 512 MiB and a checkpoint disk of 1 GiB of its own; else the faults that need them are left out,
 which is said. Prints the faults, the invariants with their figures, and where a text was looked for that must not be
 found.
 """

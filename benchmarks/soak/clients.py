@@ -203,8 +203,12 @@ class Clients:
             self._may_run.wait()
             with self._lock:
                 self._num_running += 1
+            began_s = time.monotonic()
             try:
                 call = next(calls)
+            except Exception as error:
+                self.calls.append(Call(name, began_s, time.monotonic(), "failed", detail=f"client: {error!r}"))
+                raise
             finally:
                 with self._lock:
                     self._num_running -= 1

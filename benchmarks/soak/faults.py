@@ -28,8 +28,8 @@ from safetensors.torch import load_file, save_file
 
 from aurora_lit.drafts.centroid_file import CENTROIDS_NAME
 from aurora_lit.drafts.checkpoint import MANIFEST_NAME, WEIGHTS_NAME
-from aurora_lit.drafts.versions import CURRENT_NAME, PublishedVersions, version_name, version_number
-from aurora_lit.errors import CheckpointError
+from aurora_lit.drafts.store import lock
+from aurora_lit.drafts.versions import CURRENT_NAME, RETIRED_NAME, PublishedVersions, version_name, version_number
 from aurora_lit.learn.online.build import STATE_NAME
 
 from .attacks import ATTACKS, run_attack
@@ -199,23 +199,24 @@ def _put_back(path: Path, ours: bytes, before: bytes | None) -> bool:
 
 
 def _publish_spoiled(spoil: Callable[[Path], None], scene: Scene) -> str:
-    """Publish a copy of the current draft that must be refused, as a version of its own."""
-    versions = PublishedVersions(scene.versions)
-    with suppress(CheckpointError):
-        number = 1 + max(map(version_number, [*versions.names(), versions.current() or ""]))
+    """Publish a copy of the current draft that must be refused, as a version of its own; then it is marked as retired."""
+    versions, path = PublishedVersions(scene.versions), scene.versions / CURRENT_NAME
+    scene.versions.mkdir(exist_ok=True)
+    with (scene.versions / ".lock").open("a") as file:
+        lock(file.fileno(), scene.versions)
         current = versions.current()
-        source = scene.versions / current if current else scene.draft
-        path, folder = scene.versions / CURRENT_NAME, scene.versions / version_name(number)
+        number = 1 + max(map(version_number, [*versions.names(), current or ""]))
+        folder = scene.versions / version_name(number)
         before = path.read_bytes() if path.exists() else None
-        shutil.copytree(source, folder)
+        shutil.copytree(scene.versions / current if current else scene.draft, folder)
         spoil(folder)
         ours = f"{folder.name}\n".encode()
         path.write_bytes(ours)
-        time.sleep(_WATCHED_S)
-        is_over = _put_back(path, ours, before)
-        shutil.rmtree(folder, ignore_errors=True)
-        return f"{folder.name}{', published over' if is_over else ''}"
-    return "CURRENT could not be read"
+    time.sleep(_WATCHED_S)
+    is_over = _put_back(path, ours, before)
+    with suppress(OSError):  # it has been deleted for newer ones
+        (folder / RETIRED_NAME).write_text("spoiled\n")
+    return f"{folder.name}{', published over' if is_over else ''}"
 
 
 def _truncate(folder: Path) -> None:

@@ -29,7 +29,8 @@ from aurora_lit.errors import AuroraError
 
 KEY_VARIABLE = "AURORA_LIT_API_KEY"
 _MOUNTED = "AURORA_LIT_SOAK_MOUNTS"
-_SHM_MB, _CHECKPOINTS_MB = 512, 256
+_SHM_MB, _CHECKPOINTS_MB = 512, 1024
+"""Versions of a draft of 31 MB, and twice the state of its learner, need 700."""
 _CHECK_S = 3.0
 
 

@@ -37,6 +37,7 @@ def test_a_seed_draws_every_fault_before_one_comes_again() -> None:
         ("JSON", b"40000, 5, 49151, 7, 300, 2, 45000, 9"),
         ("short JSON", b"40000,5,49151,7,300,2,45000,9"),
     ],
+    ids=("text", "int16", "int32", "int64", "json", "short json"),
 )
 def test_a_planted_text_is_found_in_every_form(form: str, content: bytes, tmp_path: Path) -> None:
     what = canary.needles("hidden", "bcd-fgh", TOKENS)
