@@ -199,7 +199,7 @@ def _put_back(path: Path, ours: bytes, before: bytes | None) -> bool:
 
 
 def _publish_spoiled(spoil: Callable[[Path], None], scene: Scene) -> str:
-    """Publish a copy of the current draft that must be refused, as a version of its own; then it is marked as retired."""
+    """Publish a copy of the current draft that must be refused, as a version of its own; then mark it as retired."""
     versions, path = PublishedVersions(scene.versions), scene.versions / CURRENT_NAME
     scene.versions.mkdir(exist_ok=True)
     with (scene.versions / ".lock").open("a") as file:
