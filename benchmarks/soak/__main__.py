@@ -24,6 +24,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
+import psutil
 from rich.console import Console
 from rich.table import Table
 
@@ -35,7 +36,7 @@ from aurora_lit.errors import AuroraError
 from . import canary
 from .clients import Clients, ask_oracle, fills_holes, make_pool
 from .faults import BY_NAME, FAULTS, Fault, Scene, schedule
-from .server import enter_mounts, mount_small, supervised
+from .server import enter_mounts, small_disk, supervised
 from .watch import RESTARTED_S, Done, Row, Run, Watch, failed_without_cause, invariants
 
 _BASELINE, _FAULTS = 0.1, 0.75
@@ -82,14 +83,16 @@ def _run(folder: Path, options: argparse.Namespace) -> tuple[Run, dict[str, cana
     since, draws = time.time(), random.Random(options.seed)
     hidden, salt = canary.new_text(draws), canary.new_text(draws)
     disk = folder / "checkpoints"
-    has_small_disk = mount_small(disk)
     where = [f"checkpoint.dir={disk}", "checkpoint.run=soak"]
     kept = [f"trace.record={folder / 'traces'}", f"memory.keep={folder / 'memory'}"]
     settings = [*where, *kept, *_SMALL, *options.settings]
     draft = draft_folder(load_config(options.config, []))
     if draft is None:
         raise AuroraError(f"--config {options.config} names no draft to begin with")
-    with supervised(["--config", options.config, *settings], folder, free_port()) as server:
+    with (
+        small_disk(disk) as has_small_disk,
+        supervised(["--config", options.config, *settings], folder, free_port()) as server,
+    ):
         server.wait_for_learner(120)
         scene = Scene(server, disk / "soak", draft, has_small_disk)
         names = _possible(scene, options.faults)
@@ -160,7 +163,7 @@ def _make(fault: Fault, scene: Scene, watch: Watch) -> Done:
         watch.is_spoilt.set()
     try:
         note = fault.act(scene)
-    except AuroraError as error:
+    except (AuroraError, OSError, psutil.Error) as error:
         note = f"not made: {error}"
     finally:
         watch.is_spoilt.clear()

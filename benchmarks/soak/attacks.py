@@ -24,6 +24,8 @@ from contextlib import suppress
 from typing import Any
 from urllib.parse import urlsplit
 
+from aurora_lit.errors import AuroraError
+
 from .server import KEY_VARIABLE
 
 Json = dict[str, Any]
@@ -234,11 +236,12 @@ ATTACKS: dict[str, Callable[[Attack], Awaitable[None]]] = {
 
 
 def run_attack(name: str, url: str, seconds: float, *, timeout_s: float = 60.0) -> Json:
-    """Attack from another process; what it came to."""
+    """Attack from another process; what it came to. Raises AuroraError if that process fails."""
     command = [sys.executable, "-m", "benchmarks.soak.attacks", name, "--url", url, "--seconds", str(seconds)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=seconds + timeout_s)
-    if done.returncode:
-        raise RuntimeError(f"the attack {name} failed: {done.stderr[-1000:]}")
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=seconds + timeout_s, check=True)
+    except subprocess.SubprocessError as error:
+        raise AuroraError(f"the attack {name} failed: {error}: {getattr(error, 'stderr', '')}") from error
     found: Json = json.loads(done.stdout)
     return found
 

@@ -99,13 +99,12 @@ def _occurrences(content: mmap.mmap, needle: bytes) -> int:
     return number
 
 
-def files_in(*folders: Path, since: float = 0.0, without: Sequence[Path] = ()) -> Iterator[Path]:
-    """Regular files below these folders, changed since a time (seconds since 1970), and not below `without`."""
+def files_in(*folders: Path, since: float = 0.0, is_deep: bool = True) -> Iterator[Path]:
+    """Regular files in these folders, and below them, changed since a time (seconds since 1970)."""
     for folder in folders:
-        for path in folder.rglob("*"):
+        for path in folder.glob("**/*" if is_deep else "*"):
             with suppress(OSError):
-                is_wanted = path.is_file() and not path.is_symlink() and path.stat().st_mtime >= since
-                if is_wanted and not any(path.is_relative_to(each) for each in without):
+                if path.is_file() and not path.is_symlink() and path.stat().st_mtime >= since:
                     yield path
 
 
@@ -196,14 +195,15 @@ def told(server: Supervised) -> bytes:
         "/v1/aurora/events",
     ):
         request = urllib.request.Request(f"{server.url}{path}", headers={"Authorization": f"Bearer {server.key}"})
+        deadline = time.monotonic() + _PAGE_EVENTS_S
         with suppress(OSError), LOOPBACK.open(request, timeout=_PAGE_EVENTS_S) as response:
-            while part := response.read1(1 << 20):
+            while time.monotonic() < deadline and (part := response.read1(1 << 20)):
                 parts.append(part)
     return b"".join(parts)
 
 
 def places(folder: Path, versions: Path, *, since: float) -> dict[str, list[Path]]:
-    """Files of each place. folder: the run's; see `main`."""
+    """Files of each place. folder: the run's, which has the server's own temporary files."""
     temporary = Path(tempfile.gettempdir())
     cores = {path for each in (Path.cwd(), folder, temporary) for path in each.glob("core*")}
     return {
@@ -215,7 +215,7 @@ def places(folder: Path, versions: Path, *, since: float) -> dict[str, list[Path
         "recorded traces": list(files_in(folder / "traces")),
         "kept memory": list(files_in(folder / "memory")),
         "caches": list(files_in(cache_root(), since=since)),
-        "temporary files": list(files_in(temporary, since=since, without=[folder])),
+        "temporary files": [*files_in(folder / "tmp"), *files_in(temporary, since=since, is_deep=False)],
         "core files": [path for path in cores if path.is_file()],
     }
 

@@ -52,18 +52,24 @@ def has_mounts() -> bool:
     return _MOUNTED in os.environ
 
 
-def mount_small(folder: Path) -> bool:
-    """Make a folder a small file system of its own, if this is the namespace for it."""
+@contextmanager
+def small_disk(folder: Path) -> Iterator[bool]:
+    """Make a folder that is a small file system of its own, if this is the namespace for it; yields whether it is."""
     folder.mkdir(parents=True)
     options = ["-t", "tmpfs", "-o", f"size={_CHECKPOINTS_MB}m", "tmpfs", str(folder)]
-    return has_mounts() and subprocess.run(["mount", *options], capture_output=True).returncode == 0
+    is_mounted = has_mounts() and subprocess.run(["mount", *options], capture_output=True).returncode == 0
+    try:
+        yield is_mounted
+    finally:
+        if is_mounted:
+            subprocess.run(["umount", "--lazy", str(folder)], capture_output=True)
 
 
 class Supervised:
     """The server that runs now; see the file's example."""
 
     def __init__(self, settings: Sequence[str], folder: Path, url: str) -> None:
-        """folder: for its logs, one for each start."""
+        """folder: for its logs, one for each start, and its temporary files."""
         self.url, self.key, self.settings, self._folder = url, secrets.token_urlsafe(24), settings, folder
         self.exits: list[tuple[float, int]] = []
         """When each server before this one had ended (monotonic), and its exit code."""
@@ -71,7 +77,8 @@ class Supervised:
         self._ending = threading.Event()
         # The kernel ends the server with the thread that started it, so this thread lives as long.
         self._thread = threading.Thread(target=self._run, name="supervisor")
-        os.environ[KEY_VARIABLE] = self.key
+        (folder / "tmp").mkdir()
+        os.environ |= {KEY_VARIABLE: self.key, "TMPDIR": str(folder / "tmp")}
         self._thread.start()
 
     @property

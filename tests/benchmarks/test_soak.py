@@ -55,13 +55,14 @@ def test_large_ids_and_short_texts_have_fewer_forms() -> None:
     assert list(canary.needles("hidden", "a", TOKENS[:7])) == ["hidden as text"]
 
 
-def test_files_from_before_and_of_the_run_itself_are_left_out(tmp_path: Path) -> None:
-    ours = tmp_path / "ours"
-    ours.mkdir()
-    for folder in (tmp_path, ours):
+def test_files_from_before_and_links_are_left_out(tmp_path: Path) -> None:
+    inner = tmp_path / "inner"
+    inner.mkdir()
+    for folder in (tmp_path, inner):
         (folder / "file").touch()
     (tmp_path / "link").symlink_to(tmp_path / "file")
-    assert list(canary.files_in(tmp_path, without=[ours])) == [tmp_path / "file"]
+    assert set(canary.files_in(tmp_path)) == {tmp_path / "file", inner / "file"}
+    assert list(canary.files_in(tmp_path, is_deep=False)) == [tmp_path / "file"]
     now_s = (tmp_path / "file").stat().st_mtime
     assert not list(canary.files_in(tmp_path, since=now_s + 1))
 
