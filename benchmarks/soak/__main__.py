@@ -86,7 +86,7 @@ def _run(folder: Path, options: argparse.Namespace) -> tuple[Run, dict[str, cana
     where = [f"checkpoint.dir={disk}", "checkpoint.run=soak"]
     kept = [f"trace.record={folder / 'traces'}", f"memory.keep={folder / 'memory'}"]
     settings = [*where, *kept, *_SMALL, *options.settings]
-    draft = draft_folder(load_config(options.config, []))
+    draft = draft_folder(load_config(Path(options.config), []))
     if draft is None:
         raise AuroraError(f"--config {options.config} names no draft to begin with")
     with (

@@ -7,8 +7,9 @@ Seven clients stream long greedy answers without a pause. A gap is the time from
 next. They are counted while nothing else is sent (`quiet`), beside an honest eighth client whose prompts have 1,000
 characters (`an eighth client`), and beside each attack (attacks.py), which takes --seconds and comes from a process of
 its own at the lowest priority. Memory is the Pss of all processes, read before an attack and, once the server has no
-other requests, after it. The learner is off. The exit status is 1 if a 99th percentile is more than twice the quiet
-one, a gap longer than 0.5 s, memory more than 32 MB above what it was, an answer fails, or a process has ended.
+other requests, after it. The learner is off. `others` are the cores that were busy with something else. The exit status is 1
+if a 99th percentile is more than twice the quiet one, a gap longer than 0.5 s, memory more than 32 MB above what it
+was, an answer fails, or a process has ended.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from typing import NamedTuple, Self
 from urllib.parse import urlsplit
 
 import numpy as np
+import psutil
 from rich.console import Console
 from rich.table import Table
 
@@ -57,6 +59,8 @@ class Beside(NamedTuple):
     restarts: int
     failed: int
     """Answers of the seven."""
+    others_cores: float
+    """Cores that were busy with neither the server, the clients nor the attack: the figures hold only if few."""
     answers: Json
     """What the attacker saw."""
 
@@ -135,10 +139,18 @@ def _memory_mb(server: Supervised) -> float:
     return server.server.memory_mb() if server.server is not None else 0.0
 
 
+def _busy_s(server: Supervised) -> tuple[float, float]:
+    """Processor time of the machine since its start, and of all that is measured here."""
+    machine, own = psutil.cpu_times(), psutil.Process().cpu_times()
+    members = server.server.members() if server.server is not None else []
+    served = sum(sum(member.cpu_times()[:2]) for member in members)
+    return machine.user + machine.nice + machine.system, sum(own[:4]) + served
+
+
 def measure(server: Supervised, streams: Streams, name: str, seconds: float) -> Beside:
     """Gaps beside one attack, and what it left."""
     before_mb, lives, failed = _memory_mb(server), server.lives, streams.failed
-    begin_s = time.monotonic()
+    begin_s, (machine_s, own_s) = time.monotonic(), _busy_s(server)
     if name == "quiet":
         time.sleep(seconds)
         answers: Json = {}
@@ -146,7 +158,9 @@ def measure(server: Supervised, streams: Streams, name: str, seconds: float) -> 
         answers = _eighth(server, seconds)
     else:
         answers = run_attack(name, server.url, seconds)
-    gaps_ms = 1e3 * np.asarray(streams.between(begin_s, time.monotonic()) or [1e3 * seconds])
+    end_s, (machine_end_s, own_end_s) = time.monotonic(), _busy_s(server)
+    others_cores = max(0.0, machine_end_s - machine_s - (own_end_s - own_s)) / (end_s - begin_s)
+    gaps_ms = 1e3 * np.asarray(streams.between(begin_s, end_s) or [1e3 * seconds])
     if name in ATTACKS:
         time.sleep(_SETTLES_S)
     p50_ms, p99_ms = (float(each) for each in np.percentile(gaps_ms, (50, 99)))
@@ -160,6 +174,7 @@ def measure(server: Supervised, streams: Streams, name: str, seconds: float) -> 
         _memory_mb(server),
         server.lives - lives,
         streams.failed - failed,
+        others_cores,
         answers,
     )
 
@@ -184,12 +199,16 @@ def faults(found: list[Beside]) -> list[str]:
 
 def report(found: list[Beside]) -> Table:
     """A row each."""
-    table = Table("beside", "gaps", "p50, ms", "p99, ms", "longest, ms", "MB before → after", "restarts", "answers")
+    table = Table(
+        "beside", "gaps", "p50, ms", "p99, ms", "longest, ms", "MB before → after", "restarts", "others", "answers"
+    )
     for each in found:
         memory = f"{each.before_mb:.0f} → {each.after_mb:.0f}"
         gaps = (f"{number:.0f}" for number in (each.gaps, each.p50_ms, each.p99_ms, each.longest_ms))
         answers = ", ".join(f"{number} × {name}" for name, number in sorted(each.answers.items()))
-        table.add_row(each.name.replace("_", " "), *gaps, memory, str(each.restarts), answers)
+        table.add_row(
+            each.name.replace("_", " "), *gaps, memory, str(each.restarts), f"{each.others_cores:.2f}", answers
+        )
     return table
 
 

@@ -117,7 +117,7 @@ def test_speed_counts_compared_answers_that_ended_in_a_window() -> None:
 
 
 def test_an_attack_is_compared_with_the_quiet_streams() -> None:
-    quiet = hostile.Beside("quiet", 100, 10.0, 20.0, 900.0, 800.0, 800.0, 0, 0, {})
+    quiet = hostile.Beside("quiet", 100, 10.0, 20.0, 900.0, 800.0, 800.0, 0, 0, 0.0, {})
     stood = quiet._replace(name="idle", p99_ms=40.0, longest_ms=500.0, after_mb=832.0)
     assert hostile.faults([quiet, quiet._replace(name="an eighth client", p99_ms=99.0), stood]) == []
     broken = stood._replace(p99_ms=41.0, longest_ms=501.0, after_mb=833.0, restarts=1, failed=2)
