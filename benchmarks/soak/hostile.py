@@ -7,9 +7,9 @@ Seven clients stream long greedy answers without a pause. A gap is the time from
 next. They are counted while nothing else is sent (`quiet`), beside an honest eighth client whose prompts have 1,000
 characters (`an eighth client`), and beside each attack (attacks.py), which takes --seconds and comes from a process of
 its own at the lowest priority. Memory is the Pss of all processes, read before an attack and, once the server has no
-other requests, after it. The learner is off. `others` are the cores that were busy with something else. The exit status is 1
-if a 99th percentile is more than twice the quiet one, a gap longer than 0.5 s, memory more than 32 MB above what it
-was, an answer fails, or a process has ended.
+other requests, after it; every slot has been full once before. The learner is off. `others` are the cores that were busy with
+something else. The exit status is 1 if a 99th percentile is more than twice the quiet one, a gap longer than 0.5 s,
+memory more than 32 MB above what it was, an answer fails, or a process has ended.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ import psutil
 from rich.console import Console
 from rich.table import Table
 
-from aurora_lit.bench.load import Json, chat, exchange
+from aurora_lit.bench.load import Json, chat, exchange, send_all, status
 from aurora_lit.bench.servers import free_port
 
 from .attacks import ATTACKS, run_attack
@@ -133,6 +133,21 @@ def _eighth(server: Supervised, seconds: float) -> Json:
         exchange(server.url, "/v1/chat/completions", chat(text, max_tokens=64), key=server.key)
         number += 1
     return {"200": number}
+
+
+def _fill_slots(server: Supervised) -> None:
+    """Read eight prompts that leave little room, so that later answers touch no memory for the first time."""
+    code = Path(inspect.__file__).read_text()
+    most = int(status(server.url, key=server.key)["limits"]["max_seq_len"]) - 64
+    body = {"prompt": code[: 8 * most], "add_special_tokens": False}
+    _, lines, _ = exchange(server.url, "/tokenize", body, key=server.key)
+    tokens = json.loads(b"".join(line for _, line in lines))["tokens"]
+
+    def send(number: int) -> None:
+        prompt = {"prompt": tokens[number : number + most], "max_tokens": 32, "ignore_eos": True}
+        exchange(server.url, "/v1/completions", prompt, key=server.key)
+
+    send_all(send, range(_STREAMS + 1), clients=_STREAMS + 1)
 
 
 def _memory_mb(server: Supervised) -> float:
