@@ -7,9 +7,9 @@ Seven clients stream long greedy answers without a pause. A gap is the time from
 next. They are counted while nothing else is sent (`quiet`), beside an honest eighth client whose prompts have 1,000
 characters (`an eighth client`), and beside each attack (attacks.py), which takes --seconds and comes from a process of
 its own at the lowest priority. Memory is the Pss of all processes, read before an attack and, once the server has no
-other requests, after it; every slot has been full once before. The learner is off. `others` are the cores that were busy with
-something else. The exit status is 1 if a 99th percentile is more than twice the quiet one, a gap longer than 0.5 s,
-memory more than 32 MB above what it was, an answer fails, or a process has ended.
+other requests, after it; every slot has been full once before. The learner is off. `others` are the cores that were
+busy with something else. The exit status is 1 if a 99th percentile is more than twice the quiet one, a gap longer than
+0.5 s, memory more than 32 MB above what it was, an answer fails, or a process has ended.
 """
 
 from __future__ import annotations
