@@ -189,8 +189,8 @@ class Sampling(Structured, LlamaCpp):
 
     @property
     def domain(self) -> str:
-        """The client's domain label; "" without one."""
-        return (self.metadata or {}).get(DOMAIN_KEY, "")
+        """The client's domain label; "" without one, and if nothing may be kept: status and metrics name labels."""
+        return (self.metadata or {}).get(DOMAIN_KEY, "") if self.may_be_stored else ""
 
     @property
     def choices(self) -> tuple[str, int]:

@@ -357,7 +357,8 @@ def requests(**fields: Any) -> list[Request]:
         ({"store": True, "metadata": {"other": "x"}}, True, ""),
         ({"store": False, "n": 2}, False, ""),
         ({"metadata": {"aurora_domain": "code"}, "n": 2}, True, "code"),
-        ({"store": False, "metadata": {"aurora_domain": "ü" * 64}}, False, "ü" * 64),
+        ({"metadata": {"aurora_domain": "ü" * 64}}, True, "ü" * 64),
+        ({"store": False, "metadata": {"aurora_domain": "code"}}, False, ""),  # status and metrics would name it
     ],
 )
 def test_store_domain_and_client_reach_every_choice(fields: dict[str, Any], store: bool, domain: str) -> None:
