@@ -35,7 +35,7 @@ _EVERY_S, _READ_S = 2.0, 5.0
 HEALTHY_S, RESTARTED_S = 12.0, 60.0
 """After a fault /health must be 200 within so long; if the server was started again, within the second."""
 _LONG_S = 600.0
-"""From a last phase of so long on, memory must be flat and speed that of the baseline; a shorter one has looser limits."""
+"""From a last phase of so long on, memory must be flat and speed that of the baseline; else the limits are looser."""
 _GROWTH_MB_IN_TEN_MINUTES, _SHORT_GROWTH_MB = 1.05, 128.0
 _MORE, _SHORT_MORE = 0, 8
 """Threads, files and sockets: pools fill in the first minutes after a start."""
