@@ -21,6 +21,7 @@ import argparse
 import json
 import mmap
 import random
+import signal
 import struct
 import subprocess
 import sys
@@ -274,6 +275,7 @@ def main() -> int:
     parser.add_argument("settings", nargs="*", metavar="key=value")
     options = parser.parse_args()
     enter_mounts("benchmarks.soak.canary")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the server is ended, and its files deleted
     since, draws = time.time(), random.Random(options.seed)
     texts = {name: new_text(draws) for name in ("hidden", "salt", "consented")}
     with tempfile.TemporaryDirectory(prefix="soak-") as scratch:

@@ -19,6 +19,7 @@ import http.client
 import inspect
 import itertools
 import json
+import signal
 import sys
 import tempfile
 import threading
@@ -237,6 +238,7 @@ def main() -> int:
     parser.add_argument("settings", nargs="*", metavar="key=value")
     options = parser.parse_args()
     enter_mounts("benchmarks.soak.hostile")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the server is ended, and its files deleted
     found: list[Beside] = []
     with tempfile.TemporaryDirectory(prefix="hostile-") as scratch:
         settings = ["--config", options.config, f"checkpoint.dir={scratch}/checkpoints", *_SETTINGS, *options.settings]
