@@ -245,7 +245,7 @@ def replay(config: AuroraConfig, traces: Path | None, **options: Any) -> None:
     type=click.IntRange(min=16),
     default=16_384,
     show_default=True,
-    help="Tokens of the draft's vocabulary; that of --start-from grows, or is larger already.",
+    help="Tokens of the draft's vocabulary.",
 )
 @click.option(
     "--draft-intermediate-size",

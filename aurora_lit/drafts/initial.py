@@ -1,5 +1,4 @@
-"""Initialises an untrained draft: its vocabulary from token counts, its weights from the target's last layer; and adds
-tokens to a trained one.
+"""Initialises an untrained draft: its vocabulary from token counts, its weights from the target's last layer.
 
 Leaves out training (learn/pretrain/trainer.py).
 
@@ -9,20 +8,17 @@ Shapes: V target vocabulary, Vd draft vocabulary.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 
 from aurora_lit.kernels.packed_linear import PackedLinear
-from aurora_lit.models.interface import Target
 from aurora_lit.models.torch_target import TorchTarget
 from aurora_lit.modules.draft.eagle3 import Eagle3Config, Eagle3Draft
 
 DRAFT_VOCABULARY_SIZE = 16_384
 """Default size of a new draft's vocabulary."""
-_OF_VOCABULARY = ("d2t", "t2d", "lm_head.weight")
 
 
 def choose_vocabulary(counts_V: torch.Tensor, size: int, *, always: Iterable[int] = ()) -> torch.Tensor:
@@ -70,21 +66,6 @@ def initial_draft(
         draft.fc.weight[:, 2 * size :].add_(torch.eye(size))
         _copy_last_layer(target, draft)
     return draft
-
-
-@torch.no_grad()
-def with_tokens(draft: Eagle3Draft, target: Target, draft_token_ids: torch.Tensor) -> Eagle3Draft:
-    """The draft with this vocabulary, sorted [Vd]. Tokens that it lacks get the target's rows, as in a new draft.
-
-    Trained rows are not far from these: of the draft of Qwen2.5-Coder-0.5B a quarter of their length.
-    """
-    extended = Eagle3Draft(replace(draft.config, draft_vocab_size=len(draft_token_ids)), draft_token_ids)
-    state = draft.state_dict()
-    extended.load_state_dict({**extended.state_dict(), **{k: v for k, v in state.items() if k not in _OF_VOCABULARY}})
-    is_known = draft.t2d[draft_token_ids]
-    extended.lm_head.weight[~is_known] = target.head_rows(draft_token_ids[~is_known]).to(extended.lm_head.weight)
-    extended.lm_head.weight[is_known] = draft.lm_head.weight[draft.draft_index(draft_token_ids[is_known])]
-    return extended
 
 
 def _copy_last_layer(target: TorchTarget, draft: Eagle3Draft) -> None:

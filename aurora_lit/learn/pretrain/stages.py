@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 import json
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,7 +23,7 @@ from transformers import PreTrainedTokenizerBase
 
 from aurora_lit.config import AuroraConfig
 from aurora_lit.drafts.checkpoint import check_replaceable, load_draft, save_draft
-from aurora_lit.drafts.initial import DRAFT_VOCABULARY_SIZE, choose_vocabulary, initial_draft, with_tokens
+from aurora_lit.drafts.initial import DRAFT_VOCABULARY_SIZE, choose_vocabulary, initial_draft
 from aurora_lit.drafts.versions import settings_to_serve
 from aurora_lit.durable import is_as_begun, replace_file
 from aurora_lit.errors import CheckpointError, ConfigError
@@ -62,8 +62,7 @@ class PretrainOptions:
     out: Path
     """The checkpoint's folder."""
     start_from: Path | None = None
-    """A draft checkpoint of this target to continue from; its vocabulary grows to `draft_vocab_size` if that is larger.
-    None: start from the target's layers."""
+    """A draft checkpoint of this target to continue from, vocabulary included; None: start from the target's layers."""
     text_positions: int = 1_000_000
     """Positions of text to record."""
     answers: int | None = None
@@ -109,9 +108,7 @@ def pretrain(config: AuroraConfig, options: PretrainOptions) -> dict[str, Any]:
     # Loaded first, so that an unusable draft is refused before hours of work.
     draft = load_draft(options.start_from, target) if options.start_from else None
     _check_begun(config, options, traces)
-    known = () if draft is None else draft.draft_token_ids.tolist()
-    vocab_size = max(len(known), min(options.draft_vocab_size, target.vocab_size))
-    _check_vocabulary_size(vocab_size, traces)
+    _check_vocabulary_size(target, options, traces)
     left_out = ""
     if (seen := positions_trained(traces)) >= options.positions:
         console.print(f"already trained on {seen:,} positions, so nothing is recorded or answered; raise --positions")
@@ -125,8 +122,8 @@ def pretrain(config: AuroraConfig, options: PretrainOptions) -> dict[str, Any]:
     if not shards:
         remedy = f"{left_out}; lower --max-answer-tokens" if left_out else "name files with more text"
         raise ConfigError(f"--prompts and --text gave nothing to learn from; {remedy}")
-    ids = _vocabulary(target, tokenizer, options, traces, shards, size=vocab_size, known=known)
     if draft is None:
+        ids = _vocabulary(target, tokenizer, options, traces, shards)
         draft = initial_draft(
             in_torch,
             ids,
@@ -134,8 +131,6 @@ def pretrain(config: AuroraConfig, options: PretrainOptions) -> dict[str, Any]:
             intermediate_size=options.draft_intermediate_size,
             max_positions=config.engine.max_seq_len,
         )
-    else:
-        draft = with_tokens(draft, target, ids)
     module = DraftModule(
         draft,
         embedding_VH=target.embedding_rows(),
@@ -185,9 +180,10 @@ def _check_begun(config: AuroraConfig, options: PretrainOptions, traces: Path) -
         )
 
 
-def _check_vocabulary_size(size: int, traces: Path) -> None:
+def _check_vocabulary_size(target: Target, options: PretrainOptions, traces: Path) -> None:
     """Raise ConfigError if the vocabulary that an earlier run has chosen there is of another size."""
     path = traces / VOCABULARY_NAME
+    size = min(options.draft_vocab_size, target.vocab_size)
     if path.exists() and (chosen := len(json.loads(path.read_text()))) != size:
         raise ConfigError(
             f"--draft-vocab-size {size}: {traces} is of a training with {chosen}; use that, or name another --out"
@@ -284,11 +280,8 @@ def _vocabulary(
     options: PretrainOptions,
     traces: Path,
     shards: list[ShardInfo],
-    *,
-    size: int,
-    known: Sequence[int],
 ) -> torch.Tensor:
-    """Target ids of the draft vocabulary: the most frequent tokens of all traces, prompts and texts, and the `known`.
+    """Target ids of the draft vocabulary: the most frequent tokens of all traces, prompts and texts.
 
     Those of answers count ten times. Prompts that were not answered and the rest of the texts are many more tokens, at
     no cost. Chosen once and stored beside the traces, so that a resumed run has the same.
@@ -305,7 +298,8 @@ def _vocabulary(
     prompts = (encode_prompt(tokenizer, prompt) for file in options.prompts for prompt in read_prompts(file))
     for token_ids in itertools.chain(prompts, _text_in_turn(tokenizer, options.text)):
         counts += torch.bincount(torch.tensor(token_ids), minlength=target.vocab_size)[: target.vocab_size]
-    ids = choose_vocabulary(counts, size, always=known or eos_token_ids(target, tokenizer))
+    size = min(options.draft_vocab_size, target.vocab_size)
+    ids = choose_vocabulary(counts, size, always=eos_token_ids(target, tokenizer))
     replace_file(path, json.dumps(ids.tolist()).encode())  # one that a full disk cuts short could not be read again
     return ids
 
