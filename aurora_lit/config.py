@@ -12,7 +12,6 @@ import dataclasses
 import difflib
 import functools
 import logging
-import math
 import re
 import typing
 from collections.abc import Mapping, Sequence
@@ -69,6 +68,8 @@ def load_config(path: Path | Sequence[Path] | None, overrides: Sequence[str]) ->
         config = OmegaConf.to_object(OmegaConf.merge(_schema(), merged))
     except OmegaConfBaseException as error:
         raise ConfigError(_explain(error)) from error
+    except (RecursionError, OverflowError) as error:
+        raise ConfigError("a setting's value is nested too deeply, or too large a number; give another") from error
     assert isinstance(config, AuroraConfig)
     _check_digest(config, layers[: len(paths)], layers[len(paths) :])
     validate(config)
@@ -174,7 +175,7 @@ def _check_sampling(defaults: Mapping[str, Any]) -> None:
 def is_sampling_value(name: str, value: Any) -> bool:
     """True if a request may have this value of a parameter in SAMPLING_RANGES."""
     low, high = SAMPLING_RANGES[name]
-    is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
     return is_number and low <= value <= high and (isinstance(value, int) or not isinstance(low, int))
 
 
@@ -278,13 +279,14 @@ def _config_file(given: Path) -> Path:
 def _read_yaml(path: Path) -> Mapping[str, Any]:
     try:
         content = OmegaConf.to_container(OmegaConf.load(path))
+        repr(content)  # an integer may have too many digits to be told
     except OSError as error:
         raise ConfigError(f"--config {path}: cannot be read ({error.strerror or error}); name a YAML file") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--config {path}: is not valid YAML ({' '.join(str(error).split())}); correct it") from error
     except OmegaConfBaseException as error:
         reason = f"{error.full_key or 'a value'}: {str(error).splitlines()[0].rstrip('.')}"
         raise ConfigError(f"--config {path}: {reason}; {_NO_INTERPOLATION}") from error
+    except Exception as error:  # PyYAML raises what converting a text does, such as one with the tag !!int
+        raise ConfigError(f"--config {path}: is not valid YAML ({' '.join(str(error).split())}); correct it") from error
     if not isinstance(content, Mapping):
         raise ConfigError(f"--config {path}: holds a {type(content).__name__}; use sections such as `engine:`")
     return typing.cast(Mapping[str, Any], content)
@@ -298,7 +300,8 @@ def _read_override(text: str) -> Mapping[str, Any]:
     # Text settings keep the characters as typed (the API key 0123 is not a number); other values are YAML.
     try:
         tree: Any = value if _is_text(_type_of(parts)) and value != "null" else yaml.safe_load(value)
-    except yaml.YAMLError as error:
+        repr(tree)
+    except Exception as error:  # as in a file
         raise ConfigError(f"{_assignment(key, value)}: the value is not valid YAML; quote it") from error
     for part in reversed(parts):
         tree = {part: tree}
@@ -346,6 +349,8 @@ def _checked(tree: Mapping[str, Any], kind: type, *, prefix: str) -> dict[str, A
             raise ConfigError(
                 f"{_assignment(full, value)} must be text, not {type(value).__name__}; {_remedy(known[key], value)}"
             )
+        elif isinstance(value, list):  # which OmegaConf does not merge with a mapping
+            raise ConfigError(f"{_assignment(full, value)} cannot be used; {_remedy(known[key], value)}")
         checked[str(key)] = value
     return checked
 
