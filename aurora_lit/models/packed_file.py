@@ -83,7 +83,7 @@ def read(path: Path, *, key: Mapping[str, str]) -> tuple[dict[str, Any], dict[st
             return _read(file, key)
     except FileNotFoundError:
         raise
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except Exception as error:  # a damaged header makes json and torch fail in many ways
         raise CacheError(f"{path} is not used: {error}") from error
 
 

@@ -289,3 +289,11 @@ def test_a_packed_file_that_cannot_be_written_leaves_nothing(tmp_path: Path, mon
     with pytest.raises(OSError, match="no space"):
         packed_file.write(tmp_path / "file", {"x": torch.zeros(8)}, facts={}, key={})
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("header", [b'{"x": {"data_offsets": []}}', b'{"x": ' + b"[" * 5000, b"\xff", b"[]"])
+def test_a_packed_file_with_a_header_of_another_kind_is_not_used(header: bytes, tmp_path: Path) -> None:
+    head = header.replace(b"{", b'{"__metadata__": {"aurora-lit": "{\\"key\\": {}}"}, ', 1)
+    (tmp_path / "file").write_bytes(len(head).to_bytes(8, "little") + head)
+    with pytest.raises(CacheError, match="is not used"):
+        packed_file.read(tmp_path / "file", key={})
