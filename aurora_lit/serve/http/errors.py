@@ -138,7 +138,7 @@ def explain(errors: list[Any] | Any, *, content_type: str | None) -> RequestErro
         return RequestError(message, param="body", code="invalid_json")
     if not location:
         return RequestError("body must be a JSON object", param="body", code="invalid_type")
-    where = str(location[0]) + "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in location[1:])
+    where = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in location)[1:] or "''"
     if error["type"] == "extra_forbidden":
         message = f"{where} is unknown or not supported; leave it out"
         return RequestError(message, param=where, code="unsupported_parameter")

@@ -170,6 +170,7 @@ OTHERS = [
     # (path, body, param)
     (CHAT, chat(continue_final_message=True, add_generation_prompt=True), "continue_final_message"),
     (CHAT, chat(stop=[""]), "stop[0]"),
+    (CHAT, chat(**{"": 1}), "''"),
     (CHAT, chat(n=1, n_cmpl=2), "n_cmpl"),
     (CHAT, chat(n_cmpl=2, prediction={"type": "content", "content": "a"}), "n_cmpl"),
     (CHAT, chat(samplers=["top_k", "mirostat"]), "samplers[1]"),
