@@ -65,7 +65,7 @@ class GgufFile:
         self.tensors: dict[str, TensorEntry] = {}
         try:
             self._read_header()
-        except (struct.error, UnicodeDecodeError, KeyError, MemoryError) as error:
+        except (struct.error, UnicodeDecodeError, KeyError, MemoryError, OverflowError, RecursionError) as error:
             raise self._damaged(f"its header cannot be read ({error!r})") from error
 
     def _damaged(self, reason: str) -> SourceError:
@@ -104,8 +104,12 @@ class GgufFile:
             *reversed_shape, type_number, offset = header.unpack(f"<{num_dimensions}QIQ")
             found.append((name, tuple(reversed_shape[::-1]), type_number, offset))
         alignment = self.metadata.get("general.alignment", _DEFAULT_ALIGNMENT)
+        if not isinstance(alignment, int) or alignment <= 0:
+            raise self._damaged(f"its tensors begin at multiples of {alignment!r}")
         begin = -(-header.position // alignment) * alignment
         for name, shape, type_number, offset in found:
+            if 0 in shape:
+                raise self._damaged(f"{name} has no values")
             try:
                 kind = GGMLQuantizationType(type_number)
             except ValueError as error:

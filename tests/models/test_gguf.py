@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from gguf import GGMLQuantizationType as Type
-from support.tiny_gguf import write_gguf
+from support.tiny_gguf import gguf_header, write_gguf
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from aurora_lit.errors import SourceError
@@ -96,6 +97,29 @@ def test_a_damaged_file_is_refused_with_a_remedy(damage: str, tmp_path: Path) ->
     path.write_bytes(content)
     with pytest.raises(SourceError, match=f"target.source: .*{remedy}"):
         GgufFile(path)
+
+
+_OF_STRING, _OF_ARRAY = (struct.pack("<Q1sII", 1, b"k", 9, kind) for kind in (8, 9))
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        gguf_header(struct.pack("<Q17sII", 17, b"general.alignment", 4, 0)),
+        gguf_header(struct.pack("<Q17sIf", 17, b"general.alignment", 6, 1.5)),
+        gguf_header(struct.pack("<Q17sIQ1s", 17, b"general.alignment", 8, 1, b"x")),
+        gguf_header(_OF_STRING + struct.pack("<QQ", 2, 2**64 - 1)),
+        gguf_header(_OF_ARRAY + struct.pack("<QI", 1, 9) * 5000),
+        gguf_header(shape=(0, 1 << 62)),
+    ],
+    ids=["alignment 0", "alignment 1.5", "alignment x", "endless text", "nested", "empty tensor"],
+)
+def test_a_header_of_wrong_values_is_refused(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "x.gguf").write_bytes(gguf_header())
+    assert GgufFile(tmp_path / "x.gguf").rows("x").shape == (4, 128)
+    (tmp_path / "x.gguf").write_bytes(content)
+    with pytest.raises(SourceError, match="is no whole GGUF file"):
+        GgufFile(tmp_path / "x.gguf")
 
 
 @needs_kernels

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import struct
 from pathlib import Path
 
 import gguf
 import numpy as np
 
 HIDDEN, HEADS, FFN, VOCAB, LAYERS = 64, 2, 96, 260, 4
+
+
+def gguf_header(entry: bytes = b"", *, shape: tuple[int, ...] = (4, 32)) -> bytes:
+    """A GGUF file with one tensor of fp32 and one entry of its metadata: the alignment, or else `entry`."""
+    entry = entry or struct.pack("<Q17sII", 17, b"general.alignment", 4, 32)
+    dimensions = struct.pack(f"<I{len(shape)}Q", len(shape), *shape[::-1])
+    return (
+        struct.pack("<4sIQQ", b"GGUF", 3, 1, 1) + entry + struct.pack("<Q1s", 1, b"x") + dimensions + bytes(4 + 8 + 600)
+    )
 
 
 def write_gguf(
