@@ -175,7 +175,11 @@ def _load_draft(folder: Path, target: TargetShape) -> Eagle3Draft:
     state = common_tensors(read_tensors(folder), vocab_size=config.vocab_size)
     if (folder / VALUE_NAME).exists():
         state |= read_tensors(folder, VALUE_NAME)
-    draft = Eagle3Draft(config)
+    try:
+        draft = Eagle3Draft(config)
+    except (RuntimeError, TypeError, ValueError, LookupError, ArithmeticError) as error:
+        reason = f"no draft can have the sizes in {CONFIG_NAME}: {str(error).partition(chr(10))[0]}"
+        raise _refusal(folder, reason) from error
     own = draft.state_dict()
     value_names = {name for name in own if name.startswith(_VALUE_PREFIX)}
     missing, unknown = set(own) - set(state) - value_names, set(state) - set(own)
@@ -215,14 +219,16 @@ def read_config(folder: Path) -> Eagle3Config:
         )
     except CheckpointError as error:
         raise _refusal(folder, str(error)) from error
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise _refusal(folder, f"a field of {CONFIG_NAME} is missing or invalid: {error!r}") from error
 
 
 def _number(raw: dict[str, Any], name: str) -> float:
     try:
-        return float(raw[name])
-    except (KeyError, TypeError, ValueError) as error:
+        number = float(raw[name])
+        int(number)  # it is finite
+        return number
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise CheckpointError(
             f"a field of {CONFIG_NAME} is missing or invalid: {name} is {raw.get(name)!r}; give a number"
         ) from error

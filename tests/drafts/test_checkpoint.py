@@ -232,6 +232,13 @@ REFUSALS: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "a field missing": (edit_config(rms_norm_eps=None), "a field of config.json is missing or invalid.*rms_norm_eps"),
     "words for numbers": (edit_config(head_dim="many"), "a field of config.json is missing or invalid.*many"),
+    "infinity for a number": (
+        put_in_config(intermediate_size=float("inf")),
+        "invalid: intermediate_size is inf; give a",
+    ),
+    "endless digits": (put_in_config(rms_norm_eps=10**400), "invalid: rms_norm_eps is 1000"),
+    "a negative size": (put_in_config(intermediate_size=-1), "no draft can have the sizes in config.json"),
+    "more than the vocabulary": (put_in_config(draft_vocab_size=V + 1), "no draft can have the sizes in config.json"),
     "null for a number": (
         put_in_config(draft_vocab_size=None),
         "a field of config.json is missing or invalid: draft_vocab_size is None; give a number",
