@@ -249,7 +249,9 @@ def from_bytes(data: bytes | bytearray | memoryview) -> Trace:
         raise TraceError(f"not a trace: {error!r}") from error
     _require(isinstance(plain, dict) and plain.keys() == _PLAIN_FIELDS.keys(), "its plain fields differ")
     for name, kind in _PLAIN_FIELDS.items():
-        value = float(plain[name]) if kind is float and isinstance(plain[name], int) else plain[name]
+        value = plain[name]
+        if kind is float and isinstance(value, int) and abs(value) < 1 << 53:
+            value = float(value)
         _require(type(value) is kind, f"{name} is {value!r}")
         plain[name] = value
     _require(tensors.keys() | {"lse_T"} == _TENSOR_FIELDS.keys(), f"it has tensors {sorted(tensors)}")

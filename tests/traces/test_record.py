@@ -117,7 +117,14 @@ def test_an_invalid_field_is_refused_and_named(trace: Trace, word: str) -> None:
 def test_plain_fields_of_a_wrong_type_are_refused() -> None:
     tensors = safetensors.torch.load(to_bytes(a_trace()))
     about = json.loads(bytes(tensors["about"].tolist()))
-    for changes in ({"domain": 3}, {"first_position": 1.5}, {"answer_start": True}, {"extra": 1}, {"temperature": "1"}):
+    for changes in (
+        {"domain": 3},
+        {"first_position": 1.5},
+        {"answer_start": True},
+        {"extra": 1},
+        {"temperature": "1"},
+        {"temperature": 10**400},
+    ):
         text = json.dumps({**about, **changes}).encode()
         with pytest.raises(TraceError):
             from_bytes(safetensors.torch.save({**tensors, "about": torch.tensor(list(text), dtype=torch.uint8)}))
