@@ -183,7 +183,9 @@ def keep_tokenizer(folder: Path, *, cache_dir: Path) -> None:
     if isinstance(tokenizer, TokenizersBackend) and all(
         getattr(kind, name) is getattr(TokenizersBackend, name) for name in _OWN_CODE
     ):
-        state = tokenizer_json(tokenizer.backend_tokenizer)
+        with contextlib.suppress(Exception):  # `tokenizers` cannot read again what it has read of some files
+            state = tokenizer_json(tokenizer.backend_tokenizer)
+    if state:
         record = {
             "chat_template": _served_templates(tokenizer.chat_template),
             "special_tokens": tokenizer.special_tokens_map,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -195,6 +196,8 @@ def test_tokenizers(fuzz: Any, tmp_path: Path) -> None:
 
     def check(change: tuple[str, bytes]) -> None:
         name, content = change
+        if re.search(rb"\d{7}", content):
+            return  # ids far apart take `tokenizers` minutes
         (folder / name).write_bytes(content)
         try:
             keep_tokenizer(folder, cache_dir=cache)

@@ -12,6 +12,7 @@ import pytest
 import transformers
 from jinja2 import TemplateError
 from support import child_environment
+from support.fake_engine import tiny_tokenizer
 from support.tiny_models import tiny_config
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
@@ -332,3 +333,16 @@ def test_a_kept_tokenizer_loads_without_transformers(tmp_path: Path) -> None:
         [{"role": "user", "content": "hello"}], tokenize=False, add_generation_prompt=True
     )
     assert json.loads(done.stdout) == theirs.encode(text, add_special_tokens=False)
+
+
+def test_a_vocabulary_that_cannot_be_written_is_left_to_transformers(tmp_path: Path) -> None:
+    """Such as one with an id far beyond all others: `tokenizers` loses tokens when it writes it."""
+    tiny_tokenizer().save_pretrained(tmp_path)
+    path = tmp_path / "tokenizer.json"
+    fields = json.loads(path.read_text())
+    fields["model"]["vocab"]["!"] = 2**32 - 1
+    path.write_text(json.dumps(fields))
+    keep_tokenizer(tmp_path, cache_dir=tmp_path / "cache")
+    loaded = load_tokenizer(tmp_path, cache_dir=tmp_path / "cache")
+    assert not isinstance(loaded, KeptTokenizer)
+    assert loaded.encode("hello", add_special_tokens=False)
