@@ -15,6 +15,7 @@ import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 from support.fake_engine import tiny_tokenizer
+from support.read_calls import read_calls
 from support.ring_payloads import LAYOUT, number_of, payload_of
 from support.tiny_models import VOCAB, make_engine, random_draft, run
 
@@ -26,7 +27,7 @@ from aurora_lit.request import Client, Request, SamplingParams, Source
 from aurora_lit.serve.http.answer_stream import AnswerOptions, AnswerStream
 from aurora_lit.serve.http.detokenizer import TokenDecoder
 from aurora_lit.tool_calls.formats import HERMES, LLAMA3, MISTRAL, MISTRAL_NAMED, PLAIN, ToolFormat
-from aurora_lit.tool_calls.parser import Arguments, CallBegin, Content, ToolCallReader
+from aurora_lit.tool_calls.parser import ToolCallReader
 
 T = TypeVar("T")
 CUTS = st.lists(st.integers(1, 7), max_size=12)
@@ -105,30 +106,14 @@ FRAGMENTS = st.one_of(
 )
 
 
-def read(reader: ToolCallReader, parts: Sequence[str]) -> tuple[str, list[tuple[str, str]]]:
-    """The content, and names and arguments of the calls."""
-    content, calls = "", list[tuple[str, str]]()
-    for piece in [*itertools.chain.from_iterable(map(reader.push, parts)), *reader.finish()]:
-        if isinstance(piece, Content):
-            content += piece.text
-        elif isinstance(piece, CallBegin):
-            assert piece.number == len(calls)
-            calls.append((piece.name, ""))
-        else:
-            assert isinstance(piece, Arguments)
-            assert piece.number == len(calls) - 1
-            calls[-1] = (calls[-1][0], calls[-1][1] + piece.text)
-    return content, calls
-
-
 def test_calls_in_any_parts(fuzz: Any) -> None:
     def check(format_: ToolFormat, fragments: list[str], sizes: list[int], only_one: bool, calls: str) -> None:
         how: Any = {"names": {"f", "g"}, "only_one": only_one, "only_calls": calls == "only"}
         how["reads_bare"] = format_.bare_calls and calls == "bare"
         text = "".join(fragments)
-        whole = read(ToolCallReader(format_, **how), [text])
-        assert read(ToolCallReader(format_, **how), split(text, sizes)) == whole
-        assert read(ToolCallReader(format_, **how), list(text)) == whole
+        whole = read_calls(ToolCallReader(format_, **how), [text])
+        assert read_calls(ToolCallReader(format_, **how), split(text, sizes)) == whole
+        assert read_calls(ToolCallReader(format_, **how), list(text)) == whole
         assert whole[1] or calls == "only" or whole[0].strip() == text.strip(), "nothing is lost where there is no call"
 
     texts, calls = st.lists(FRAGMENTS, max_size=12), st.sampled_from(["only", "bare", "marked"])

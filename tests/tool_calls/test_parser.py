@@ -6,6 +6,7 @@ import json
 import random
 
 import pytest
+from support.read_calls import read_calls
 
 from aurora_lit.tool_calls.formats import HERMES, LLAMA3, MISTRAL, MISTRAL_NAMED, PLAIN, ToolCall, ToolFormat
 from aurora_lit.tool_calls.parser import Arguments, CallBegin, Content, ToolCallReader
@@ -16,20 +17,7 @@ Read = tuple[str, list[tuple[str, str]]]
 
 
 def read(format_: ToolFormat, parts: list[str], *, only_one: bool = False, reads_bare: bool = False) -> Read:
-    reader = ToolCallReader(format_, names=NAMES, only_one=only_one, reads_bare=reads_bare)
-    pieces = [piece for part in parts for piece in reader.push(part)] + reader.finish()
-    content, calls = "", list[tuple[str, str]]()
-    for piece in pieces:
-        if isinstance(piece, Content):
-            content += piece.text
-        elif isinstance(piece, CallBegin):
-            assert piece.number == len(calls)
-            calls.append((piece.name, ""))
-        else:
-            assert isinstance(piece, Arguments)
-            assert piece.number == len(calls) - 1
-            calls[-1] = (calls[-1][0], calls[-1][1] + piece.text)
-    return content, calls
+    return read_calls(ToolCallReader(format_, names=NAMES, only_one=only_one, reads_bare=reads_bare), parts)
 
 
 def cuts(text: str) -> list[list[str]]:
