@@ -133,20 +133,22 @@ def test_the_more_is_left_to_learn_the_sooner_a_better_draft_passes_and_a_worse_
 def test_what_steady_traffic_has_cost_does_not_delay_drafts_for_new_traffic(monkeypatch: pytest.MonkeyPatch) -> None:
     """Trials of equal drafts at heat 0, a shift after some of them, then better ones, or equal ones, at heat 1 or 0."""
 
-    def passed_after_a_shift(lead: float, heat: float, *, within: int) -> float:
+    def passed_after_a_shift(lead: float, heat: float, *, within: int, most_before: int = 11) -> float:
         trials, found = Trials(monkeypatch, noise=0.2), 0
-        for number in range(84):
+        for number in range(420):
             trials.heat = 0.0
             trials.trial.clear_champion_scores()
-            for _ in range(number % 12):
+            for _ in range(number % (most_before + 1)):
                 if trials.hold(0.0).passed:
                     trials.trial.clear_champion_scores()
             trials.trial.evidence.forget_losses()
             trials.heat = heat
             found += any(trials.hold(lead).passed for _ in range(within))
-        return found / 84
+        return found / 420
 
-    assert passed_after_a_shift(0.05 * CHAMPION, 1.0, within=1) > 0.8
+    at_once = passed_after_a_shift(0.05 * CHAMPION, 1.0, within=1, most_before=0)
+    assert at_once > 0.75
+    assert passed_after_a_shift(0.05 * CHAMPION, 1.0, within=1) > at_once - 0.05
     assert passed_after_a_shift(0.0, 1.0, within=1) < 0.55, "it must be ahead"
     assert passed_after_a_shift(0.0, 0.0, within=12) < 0.3
 
