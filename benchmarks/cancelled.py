@@ -13,8 +13,8 @@ those that wait and those in flight, and the resident memory, threads, files and
 first token's time is the median of ten requests with one prompt, each under a new `cache_salt`, so that the whole
 prompt is read. First a tenth as many requests, but at least 40, run unmeasured: threads start and caches fill when they
 are first needed. The exit status is 1 if more slots are held than before, or if processes, threads, files or sockets
-became more in both halves, as what leaks does and a pool that fills does not. Memory grows until the prefix cache has
-its `engine.prefix_cache_mb`.
+became more in both halves, as what leaks does and a pool that fills does not; threads by more than a pool has. Memory
+grows until the prefix cache has its `engine.prefix_cache_mb`.
 """
 
 from __future__ import annotations
@@ -54,6 +54,8 @@ _STANDS_STILL_S, _SETTLES_S = 2.0, 60.0
 _LEAST_WARM = 40
 _OF_REQUESTS = ("running", "waiting", "in_flight")
 _OF_PROCESSES = ("processes", "threads", "files", "sockets")
+_POOL_THREADS = min(32, (os.cpu_count() or 1) + 4)
+"""Most threads of a pool (concurrent.futures' default). It starts one when all are busy, so it may fill slowly."""
 
 
 class Cut(NamedTuple):
@@ -211,7 +213,10 @@ def settled(read: Callable[[], Held], *, still_s: float = _STANDS_STILL_S, withi
 def grown(before: Held, half_way: Held, after: Held) -> list[str]:
     """The names of what is held more of than it should be; see the file's docstring."""
     return [name for name in _OF_REQUESTS if getattr(after, name) > getattr(before, name)] + [
-        name for name in _OF_PROCESSES if getattr(before, name) < getattr(half_way, name) < getattr(after, name)
+        name
+        for name in _OF_PROCESSES
+        if getattr(before, name) < getattr(half_way, name) < getattr(after, name)
+        and not (name == "threads" and after.threads <= before.threads + _POOL_THREADS)
     ]
 
 
