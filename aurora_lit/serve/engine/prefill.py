@@ -38,7 +38,8 @@ from aurora_lit.serve.engine.target_runner import Columns, TargetRunner
 PREFILL_CHUNK_TOKENS = 256
 """Most prompt tokens that are computed in one round."""
 MAX_ALONE_S = 0.1
-"""Longest round while no sequence decodes, in seconds, if it has more than _LEAST_ALONE tokens."""
+"""Longest round while no sequence decodes, in seconds, if it has more than _LEAST_ALONE tokens; or `max_round_s`, if
+that is longer."""
 _LEAST_ALONE = 64
 """Prompt tokens of such a round at least; with fewer, reading the weights is what takes the time."""
 MAX_ROUND_S = 0.020
@@ -149,7 +150,8 @@ class Prefill:
     def _budget(self, num_decoding: int, round_s: float) -> int:
         """Prompt tokens of this round."""
         if not num_decoding:
-            fitting = int(MAX_ALONE_S / self._token_s) if self._token_s else self._chunk_tokens
+            alone_s = max(MAX_ALONE_S, self._max_round_s)
+            fitting = int(alone_s / self._token_s) if self._token_s else self._chunk_tokens
             return min(max(fitting, _LEAST_ALONE), self._chunk_tokens)
         if self._token_s is None:
             return min(_LEAST_TOKENS, self._chunk_tokens)

@@ -71,7 +71,7 @@ class SwapGain:
         reasons = {output.request_id: output.finish_reason for output in outputs}  # of the last round
         ended = [request_id for request_id in self._running if reasons.get(request_id, "cancelled") is not None]
         self._latest += [served for served in map(self._running.pop, ended) if served.has_proposals]
-        if self._is_complete or not self._latest:
+        if self._is_complete or not ended or not self._latest:
             return False
         self._is_complete = len(self._latest) == _REQUESTS
         self.line = describe(self._version, self._before, self._latest)

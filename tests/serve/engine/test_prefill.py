@@ -58,6 +58,7 @@ def make_prefill(num_prefilling: int, *, max_round_s: float = 0.050) -> Prefill:
         (0, 0.0, 0.0003, 0.050, 256),  # nobody decodes: a whole chunk
         (0, 0.0, 0.0010, 0.050, 100),  # as much as takes 0.1 s
         (0, 0.0, 0.0100, 0.050, 64),  # but not less than this
+        (0, 0.0, 0.0100, 3600.0, 256),  # latency does not matter
         (0, 0.0, 0.0, 0.050, 256),
         (4, 0.010, 0.0005, 0.050, 80),  # 40 ms are left
         (4, 0.010, 0.0005, 0.030, 40),  # as engine.max_round_ms says
