@@ -574,6 +574,7 @@ def main() -> int:
     """Read the options and run."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--phases", nargs="+", type=Path, required=True, help="JSONL files of prompts, in their order")
+    parser.add_argument("--config", type=Path, help="a preset's name or a YAML file; without it that of SmolLM2")
     parser.add_argument("--requests", type=int, default=400, help="of each phase")
     parser.add_argument("--measure", nargs="+", type=Path, required=True, help="JSONL files, not learned from")
     parser.add_argument("--measure-requests", type=int, default=24, help="prompts of each file")
@@ -587,7 +588,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path("ablation"), help="folder for the stream and the results")
     parser.add_argument("overrides", nargs="*", help="key=value, after `--`")
     options = parser.parse_args()
-    run(load_config(None, options.overrides), options)
+    run(load_config(options.config, options.overrides), options)
     return 0
 
 

@@ -211,13 +211,18 @@ class WholeTarget(Target):
 
     def head_rows(self, token_ids: torch.Tensor) -> torch.Tensor:
         """Rows of the head's weight for some tokens, fp32 [len(token_ids), H]; without the `logit_transform`."""
-        if isinstance(self.head, PackedLinear):
-            return self.head.rows(token_ids)
-        weight = self.head.weight
-        assert isinstance(weight, torch.Tensor)
-        return weight.detach()[token_ids.to(weight.device)].float()
+        return head_rows(self.head, token_ids)
 
     def embedding_rows(self) -> torch.Tensor:
         """The input embedding as one table, fp32 [V, H]; includes the scaling of families that scale it (Gemma)."""
         rows: torch.Tensor = self.embedding(torch.arange(self.vocab_size, device=self.device))
         return rows.detach().float()
+
+
+def head_rows(head: nn.Module, token_ids: torch.Tensor) -> torch.Tensor:
+    """Rows of a head's weight for some tokens, fp32 [len(token_ids), H], where the head is."""
+    if isinstance(head, PackedLinear):
+        return head.rows(token_ids)
+    weight = head.weight
+    assert isinstance(weight, torch.Tensor)
+    return weight.detach()[token_ids.to(weight.device)].float()

@@ -59,7 +59,7 @@ _log = logging.getLogger(__name__)
 
 
 def load_target(
-    folder: Path, *, precision: str, device: torch.device = CPU, cache_dir: Path | None = None
+    folder: Path, *, precision: str, device: torch.device = CPU, cache_dir: Path | None = None, mapped: bool = False
 ) -> NativeTarget | TorchTarget:
     """Load a model folder. `precision`: one of fp32, bf16, int8, int4, auto (see `pack_model`).
 
@@ -67,6 +67,7 @@ def load_target(
     other devices than the CPU, the whole model is fp32 or bf16.
 
     `cache_dir`: where packed files are kept; a target that is read from one has no `in_torch`. None: nowhere.
+    `mapped`: weights of a packed file stay there until they are used, which is slower and needs less memory.
 
     Raises SourceError.
     """
@@ -76,7 +77,7 @@ def load_target(
     key = packed_key(folder, precision=precision)
     path = packed_path(folder, key=key, cache_dir=cache_dir)
     try:
-        return read_native(*packed_file.read(path, key=key))
+        return read_native(*packed_file.read(path, key=key, mapped=mapped))
     except FileNotFoundError:
         pass
     except CacheError as error:
@@ -91,7 +92,7 @@ def load_target(
         if gguf_in(folder) is not None:  # what was packed is all that is in memory; read again it would be twice
             target.in_torch = None
             return target
-        packed = read_native(*packed_file.read(path, key=key))
+        packed = read_native(*packed_file.read(path, key=key, mapped=mapped))
     except (OSError, CacheError) as error:
         _log.warning("the packed weights are not kept, so that every start packs them: %s", error)
         return target

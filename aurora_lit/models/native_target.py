@@ -199,16 +199,13 @@ def packed_contents(target: NativeTarget) -> tuple[dict[str, Any], dict[str, tor
 
 def read_native(packed: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> NativeTarget:
     """The target whose `packed_contents` these are."""
-    bias_V = tensors.get("logit_bias")
-    if bias_V is not None:
-        bias_V = bias_V.clone()  # learners keep it, and a view would keep all weights
     facts = {
         **{name: packed[name] for name in _PLAIN_FACTS},
         "aux_layer_ids": tuple(packed["aux_layer_ids"]),
         "end_of_text_ids": frozenset(packed["end_of_text_ids"]),
         "kv_dtype": WeightFormat(packed["kv_dtype"]).storage_dtype,
         "hidden_dtype": torch.float32,
-        "logit_transform": LogitTransform(bias_V=bias_V, softcap=packed["softcap"]),
+        "logit_transform": LogitTransform(bias_V=tensors.get("logit_bias"), softcap=packed["softcap"]),
     }
     linears = {}
     for name, (weight_format, *shape) in packed["linears"].items():

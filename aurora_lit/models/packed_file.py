@@ -1,11 +1,12 @@
-"""Named tensors in one file that is read straight into huge pages, with a record of what they were made from.
+"""Named tensors in one file, with a record of what they were made from.
 
     write(path, tensors, facts=facts, key=key)
-    facts, tensors = read(path, key=key)            # CacheError: damaged, or made from something else
+    facts, tensors = read(path, key=key)            # or mapped=True; CacheError: damaged, or made from something else
 
 It is a safetensors file whose tensors begin at multiples of 64 bytes. The key names everything that determines the
-content, so a file with another key is refused. So is one whose SHA-256 is wrong. The file is read rather than mapped:
-a forward pass reads every weight, and page cache is not on huge pages.
+content, so a file with another key is refused. So is one whose SHA-256 is wrong. To run a target, its file is read
+straight into huge pages: a forward pass reads every weight, and page cache is not on huge pages. Mapped, only the rows
+that are used take memory, which is enough for training a draft.
 
 Leaves out what the tensors are (models/native_target.py).
 """
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import mmap
 import os
 from collections.abc import Mapping
 from io import FileIO
@@ -76,18 +78,18 @@ def write(path: Path, tensors: Mapping[str, torch.Tensor], *, facts: Mapping[str
         temporary.unlink(missing_ok=True)
 
 
-def read(path: Path, *, key: Mapping[str, str]) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    """The facts, and the tensors on huge pages. Raises FileNotFoundError and CacheError."""
+def read(path: Path, *, key: Mapping[str, str], mapped: bool = False) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """The facts, and the tensors, on huge pages or mapped. Raises FileNotFoundError and CacheError."""
     try:
         with path.open("rb", buffering=0) as file:
-            return _read(file, key)
+            return _read(file, key, mapped=mapped)
     except FileNotFoundError:
         raise
     except Exception as error:  # a damaged header makes json and torch fail in many ways
         raise CacheError(f"{path} is not used: {error}") from error
 
 
-def _read(file: FileIO, key: Mapping[str, str]) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+def _read(file: FileIO, key: Mapping[str, str], *, mapped: bool) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     size = os.fstat(file.fileno()).st_size
     start = file.read(8)
     length = int.from_bytes(start, "little")
@@ -103,16 +105,20 @@ def _read(file: FileIO, key: Mapping[str, str]) -> tuple[dict[str, Any], dict[st
     if size != 8 + length + num_bytes:
         raise ValueError("its size is wrong")
     digest = hashlib.sha256(start + text.replace(metadata["sha256"].encode(), _NO_DIGEST.encode(), 1))
-    data = huge_pages.empty(num_bytes, torch.uint8)
-    unread = data.numpy().data
-    while unread:
-        count = file.readinto(unread[:_CHUNK_BYTES])
+    data = torch.empty(_CHUNK_BYTES, dtype=torch.uint8) if mapped else huge_pages.empty(num_bytes, torch.uint8)
+    buffer, done = data.numpy().data, 0
+    while done < num_bytes:
+        place = 0 if mapped else done
+        count = file.readinto(buffer[place : place + min(_CHUNK_BYTES, num_bytes - done)])
         if not count:
             raise ValueError("it ends early")
-        digest.update(unread[:count])
-        unread = unread[count:]
+        digest.update(buffer[place : place + count])
+        done += count
     if digest.hexdigest() != metadata["sha256"]:
         raise ValueError("its SHA-256 is wrong")
+    if mapped:
+        whole = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        data = torch.frombuffer(whole, dtype=torch.uint8)[8 + length :]
     tensors = {}
     for name, entry in entries.items():
         begin, end = entry["data_offsets"]

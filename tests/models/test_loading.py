@@ -265,12 +265,13 @@ def test_the_file_is_not_longer_for_a_longer_context(tmp_path: Path) -> None:
     assert abs(sizes[1] - sizes[0]) < 256, "the digits of that number"
 
 
-def test_the_file_is_valid_safetensors_with_aligned_tensors(tmp_path: Path) -> None:
+@pytest.mark.parametrize("mapped", [False, True])
+def test_the_file_is_valid_safetensors_with_aligned_tensors(mapped: bool, tmp_path: Path) -> None:
     from safetensors.torch import load_file
 
     tensors = {"a": torch.arange(7, dtype=torch.uint8), "b": torch.randn(3, 5), "c": torch.randn(4).bfloat16()}
     packed_file.write(tmp_path / "file", tensors, facts={"x": [1, 2.5]}, key={"k": "v"})
-    facts, found = packed_file.read(tmp_path / "file", key={"k": "v"})
+    facts, found = packed_file.read(tmp_path / "file", key={"k": "v"}, mapped=mapped)
     assert facts == {"x": [1, 2.5]}
     plain = load_file(tmp_path / "file")
     for name, tensor in tensors.items():

@@ -37,6 +37,7 @@ from transformers import (
 )
 
 from aurora_lit.grammars.matcher import GrammarCompiler
+from aurora_lit.learn.data.target_head import TargetHead
 from aurora_lit.models.gguf import gguf_in
 from aurora_lit.models.interface import Target
 from aurora_lit.models.loading import transformers_model
@@ -203,7 +204,7 @@ def draft_module(target: Target, draft: Eagle3Draft, **changes: Any) -> DraftMod
     """The training module of a draft for a target."""
     ids = draft.draft_token_ids
     fields = {"head_VdH": target.head_rows(ids), "logit_transform": target.logit_transform.select(ids), **changes}
-    return DraftModule(draft, embedding_VH=target.embedding_rows(), **fields)
+    return DraftModule(draft, embed=TargetHead(target).embed, **fields)
 
 
 def supervised_loss(module: DraftModule, batch: TraceBatch) -> torch.Tensor:

@@ -127,7 +127,7 @@ class OfflineLoop:
         )
         self.fabric = self.learner.fabric
         device = self.fabric.device
-        self._target_head = target_head.to(device)
+        self._target_head = target_head
         self.served = copy.deepcopy(starting).to(device)
         self._champion = online_module(config, self.served, target_head).to(device)
         self.ngrams = ngram_paths_of(config)

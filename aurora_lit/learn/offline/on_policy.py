@@ -91,7 +91,7 @@ class RoundSimulator:
     def _propose(self, traces: Sequence[Trace]) -> _Chains:
         """Propose from every position at once, since the roots of rounds are known only afterwards."""
         module, K = self.module, self.module.num_steps
-        draft, device = module.draft, module.embedding_VH.device
+        draft, device = module.draft, module.head_VdH.device
         batch = collate(traces, with_prompt=[False] * len(traces)).to(device)
         tokens_BT = batch.token_ids_BT
         B, T = tokens_BT.shape

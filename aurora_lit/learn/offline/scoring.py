@@ -88,7 +88,7 @@ class RoundScorer:
         return [probabilities[i] for i in range(len(traces))]
 
     def _accept_probabilities(self, traces: Sequence[Trace]) -> Iterator[Tensor]:
-        module, device = self.module, self._target_head.head_VH.device
+        module, device = self.module, self.module.head_VdH.device
         batch = collate(traces, with_prompt=[False] * len(traces)).to(device)
         # Roots left by the segment before may lie so far before the first one; the last token's successor is unknown.
         scored_B = [slice(max(0, first_trained_position(t) - self._reach), len(t.token_ids_T) - 1) for t in traces]

@@ -92,7 +92,6 @@ def build_loop(
 
         current, draft = newest_usable(store, served_draft)
         fabric = launch_fabric(learn, run_folder, loggers=_loggers(config))
-        target_head.to(fabric.device)
         # The learner's own: no other copy of the draft that serving starts with stays in memory.
         module = online_module(config, starting if draft is None else draft, target_head)
         del starting, draft
@@ -188,7 +187,6 @@ def run_follower(config: AuroraConfig, run_folder: Path) -> None:
         ema_decay=learn.ema_decay,
         fabric=fabric,
     )
-    target_head.to(fabric.device)
     follower.follow(learner)
 
 
@@ -228,7 +226,7 @@ def load_head_and_draft(config: AuroraConfig) -> tuple[TargetHead, Eagle3Draft]:
     source, precision = _target_folder(config), config.target.precision
     # A new draft begins with copies of the target's layers, which a packed file does not give.
     cache_dir = None if config.learn.from_scratch else cache_root()
-    target = load_target(source, precision=precision, cache_dir=cache_dir)
+    target = load_target(source, precision=precision, cache_dir=cache_dir, mapped=True)
     target_head, in_torch = TargetHead(target), target.in_torch
     if config.learn.from_scratch:
         assert in_torch is not None
@@ -277,7 +275,7 @@ def online_module(
     learn = config.learn
     return DraftModule(
         draft,
-        embedding_VH=target_head.embedding_VH,
+        embed=target_head.embed,
         head_VdH=target_head.rows(draft.draft_token_ids),
         logit_transform=target_head.logit_transform.select(draft.draft_token_ids),
         num_steps=unroll_steps(config),

@@ -86,7 +86,7 @@ def score_requests(
 
 def _accepted(module: DraftModule, traces: Sequence[Trace]) -> list[tuple[float, int]]:
     """For each trace: expected number of accepted proposals, summed over all roots, and the number of roots."""
-    device = module.embedding_VH.device
+    device = module.head_VdH.device
     batch = collate(traces, with_prompt=[False] * len(traces)).to(device)
     # There is no chain from before the text, and the last token of a segment has no successor to compare with.
     roots_B = [slice(max(1, first_trained_position(trace)), len(trace.token_ids_T) - 1) for trace in traces]
@@ -102,7 +102,7 @@ def _accepted(module: DraftModule, traces: Sequence[Trace]) -> list[tuple[float,
         module.draft,
         token_ids_BT=batch.token_ids_BT,
         aux_BT3H=batch.aux_BT3H.to(module.draft.fc.weight.dtype),  # autocast, if it is on, casts them again
-        embedding_VH=module.embedding_VH,
+        embed=module.embed,
         needed_BT=needed_BT.to(device),
     )
     total_B = torch.zeros(len(traces))

@@ -28,11 +28,11 @@ from aurora_lit.drafts.versions import settings_to_serve
 from aurora_lit.durable import is_as_begun, replace_file
 from aurora_lit.errors import CheckpointError, ConfigError
 from aurora_lit.ipc.process_lifetime import sigterm_as_exit
+from aurora_lit.learn.data.target_head import TargetHead
 from aurora_lit.learn.pretrain.generate_answers import PromptToAnswer, generate_answers
 from aurora_lit.learn.pretrain.prompts import encode_prompt, read_prompts
 from aurora_lit.learn.pretrain.record_text import record_pieces, text_pieces
 from aurora_lit.learn.pretrain.trainer import DraftTrainer, TrainerOptions, positions_trained
-from aurora_lit.learn.training_precision import training_dtype
 from aurora_lit.machine import use_threads
 from aurora_lit.models.interface import Target
 from aurora_lit.models.loading import weights_digest
@@ -131,10 +131,11 @@ def pretrain(config: AuroraConfig, options: PretrainOptions) -> dict[str, Any]:
             intermediate_size=options.draft_intermediate_size,
             max_positions=config.engine.max_seq_len,
         )
+    target_head = TargetHead(target)
     module = DraftModule(
         draft,
-        embedding_VH=target.embedding_rows(),
-        head_VdH=target.head_rows(draft.draft_token_ids).to(training_dtype()),
+        embed=target_head.embed,
+        head_VdH=target_head.rows(draft.draft_token_ids),
         logit_transform=target.logit_transform.select(draft.draft_token_ids),
     )
     trainer = DraftTrainer(

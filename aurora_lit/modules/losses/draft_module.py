@@ -5,7 +5,7 @@ draft's own of step j − 1 (modules/losses/unroll.py).
 
 Leaves out the training loop and its budget (learn/), where batches come from (learn/data/), and serving (serve/).
 
-Shapes: B traces, T positions, K steps, H draft hidden size (of `embedding_VH` and `head_VdH`: the target's),
+Shapes: B traces, T positions, K steps, H draft hidden size (of embeddings and `head_VdH`: the target's),
 V target vocabulary, Vd draft vocabulary, N = B·T rows, R rows that have a weight.
 """
 
@@ -28,24 +28,23 @@ from aurora_lit.modules.losses.lk import LKStats
 from aurora_lit.modules.losses.muon import BlockMuon
 from aurora_lit.modules.losses.objective import OnlineReport, OnlineWeights
 from aurora_lit.modules.losses.token_sample import TokenSample, sample_tokens
-from aurora_lit.modules.losses.unroll import StepwiseChains, shift_positions, unroll
+from aurora_lit.modules.losses.unroll import Embed, StepwiseChains, shift_positions, unroll
 
 
 class DraftModule(LightningModule):
     """Trains a draft against recorded targets, in a loop of Fabric: Trainer cannot fit it.
 
-    `embedding_VH` and `head_VdH` are the target's input embedding and its head's rows for the draft vocabulary;
-    `logit_transform` belongs to that head. They are frozen and not part of the state.
+    `embed` is the target's input embedding, token ids [...] -> [..., H] on the ids' device, and `head_VdH` its head's
+    rows for the draft vocabulary; `logit_transform` belongs to that head. They are frozen and not part of the state.
     """
 
-    embedding_VH: torch.Tensor
     head_VdH: torch.Tensor
 
     def __init__(
         self,
         draft: Eagle3Draft,
         *,
-        embedding_VH: torch.Tensor,
+        embed: Embed,
         head_VdH: torch.Tensor,
         logit_transform: LogitTransform = IDENTITY,
         num_steps: int = 4,
@@ -56,7 +55,7 @@ class DraftModule(LightningModule):
         """num_steps: K. value_weight: c_v."""
         super().__init__()
         self.draft = draft
-        self.register_buffer("embedding_VH", embedding_VH, persistent=False)
+        self.embed = embed
         self.register_buffer("head_VdH", head_VdH, persistent=False)
         self.logit_transform = logit_transform
         self.num_steps = num_steps
@@ -121,7 +120,7 @@ class DraftModule(LightningModule):
             draft,
             token_ids_BT=traces.token_ids_BT,
             aux_BT3H=traces.aux_BT3H.to(draft.fc.weight.dtype),  # autocast, if it is on, casts them again
-            embedding_VH=self.embedding_VH,
+            embed=self.embed,
             needed_BT=needed_BT,
         )
 
@@ -186,7 +185,7 @@ class DraftModule(LightningModule):
             self.draft,
             token_ids_BT=batch.token_ids_BT,
             aux_BT3H=batch.aux_BT3H.to(self.draft.fc.weight.dtype),  # autocast, if it is on, casts them again
-            embedding_VH=self.embedding_VH,
+            embed=self.embed,
             num_steps=self.num_steps,
             needed_BT=batch.weight_BT > 0 if needed_BT is None else needed_BT,
         )

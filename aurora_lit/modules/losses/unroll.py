@@ -16,10 +16,14 @@ draft hidden size, V target vocabulary, N heads, G key-value heads, D head size.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
-from torch import nn
 
 from aurora_lit.modules.draft.eagle3 import Eagle3Draft
+
+Embed = Callable[[torch.Tensor], torch.Tensor]
+"""Token ids [...] -> embeddings [..., H], on the ids' device."""
 
 
 def unroll(
@@ -27,7 +31,7 @@ def unroll(
     *,
     token_ids_BT: torch.Tensor,
     aux_BT3H: torch.Tensor,
-    embedding_VH: torch.Tensor,
+    embed: Embed,
     num_steps: int,
     needed_BT: torch.Tensor,
 ) -> torch.Tensor:
@@ -37,7 +41,7 @@ def unroll(
         draft: the draft.
         token_ids_BT: the traces' tokens.
         aux_BT3H: the target's three hidden states.
-        embedding_VH: the target's input embedding.
+        embed: the target's input embedding, on the tokens' device.
         num_steps: K.
         needed_BT: bool, the target positions that the caller needs. Chains that reach none of them do not run.
 
@@ -47,7 +51,7 @@ def unroll(
     """
     T = token_ids_BT.shape[1]
     draft.extend_positions(T + num_steps)
-    embeds_BTH = nn.functional.embedding(token_ids_BT, embedding_VH)
+    embeds_BTH = embed(token_ids_BT)
     features_BTH = draft.combine_hidden_states(aux_BT3H)
     positions_BT = torch.arange(T, device=token_ids_BT.device).expand(len(token_ids_BT), T)
     query, key, value = draft.project_qkv(shift_positions(embeds_BTH, -1), features_BTH, positions_BT)
@@ -78,7 +82,7 @@ class StepwiseChains:
     Of positions that are not needed only the keys and values are computed, as far as a chain attends to them, and
     without gradient: they are most of a batch, and with a gradient each costs a third of a chain.
 
-    >>> chains = StepwiseChains(draft, token_ids_BT=tokens, aux_BT3H=aux, embedding_VH=embedding, needed_BT=needed)
+    >>> chains = StepwiseChains(draft, token_ids_BT=tokens, aux_BT3H=aux, embed=embedding, needed_BT=needed)
     >>> chains.hidden_MH[: chains.count]        # of step 0
     >>> chains.advance(kept_N)                  # now of step 1, of those chains that are kept
     """
@@ -96,13 +100,13 @@ class StepwiseChains:
         *,
         token_ids_BT: torch.Tensor,
         aux_BT3H: torch.Tensor,
-        embedding_VH: torch.Tensor,
+        embed: Embed,
         needed_BT: torch.Tensor,
     ) -> None:
         """Run step 0. `needed_BT`: bool, its target positions; position 0 has no chain. Others as `unroll`'s."""
         self._draft = draft
         draft.extend_positions(token_ids_BT.shape[1])
-        self._embeds_BTH = nn.functional.embedding(token_ids_BT, embedding_VH)
+        self._embeds_BTH = embed(token_ids_BT)
         is_root_BT = shift_positions(needed_BT, -1)
         row_N, root_N = is_root_BT.nonzero(as_tuple=True)
         self.count = len(row_N)

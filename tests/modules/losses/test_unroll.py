@@ -147,7 +147,7 @@ def test_chains_learn_through_their_own_positions_and_not_through_the_text_befor
                 draft,
                 token_ids_BT=batch.token_ids_BT,
                 aux_BT3H=aux_BT3H,
-                embedding_VH=module.embedding_VH,
+                embed=module.embed,
                 needed_BT=needed_BT,
             )
             hidden_MH, place = chains.hidden_MH[: chains.count], (chains.row_M, chains.target_M)
@@ -178,7 +178,7 @@ def test_stepwise_chains_are_the_unrolled_ones_whichever_of_them_end(target: Tar
         draft,
         token_ids_BT=batch.token_ids_BT,
         aux_BT3H=batch.aux_BT3H,
-        embedding_VH=module.embedding_VH,
+        embed=module.embed,
         needed_BT=needed_BT,
     )
     assert chains.count == int(needed_BT[:, 1:].sum())
