@@ -1,7 +1,8 @@
-"""How often trials of drafts decide wrongly, and how soon rightly: made requests, real statistics.
+"""How often trials of drafts decide wrongly, and how soon rightly: made or recorded requests, real statistics.
 
-    python benchmarks/trials.py --runs 2000
-    python benchmarks/trials.py --runs 2000 --clients 7 --hostile 0.5     # live only, beside a hostile client
+    python -m benchmarks.trials --runs 2000
+    python -m benchmarks.trials --runs 2000 --clients 7 --hostile 0.5     # live only, beside a hostile client
+    python -m benchmarks.trials --runs 2000 --recorded ablation/traffic --config qwen2.5-coder-0.5b --learned DRAFT
 
 Requests differ: each has its own rate at which the draft's first choices are right, and rounds are drawn with it. The
 new draft changes the accepted length of every request by the same share, and of each request by noise with heavy tails
@@ -12,7 +13,9 @@ new draft changes the accepted length of every request by the same share, and of
     pairs: the gate's evidence, from scores of both drafts. out: enough for the gate at heat 0. back: as much against
            the draft as rolls one back in live traffic
 
-Nothing is measured on a machine, and no noise is a recorded one: figures depend only on the seed.
+With --recorded, requests are drawn with replacement from those of a folder of traces, whose scores with the shipped
+draft are their accepted lengths. Their changes with --learned, less the mean change, are the noise of changes. Nothing
+is measured on a machine: figures depend only on the seed and on what was recorded.
 """
 
 from __future__ import annotations
@@ -21,11 +24,19 @@ import argparse
 import itertools
 import math
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import NamedTuple
 
+from aurora_lit.config import AuroraConfig, load_config
+from aurora_lit.drafts.checkpoint import load_draft
 from aurora_lit.drafts.evidence import NEEDED_AGAINST, Evidence
 from aurora_lit.drafts.live_watch import REQUEST_ROUNDS, TRIAL_REQUESTS, LiveWatch, TrafficKind
+from aurora_lit.learn.offline.loop import read_traces
+from aurora_lit.learn.online.build import load_head_and_draft, online_module
+from aurora_lit.learn.online.scores import TRIAL_POSITIONS, HeldOutRequest, score_requests
 from aurora_lit.learn.online.trial import NEEDED_TO_PASS
 
 CHAIN = 4
@@ -55,12 +66,54 @@ def rate_for(length: float) -> float:
 RATES = [rate_for(1 + i / 100) for i in range(100 * CHAIN + 1)]
 
 
-def lengths(chance: random.Random, *, spread: float) -> Iterator[tuple[str, float]]:
-    """Domain and accepted length of one request after another."""
+class Drawn(NamedTuple):
+    """A request."""
+
+    domain: str
+    length: float
+    """Its accepted length with the draft before, in tokens a round."""
+    noise: float
+    """Of its change with another draft, as a share of the length."""
+
+
+Draw = Callable[[random.Random], Drawn]
+
+
+def made(*, spread: float = SPREAD, noise: float = PAIRED_NOISE) -> Draw:
+    """Requests of three domains, with heavy tails; `spread`, `noise`: standard deviations as shares of the length."""
     names, weights = list(DOMAINS), [share for share, _ in DOMAINS.values()]
-    while True:
+
+    def draw(chance: random.Random) -> Drawn:
         (domain,) = chance.choices(names, weights)
-        yield domain, DOMAINS[domain][1] * (1 + spread * heavy_tailed(chance))
+        length = DOMAINS[domain][1] * (1 + spread * heavy_tailed(chance))
+        return Drawn(domain, length, noise * heavy_tailed(chance))
+
+    return draw
+
+
+def recorded(folder: Path, *, config: AuroraConfig, learned: Path) -> list[Drawn]:
+    """The requests of a folder of traces, scored as trials score them, with the shipped draft and a learned one."""
+    target_head, starting = load_head_and_draft(config)
+    requests: dict[str, HeldOutRequest] = {}
+    for trace in read_traces(folder):
+        name = trace.request_id
+        request = requests.setdefault(name, HeldOutRequest(request_id=name, domain=trace.domain, client=trace.client))
+        request.traces.append(trace)
+    before, after = (
+        {
+            request.request_id: score
+            for request, score in score_requests(
+                online_module(config, draft, target_head),
+                list(requests.values()),
+                batch_positions=TRIAL_POSITIONS,
+                between_batches=lambda: None,
+            )
+        }
+        for draft in (starting, load_draft(learned, target_head))
+    )
+    changes = {name: after[name] / length - 1 for name, length in before.items()}
+    mean = fmean(changes.values())
+    return [Drawn(requests[name].domain, length, changes[name] - mean) for name, length in before.items()]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,8 +139,8 @@ def serve(
     chance: random.Random,
     *,
     number: int,
+    draw: Draw,
     change: float = 0.0,
-    spread: float = SPREAD,
     clients: Clients = ALONE,
     hostile_length: float = 0.0,
 ) -> int | None:
@@ -96,7 +149,8 @@ def serve(
     hostile_length: accepted length of all that the hostile client sends.
     """
     names = itertools.count()
-    for count, (domain, length) in enumerate(itertools.islice(lengths(chance, spread=spread), number), 1):
+    for count in range(1, number + 1):
+        domain, length, _ = draw(chance)
         client = clients.draw(chance)
         length = hostile_length if client == HOSTILE else length * (1 + change)
         rate = RATES[max(0, min(len(RATES) - 1, round(100 * (length - 1))))]
@@ -116,20 +170,21 @@ def serve(
 
 
 def live_trial(
-    seed: int, *, change: float, number: int, before: int = 256, spread: float = SPREAD, clients: Clients = ALONE
+    seed: int, *, change: float, number: int, draw: Draw, before: int = 256, clients: Clients = ALONE
 ) -> int | None:
     """One trial after a swap, of a draft whose accepted length differs by this share."""
     chance, watch = random.Random(seed), LiveWatch()
-    serve(watch, chance, number=before, spread=spread, clients=clients, hostile_length=CHAIN)
+    serve(watch, chance, number=before, draw=draw, clients=clients, hostile_length=CHAIN)
     watch.swapped(trusted=False)
-    return serve(watch, chance, number=number, change=change, spread=spread, clients=clients, hostile_length=1.0)
+    return serve(watch, chance, number=number, change=change, draw=draw, clients=clients, hostile_length=1.0)
 
 
-def paired_trial(seed: int, *, change: float, number: int, finds_worse: bool, noise: float) -> int | None:
+def paired_trial(seed: int, *, change: float, number: int, finds_worse: bool, draw: Draw) -> int | None:
     """Requests until the gate's evidence suffices; None if it does not."""
     chance, evidence = random.Random(seed), Evidence()
-    for count, (_, length) in enumerate(itertools.islice(lengths(chance, spread=SPREAD), number), 1):
-        lead = length * (change + noise * heavy_tailed(chance))
+    for count in range(1, number + 1):
+        _, length, noise = draw(chance)
+        lead = length * (change + noise)
         evidence.add([-lead if finds_worse else lead])
         if evidence.value >= (NEEDED_AGAINST if finds_worse else NEEDED_TO_PASS):
             return count
@@ -142,28 +197,42 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=2000)
     parser.add_argument("--clients", type=int, default=1, help="honest ones (default: %(default)s)")
     parser.add_argument("--hostile", type=float, default=0.0, help="share of a hostile client's requests")
+    parser.add_argument("--recorded", type=Path, metavar="FOLDER", help="draw requests from these traces")
+    parser.add_argument("--config", type=Path, help="of --recorded: a preset's name or a YAML file")
+    parser.add_argument("--learned", type=Path, metavar="DRAFT", help="of --recorded: folder of a learned draft")
     options = parser.parse_args()
     clients = Clients(honest=options.clients, hostile=options.hostile)
+    live = {f"requests differ by {spread:.0%}": made(spread=spread) for spread in (SPREAD, 0.25)}
+    pairs = {f"change's noise {noise:.1%}": made(noise=noise) for noise in (PAIRED_NOISE, 0.08, 0.1, 0.125)}
+    if options.recorded is not None:
+        rows = recorded(options.recorded, config=load_config(options.config, []), learned=options.learned)
+        spread, noise = (
+            stdev(row.length for row in rows) / fmean(row.length for row in rows),
+            stdev(row.noise for row in rows),
+        )
+        live = pairs = {
+            f"{len(rows)} recorded requests, which differ by {spread:.0%}, changes by {noise:.1%}": lambda chance: (
+                chance.choice(rows)
+            )
+        }
 
     def share(found: Iterator[int | None]) -> str:
         return f"{sum(each is not None for each in found) / options.runs:7.2%}"
 
     seeds = range(options.runs)
-    for spread in (SPREAD, 0.25):
+    for name, draw in live.items():
         for change, number in ((0.0, TRIAL_REQUESTS), (-0.1, 80)):
-            back = share(
-                live_trial(seed, change=change, number=number, spread=spread, clients=clients) for seed in seeds
-            )
-            print(f"live, requests differ by {spread:.0%}: {change:+.0%} back within {number:3}: {back}", flush=True)
+            back = share(live_trial(seed, change=change, number=number, draw=draw, clients=clients) for seed in seeds)
+            print(f"live, {name}: {change:+.0%} back within {number:3}: {back}", flush=True)
     if clients != ALONE:
         return
-    for noise in (PAIRED_NOISE, 0.08, 0.1, 0.125):
+    for name, draw in pairs.items():
         for change, number, finds_worse in ((0.0, TRIAL_REQUESTS, True), (-0.1, 20, True), (0.05, 40, False)):
             found = share(
-                paired_trial(seed, change=change, number=number, finds_worse=finds_worse, noise=noise) for seed in seeds
+                paired_trial(seed, change=change, number=number, finds_worse=finds_worse, draw=draw) for seed in seeds
             )
             word = "back" if finds_worse else "out"
-            print(f"pairs, change's noise {noise:.1%}: {change:+.0%} {word} within {number:3}: {found}", flush=True)
+            print(f"pairs, {name}: {change:+.0%} {word} within {number:3}: {found}", flush=True)
 
 
 if __name__ == "__main__":

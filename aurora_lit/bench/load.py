@@ -115,13 +115,15 @@ def exchange(
     key: str | None = None,
     most_lines: int | None = None,
     timeout_s: float = TIMEOUT_S,
+    source: str = "",
 ) -> tuple[int, list[tuple[float, bytes]], float]:
     """POST a body; the status, the response's lines with their times, and when it ended.
 
     key: the server's, if it has one. most_lines: close the connection after so many lines. timeout_s: close it after so
-    many seconds without a byte, and raise TimeoutError; the server takes that for a cancelled request.
+    many seconds without a byte, and raise TimeoutError; the server takes that for a cancelled request. source: the
+    network address that it comes from.
     """
-    connection = http.client.HTTPConnection(urlsplit(url).netloc, timeout=timeout_s)
+    connection = http.client.HTTPConnection(urlsplit(url).netloc, timeout=timeout_s, source_address=(source, 0))
     try:
         connection.request("POST", path, json.dumps(body), {"Content-Type": "application/json", **_authority(key)})
         response = connection.getresponse()

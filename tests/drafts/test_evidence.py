@@ -79,12 +79,12 @@ def test_equal_drafts_of_many_domains_share_one_error() -> None:
 def test_trials_are_as_sharp_as_they_are_said_to_be() -> None:
     """A part of what benchmarks/trials.py measures, in a few runs."""
     found = [
-        trials.paired_trial(seed, change=change, number=number, finds_worse=worse, noise=0.08)
+        trials.paired_trial(seed, change=change, number=number, finds_worse=worse, draw=trials.made(noise=0.08))
         for change, number, worse in ((-0.1, 20, True), (0.05, 40, False))
         for seed in range(100)
     ]
     assert sum(each is not None for each in found) >= 180
-    live = [trials.live_trial(seed, change=-0.1, number=80) for seed in range(30)]
+    live = [trials.live_trial(seed, change=-0.1, number=80, draw=trials.made()) for seed in range(30)]
     assert sum(each is not None for each in live) >= 22
 
 
