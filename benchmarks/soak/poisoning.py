@@ -27,6 +27,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -38,7 +39,7 @@ from rich.table import Table
 from aurora_lit.bench.load import Json, body_of, chat, exchange, interval, read_answer, status
 from aurora_lit.bench.servers import free_port, running_server
 from aurora_lit.config import AuroraConfig, load_config
-from aurora_lit.errors import ConfigError
+from aurora_lit.errors import AuroraError
 from aurora_lit.learn.pretrain.prompts import Prompt, encode_prompt, read_prompts
 from aurora_lit.serve.worker.load_models import load_tokenizer
 
@@ -66,14 +67,14 @@ class Side:
         path = f"/v1/{'chat/' if 'messages' in body else ''}completions"
         code, lines, ended_s = exchange(self.url, path, body, source=f"127.0.1.{client + 1}")
         if code != 200:
-            raise ConfigError(f"{self.url} answered {code}: {b''.join(line for _, line in lines)[:300]!r}")
+            raise AuroraError(f"{self.url} answered {code}: {b''.join(line for _, line in lines)[:300]!r}")
         said = read_answer(lines, sent_s=ended_s, ended_s=ended_s, streamed=False).speculation
         self.rounds[client].append((said["num_spec_steps"], said["num_accepted_draft_tokens"]))
         return said
 
     @contextmanager
     def running(self, eighth: Callable[[Side], Iterator[None]], bodies: Sequence[Sequence[Json]]) -> Iterator[Self]:
-        """Inside, all clients send, and the server's state is looked at; a client's error ends the process."""
+        """Inside, all clients send, and the server's state is looked at; a client's error is raised at the end."""
         over = threading.Event()
 
         def honest(client: int) -> None:
@@ -96,15 +97,14 @@ class Side:
                     self.rollbacks, last = self.rollbacks + 1, event
 
         targets = [*(lambda client=client: honest(client) for client in range(_HONEST)), the_eighth, watch]
-        threads = [threading.Thread(target=target) for target in targets]
-        for thread in threads:
-            thread.start()
-        try:
-            yield self
-        finally:
-            over.set()
-            for thread in threads:
-                thread.join()
+        with ThreadPoolExecutor(len(targets)) as pool:
+            futures = [pool.submit(target) for target in targets]
+            try:
+                yield self
+            finally:
+                over.set()
+        for future in futures:
+            future.result()
 
 
 def honest_eighth(bodies: Sequence[Json]) -> Callable[[Side], Iterator[None]]:
