@@ -19,8 +19,8 @@ from aurora_lit.modules.sampling.distribution import GREEDY_BELOW
 class TargetHead:
     """Embedding, head and shape of a target whose layers are no longer needed.
 
-    Both stay as the target has them: packed ones are pages of a file that the server reads too, and training needs few
-    of their rows.
+    Both stay as the target has them. Packed ones may be mapped files (`load_target(…, mapped=True)`), of which training
+    reads few rows.
 
     >>> target_head = TargetHead(load_target(folder, precision="bf16"))
     >>> target_head.log_sum_exp(last_NH, temperature=0.7)
