@@ -26,6 +26,7 @@ import math
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import NamedTuple
@@ -210,11 +211,8 @@ def main() -> None:
             stdev(row.length for row in rows) / fmean(row.length for row in rows),
             stdev(row.noise for row in rows),
         )
-        live = pairs = {
-            f"{len(rows)} recorded requests, which differ by {spread:.0%}, changes by {noise:.1%}": lambda chance: (
-                chance.choice(rows)
-            )
-        }
+        name = f"{len(rows)} recorded requests, which differ by {spread:.0%}, changes by {noise:.1%}"
+        live = pairs = {name: partial(random.Random.choice, seq=rows)}
 
     def share(found: Iterator[int | None]) -> str:
         return f"{sum(each is not None for each in found) / options.runs:7.2%}"

@@ -115,15 +115,16 @@ def exchange(
     key: str | None = None,
     most_lines: int | None = None,
     timeout_s: float = TIMEOUT_S,
-    source: str = "",
+    source: str | None = None,
 ) -> tuple[int, list[tuple[float, bytes]], float]:
     """POST a body; the status, the response's lines with their times, and when it ended.
 
     key: the server's, if it has one. most_lines: close the connection after so many lines. timeout_s: close it after so
     many seconds without a byte, and raise TimeoutError; the server takes that for a cancelled request. source: the
-    network address that it comes from.
+    network address that it comes from; None: any.
     """
-    connection = http.client.HTTPConnection(urlsplit(url).netloc, timeout=timeout_s, source_address=(source, 0))
+    address = None if source is None else (source, 0)
+    connection = http.client.HTTPConnection(urlsplit(url).netloc, timeout=timeout_s, source_address=address)
     try:
         connection.request("POST", path, json.dumps(body), {"Content-Type": "application/json", **_authority(key)})
         response = connection.getresponse()

@@ -204,11 +204,6 @@ class WholeTarget(Target):
             return super().choose(last_NH, **draws, dense_N=dense_N)
         return head.choose(last_NH, **draws, dense_N=dense_N)
 
-    def logsumexp(self, last_NH: torch.Tensor, *, chunk: int = 64) -> torch.Tensor:
-        """Log-sum-exp of the logits at each position, fp32 [N]; holds the logits of `chunk` positions at a time."""
-        last_NH = last_NH.to(self.device, self.hidden_dtype)
-        return torch.cat([self.logits(rows).logsumexp(-1).cpu() for rows in torch.split(last_NH, chunk)])
-
     def head_rows(self, token_ids: torch.Tensor) -> torch.Tensor:
         """Rows of the head's weight for some tokens, fp32 [len(token_ids), H]; without the `logit_transform`."""
         return head_rows(self.head, token_ids)

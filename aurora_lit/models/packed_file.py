@@ -105,20 +105,22 @@ def _read(file: FileIO, key: Mapping[str, str], *, mapped: bool) -> tuple[dict[s
     if size != 8 + length + num_bytes:
         raise ValueError("its size is wrong")
     digest = hashlib.sha256(start + text.replace(metadata["sha256"].encode(), _NO_DIGEST.encode(), 1))
-    data = torch.empty(_CHUNK_BYTES, dtype=torch.uint8) if mapped else huge_pages.empty(num_bytes, torch.uint8)
-    buffer, done = data.numpy().data, 0
-    while done < num_bytes:
-        place = 0 if mapped else done
-        count = file.readinto(buffer[place : place + min(_CHUNK_BYTES, num_bytes - done)])
-        if not count:
-            raise ValueError("it ends early")
-        digest.update(buffer[place : place + count])
-        done += count
-    if digest.hexdigest() != metadata["sha256"]:
-        raise ValueError("its SHA-256 is wrong")
     if mapped:
+        while chunk := file.read(_CHUNK_BYTES):
+            digest.update(chunk)
         whole = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
         data = torch.frombuffer(whole, dtype=torch.uint8)[8 + length :]
+    else:
+        data = huge_pages.empty(num_bytes, torch.uint8)
+        unread = data.numpy().data
+        while unread:
+            count = file.readinto(unread[:_CHUNK_BYTES])
+            if not count:
+                raise ValueError("it ends early")
+            digest.update(unread[:count])
+            unread = unread[count:]
+    if digest.hexdigest() != metadata["sha256"]:
+        raise ValueError("its SHA-256 is wrong")
     tensors = {}
     for name, entry in entries.items():
         begin, end = entry["data_offsets"]

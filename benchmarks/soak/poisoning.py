@@ -218,8 +218,8 @@ def main() -> int:
         worst = max(worst, sides["hostile"].rollbacks)
         for name, side in sides.items():
             requests, published = sum(map(len, side.rounds[:_HONEST])), side.learner["gate"]["published"]
-            report.append({"pair": pair, "beside": name, "requests": requests, "published": published})
-            report[-1] |= {"rolled_back": side.rollbacks, "ratios": own}
+            counts = {"requests": requests, "published": published, "rolled_back": side.rollbacks}
+            report.append({"pair": pair, "beside": name, **counts, "ratios": own})
             of_pair = f"{interval(own)[0]:.3f}" if name == "hostile" else ""
             table.add_row(str(pair), name, str(requests), str(published), str(side.rollbacks), of_pair)
         print(json.dumps(report[-2:]), file=sys.stderr, flush=True)

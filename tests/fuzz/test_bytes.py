@@ -167,7 +167,9 @@ def test_packed_files(fuzz: Any, tmp_path: Path) -> None:
     def check(content: bytes) -> None:
         path.write_bytes(content)
         with contextlib.suppress(CacheError):
-            assert content == good or packed_file.read(path, key=key, mapped=len(content) % 2 == 1) is None
+            assert content == good or packed_file.read(path, key=key) is None
+        with contextlib.suppress(CacheError):
+            assert content == good or packed_file.read(path, key=key, mapped=True) is None
 
     fuzz(check, mutated_header(good), examples=80)
 

@@ -54,7 +54,7 @@ class TargetHead:
         module.logit_transform = self.logit_transform.select(ids_D)
 
     @torch.no_grad()
-    def log_sum_exp(self, last_NH: Tensor, *, temperature: float, chunk: int = 64) -> Tensor:
+    def log_sum_exp(self, last_NH: Tensor, *, temperature: float = 0.0, chunk: int = 64) -> Tensor:
         """Of the logits divided by the temperature, over the whole vocabulary [N], fp32 on the CPU; 0: divided by 1.
 
         last_NH: the target's last hidden states. chunk: positions computed together, few enough that their logits

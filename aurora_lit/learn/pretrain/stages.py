@@ -155,7 +155,7 @@ def pretrain(config: AuroraConfig, options: PretrainOptions) -> dict[str, Any]:
         trainer.fit(traces, texts, until_positions=int(options.positions * share))
     if answers:
         trainer.fit(traces, answers, until_positions=options.positions)
-    report = trainer.validate(traces, shards, logsumexp=target.logsumexp)
+    report = trainer.validate(traces, shards, logsumexp=target_head.log_sum_exp)
     save_draft(module.draft, options.out, dtype=getattr(torch, options.draft_dtype))
     record = json.dumps(_record(config, options, shards, report), indent=2) + "\n"
     replace_file(options.out / "training.json", record.encode())

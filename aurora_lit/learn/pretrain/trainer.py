@@ -65,7 +65,7 @@ class DraftTrainer:
 
     >>> trainer = DraftTrainer(module, folder, options)
     >>> trainer.fit(traces, shards, until_positions=1_000_000)
-    >>> trainer.validate(traces, shards, logsumexp=target.logsumexp)
+    >>> trainer.validate(traces, shards, logsumexp=target_head.log_sum_exp)
     """
 
     def __init__(self, module: DraftModule, folder: Path, options: TrainerOptions) -> None:

@@ -66,7 +66,7 @@ def test_the_score_of_a_sampled_request_is_the_overlap_of_the_two_distributions_
         ids_BT = trace.token_ids_T.long()[None]
         with torch.no_grad():
             aux, last = target.in_torch.forward_uncached(ids_BT)
-            embeds = module.embed(ids_BT)
+            embeds = target.embedding(ids_BT)
             places = torch.arange(ids_BT.shape[1] - 1)[None]
             chain = taught_draft.project_qkv(embeds[:, 1:], taught_draft.combine_hidden_states(aux)[:, :-1], places)
             query, key, value = (x[0] for x in chain)

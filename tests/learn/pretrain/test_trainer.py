@@ -20,6 +20,7 @@ from support.tiny_models import (
 
 from aurora_lit.errors import AuroraError
 from aurora_lit.learn.data.log_batches import held_out_batches
+from aurora_lit.learn.data.target_head import TargetHead
 from aurora_lit.learn.data.training_state import read_state, write_state
 from aurora_lit.learn.pretrain import trainer as trainer_module
 from aurora_lit.learn.pretrain.generate_answers import PromptToAnswer, generate_answers
@@ -92,9 +93,9 @@ def test_a_few_steps_learn_and_a_rebuilt_trainer_continues_where_the_last_one_st
 ) -> None:
     shards = read_index(log)
     first = trainer(target, tmp_path / "fit")
-    untrained = first.validate(log, shards, logsumexp=target.logsumexp)
+    untrained = first.validate(log, shards, logsumexp=TargetHead(target).log_sum_exp)
     first.fit(log, shards, until_positions=6_000)
-    trained = first.validate(log, shards, logsumexp=target.logsumexp)
+    trained = first.validate(log, shards, logsumexp=TargetHead(target).log_sum_exp)
     assert accepted_length(trained) > accepted_length(untrained) + 0.1
     assert 6_000 <= first.positions_seen < 6_600
 
@@ -102,7 +103,7 @@ def test_a_few_steps_learn_and_a_rebuilt_trainer_continues_where_the_last_one_st
     assert (again.positions_seen, again.epoch) == (first.positions_seen, first.epoch)
     for name, tensor in first.module.state_dict().items():
         assert torch.equal(tensor, again.module.state_dict()[name]), name
-    assert again.validate(log, shards, logsumexp=target.logsumexp) == trained
+    assert again.validate(log, shards, logsumexp=TargetHead(target).log_sum_exp) == trained
 
     # Not stopped, or stopped and rebuilt: the same draft in the end.
     first.fit(log, shards, until_positions=8_000)
@@ -175,9 +176,11 @@ def test_the_expected_length_is_the_mean_along_chains(target: Target, log: Path,
     """Not a product of mean acceptances: positions that are easy to propose for come together."""
     shards, learning = read_index(log), trainer(target, tmp_path / "fit")
     learning.fit(log, shards, until_positions=3_000)
-    report = learning.validate(log, shards, logsumexp=target.logsumexp)
+    report = learning.validate(log, shards, logsumexp=TargetHead(target).log_sum_exp)
     lengths = []
-    for batch in held_out_batches(log, shards, batch_positions=512, max_length=64, logsumexp=target.logsumexp):
+    for batch in held_out_batches(
+        log, shards, batch_positions=512, max_length=64, logsumexp=TargetHead(target).log_sum_exp
+    ):
         with torch.no_grad(), learning.fabric.autocast():
             stats, mask_KBT = learning.module.score(batch)
         alpha_KBT = stats.alpha_N.view_as(mask_KBT)
