@@ -8,8 +8,8 @@ Traffic is of one file after the other, each for `--seconds`, from `--clients` c
 the last one is answered, or at the times of `--arrivals` (a CSV file with a column timestamp_s), scaled to `--rate`
 requests a second. A file that is named again goes on where it stopped. Every second request names temperature 0, the
 others none. The last prompts of each file are held out. After each phase the draft that is served then is kept in
-`--out`, and it is printed what the learner has done, how often it called a shift, with how much processor time, and how
-long requests took.
+`--out`, and it is printed what the learner has done, how often it called a shift, with how much processor time, how
+long requests took, and tokens a round and a second by the minute in which requests ended.
 
 Then the server ends, and benchmarks/one_process.py compares on the held-out prompts, file by file: the shipped draft,
 the draft that was served when its traffic first ended, the last one of all (what was kept of it since),
@@ -34,7 +34,7 @@ from typing import NamedTuple
 import numpy as np
 import psutil
 
-from aurora_lit.bench.load import Json, ask, body_of, send_at, sending, status
+from aurora_lit.bench.load import Answer, Json, ask, body_of, send_at, sending, status
 from aurora_lit.bench.servers import free_port, running_server
 from aurora_lit.config import load_config
 from aurora_lit.drafts.store import DraftStore
@@ -59,22 +59,38 @@ class Sent(NamedTuple):
     p95_s: float
     token_ms: float
     """Median over requests of the time that a token took, the prompt's reading included."""
+    minutes: list[tuple[int, float, float]]
+    """A minute in which requests ended, their tokens of a round with proposals, and tokens a second."""
 
     @classmethod
-    def of(cls, answered: Sequence[tuple[int, float]]) -> Sent:
-        """Sum up requests' tokens and seconds."""
-        tokens, seconds = np.array(answered).T
+    def of(cls, answers: Sequence[Answer]) -> Sent:
+        """Sum up requests."""
+        tokens, seconds = np.array([(answer.tokens, answer.seconds) for answer in answers]).T
         median_s, p95_s = np.percentile(seconds, (50, 95))
-        return cls(
-            len(answered), int(tokens.sum()), float(median_s), float(p95_s), float(np.median(1e3 * seconds / tokens))
-        )
+        begin_s = min(answer.sent_s for answer in answers)
+        by_minute: dict[int, list[Answer]] = {}
+        for answer in sorted(answers, key=lambda answer: answer.ended_s):
+            by_minute.setdefault(int((answer.ended_s - begin_s) // 60), []).append(answer)
+        minutes = [
+            (minute, tokens_a_round(each), sum(answer.tokens for answer in each) / 60)
+            for minute, each in by_minute.items()
+        ]
+        token_ms = float(np.median(1e3 * seconds / tokens))
+        return cls(len(answers), int(tokens.sum()), float(median_s), float(p95_s), token_ms, minutes)
+
+
+def tokens_a_round(answers: Sequence[Answer]) -> float:
+    """Of rounds with proposals, the target's own token included; 1 if there was none."""
+    rounds = sum(answer.speculation["num_spec_steps"] for answer in answers)
+    accepted = sum(answer.speculation["num_accepted_draft_tokens"] for answer in answers)
+    return 1.0 + accepted / max(rounds, 1)
 
 
 def send(url: str, prompts: Iterator[Prompt], *, seconds: float, clients: int, max_tokens: int) -> Sent:
     """Keep `clients` requests running for so long. Raises ConfigError if there are too few prompts."""
     with sending(functools.partial(ask, url), bodies(prompts, max_tokens), clients=clients) as running:
         running.wait(seconds)
-    return Sent.of([(answer.tokens, answer.seconds) for answer in running.answers])
+    return Sent.of(running.answers)
 
 
 def bodies(prompts: Iterator[Prompt], max_tokens: int) -> Iterator[Json]:
@@ -217,7 +233,7 @@ def _serve(traffic: dict[Path, Iterator[Prompt]], options: argparse.Namespace, r
                 scale = options.seconds / times_s[-1] if times_s[-1] else 0.0
                 due_s = [scale * time_s for time_s in times_s]
                 answers = send_at(functools.partial(ask, url), bodies(fresh, most), due_s)
-                sent = Sent.of([(answer.tokens, answer.seconds) for answer in answers])
+                sent = Sent.of(answers)
             after = learner_status(url)
             report["phases"].append({"traffic": path.stem, **phase_report(before, after, sent)})
             print(json.dumps(report["phases"][-1]), flush=True)

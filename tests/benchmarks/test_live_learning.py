@@ -29,10 +29,16 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, float | None]]:
         found.append((body["messages"][-1]["content"], body.get("temperature")))
         began = time.monotonic()
         time.sleep(0.01)
-        return Answer(sent_s=began, ended_s=time.monotonic(), text="text", tokens=7)
+        rounds = {"num_spec_steps": 3, "num_accepted_draft_tokens": 4}
+        return Answer(sent_s=began, ended_s=time.monotonic(), text="text", tokens=7, speculation=rounds)
 
     monkeypatch.setattr(live_learning, "ask", ask)
     return found
+
+
+def answer(tokens: int, seconds: float, *, ended_s: float = 60.0, rounds: int = 0, accepted: int = 0) -> Answer:
+    speculation = {"num_spec_steps": rounds, "num_accepted_draft_tokens": accepted}
+    return Answer(sent_s=ended_s - seconds, ended_s=ended_s, text="", tokens=tokens, speculation=speculation)
 
 
 def chats(texts: Iterable[str]) -> Iterator[Prompt]:
@@ -64,14 +70,20 @@ def test_arrival_times_begin_with_zero_and_are_as_many_as_asked_for(tmp_path: Pa
 
 def test_a_phase_reports_what_it_added() -> None:
     after = {**STATUS, "version": "draft-000001", "steps": 10, "positions": 2500, "shifts": 3, "processor_s": 9.0}
-    found = phase_report({**STATUS, "processor_s": 5.0}, after, Sent.of([(100, 2.0)] * 80))
+    found = phase_report({**STATUS, "processor_s": 5.0}, after, Sent.of([answer(100, 2.0)] * 80))
     assert (found["version"], found["steps"], found["positions"], found["shifts"]) == ("draft-000001", 6, 2000, 1)
     assert (found["share_learned"], found["ms_a_position"]) == (0.25, 2.0)
 
 
 def test_a_phase_without_steps_has_no_cost_a_position() -> None:
     same = {**STATUS, "processor_s": 5.0}
-    assert phase_report(same, same, Sent.of([(8, 1.0)]))["ms_a_position"] is None
+    assert phase_report(same, same, Sent.of([answer(8, 1.0)]))["ms_a_position"] is None
+
+
+def test_tokens_of_a_round_and_a_second_are_by_the_minute_in_which_requests_ended() -> None:
+    first = [answer(30, 10.0, ended_s=10.0, rounds=9, accepted=3), answer(30, 9.0, ended_s=12.0, rounds=1, accepted=2)]
+    third = [answer(60, 60.0, ended_s=130.0)]
+    assert Sent.of([*third, *first]).minutes == [(0, 1.5, 1.0), (2, 1.0, 1.0)]
 
 
 def test_the_last_draft_is_compared_where_it_is_another_one() -> None:
