@@ -1,8 +1,9 @@
-"""A weighted random sample of past traces by domain, bounded in bytes.
+"""A weighted random sample of past traces by domain and client, bounded in bytes.
 
 Each trace draws a key u^(1/weight) and the highest keys are kept (Efraimidis & Spirakis 2006), which samples all traces
-that were ever added, whatever their order. When the bytes are used up, the domain with the most bytes drops its lowest
-key, so that a busy domain does not push out a rare one.
+that were ever added, whatever their order. When the bytes are used up, the client with the most bytes in the domain
+with the most bytes drops its lowest key: neither a busy domain nor a client with many requests pushes out others, and
+within a domain all clients are replayed alike.
 
 Traces are files in the server's run folder, which is in shared memory and deleted with the server: a restarted learner
 finds them again, and clients' text is never written to a disk. Leaves out batches (learn/data/online_batcher.py).
@@ -15,8 +16,8 @@ import heapq
 import logging
 import os
 import random
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from aurora_lit.errors import TraceError
@@ -52,6 +53,28 @@ class _Entry:
         return f"{self.number:010d}-{self.key.hex()}{_SUFFIX}"
 
 
+@dataclass(kw_only=True)
+class _Group:
+    """Traces of one client in one domain."""
+
+    heap: list[_Entry] = field(default_factory=list)
+    """Lowest key first."""
+    num_bytes: int = 0
+
+    def add(self, entries: Iterable[_Entry]) -> None:
+        for entry in entries:
+            heapq.heappush(self.heap, entry)
+            self.num_bytes += entry.num_bytes
+
+    def remove(self, entry: _Entry) -> None:
+        if entry is self.heap[0]:
+            heapq.heappop(self.heap)
+        else:
+            self.heap.remove(entry)
+            heapq.heapify(self.heap)
+        self.num_bytes -= entry.num_bytes
+
+
 def _entry(trace: Trace, *, key: float, number: int, num_bytes: int) -> _Entry:
     return _Entry(
         key=key,
@@ -68,9 +91,8 @@ class Reservoir:
 
     def __init__(self, folder: Path, *, limit_bytes: int, seed: int) -> None:
         self._folder, self._limit_bytes = folder, limit_bytes
-        self._heaps: dict[str, list[_Entry]] = {}
-        """By domain, lowest key first."""
-        self._bytes: dict[str, int] = {}
+        self._groups: dict[str, dict[str, _Group]] = {}
+        """By domain and client; none is empty."""
         self.positions = 0
         """Positions of all traces that are trained on."""
         self._told_full = False
@@ -86,16 +108,16 @@ class Reservoir:
     @property
     def num_bytes(self) -> int:
         """Bytes of all traces."""
-        return sum(self._bytes.values())
+        return sum(map(self._bytes_of, self._groups))
 
     def __len__(self) -> int:
         """Number of traces."""
-        return sum(map(len, self._heaps.values()))
+        return sum(self.domains.values())
 
     @property
     def domains(self) -> dict[str, int]:
         """Number of traces by domain."""
-        return {domain: len(heap) for domain, heap in self._heaps.items()}
+        return {domain: sum(len(group.heap) for group in groups.values()) for domain, groups in self._groups.items()}
 
     def add(self, trace: Trace, *, weight: float = 1.0) -> bool:
         """Add a trace to the sample; False if it was not kept. The chance to be kept grows with its weight."""
@@ -104,7 +126,7 @@ class Reservoir:
             self._num_passed_over -= 1
             return False
         domain = self._domain_of(trace)
-        if self._would_be_dropped(domain, key, trace.num_bytes):
+        if self._would_be_dropped(domain, trace.client, key, trace.num_bytes):
             return False
         payload = to_bytes(trace)
         entry = _entry(trace, key=key, number=self._next_number, num_bytes=len(payload))
@@ -151,22 +173,22 @@ class Reservoir:
 
     def rename_domain(self, removed: str, kept: str) -> None:
         """Traces of a domain that went into another one are of that from now on, until a restart."""
-        if removed in self._heaps:
-            self._heaps[kept] = [*self._heaps.get(kept, ()), *self._heaps.pop(removed)]
-            heapq.heapify(self._heaps[kept])
-            self._bytes[kept] = self._bytes.get(kept, 0) + self._bytes.pop(removed)
+        if removed in self._groups:
+            for client, group in self._groups.pop(removed).items():
+                self._groups.setdefault(kept, {}).setdefault(client, _Group()).add(group.heap)
 
     def sample(
         self, *, largest: int | None = None, allows: Callable[[str, int], bool] = lambda client, size: True
     ) -> Trace | None:
-        """A random trace: first a domain, all with equal chance, then a trace of it.
+        """A random trace: first a domain, then a client, then a trace of it, each time all with equal chance.
 
         None when there are none, or if the drawn one, which is not read then, is larger in a batch than `largest`, or
         if `allows` says no to its client and its size in a batch.
         """
-        while self._heaps:
-            domain = self._random.choice(sorted(self._heaps))
-            entry = self._random.choice(self._heaps[domain])
+        while self._groups:
+            domain = self._random.choice(sorted(self._groups))
+            client = self._random.choice(sorted(self._groups[domain]))
+            entry = self._random.choice(self._groups[domain][client].heap)
             if (largest is not None and entry.size > largest) or not allows(entry.client, entry.size):
                 return None
             try:
@@ -176,14 +198,24 @@ class Reservoir:
                 self._drop(domain, entry)
         return None
 
-    def _would_be_dropped(self, domain: str, key: float, num_bytes: int) -> bool:
+    def _bytes_of(self, domain: str) -> int:
+        return sum(group.num_bytes for group in self._groups[domain].values())
+
+    def _would_be_dropped(self, domain: str, client: str, key: float, num_bytes: int) -> bool:
         """True if a trace with this key would be the next one dropped, so that writing it is useless."""
-        of_domain = self._bytes.get(domain, 0) + num_bytes
-        full = self.num_bytes + num_bytes > self._limit_bytes and of_domain > max(self._bytes.values(), default=0)
-        return full and key < self._heaps[domain][0].key if domain in self._heaps else False
+        groups = self._groups.get(domain, {})
+        if client not in groups or self.num_bytes + num_bytes <= self._limit_bytes:
+            return False
+        most_of_domain = max(map(self._bytes_of, self._groups))
+        most_of_client = max(group.num_bytes for group in groups.values())
+        return (
+            self._bytes_of(domain) + num_bytes > most_of_domain
+            and groups[client].num_bytes + num_bytes > most_of_client
+            and key < groups[client].heap[0].key
+        )
 
     def _domain_of(self, trace: Trace) -> str:
-        return trace.domain if trace.domain in self._heaps or len(self._heaps) < MAX_DOMAINS else ""
+        return trace.domain if trace.domain in self._groups or len(self._groups) < MAX_DOMAINS else ""
 
     def _load(self, path: Path) -> None:
         """Add a file of an earlier learner; one that cannot be read is deleted."""
@@ -199,24 +231,22 @@ class Reservoir:
             self._next_number = max(self._next_number, entry.number + 1)
 
     def _keep(self, domain: str, entry: _Entry) -> None:
-        heapq.heappush(self._heaps.setdefault(domain, []), entry)
-        self._bytes[domain] = self._bytes.get(domain, 0) + entry.num_bytes
+        self._groups.setdefault(domain, {}).setdefault(entry.client, _Group()).add([entry])
         self.positions += entry.trained
 
     def _drop_one(self) -> _Entry:
-        domain = max(self._bytes, key=lambda name: self._bytes[name])
-        entry = heapq.heappop(self._heaps[domain])
-        self._forget(domain, entry)
-        return entry
+        domain = max(self._groups, key=self._bytes_of)
+        group = max(self._groups[domain].values(), key=lambda each: each.num_bytes)
+        lowest = group.heap[0]
+        self._drop(domain, lowest)
+        return lowest
 
     def _drop(self, domain: str, entry: _Entry) -> None:
-        self._heaps[domain].remove(entry)
-        heapq.heapify(self._heaps[domain])
-        self._forget(domain, entry)
-
-    def _forget(self, domain: str, entry: _Entry) -> None:
         (self._folder / entry.name).unlink(missing_ok=True)
-        self._bytes[domain] -= entry.num_bytes
+        groups = self._groups[domain]
+        groups[entry.client].remove(entry)
         self.positions -= entry.trained
-        if not self._heaps[domain]:
-            del self._heaps[domain], self._bytes[domain]
+        if not groups[entry.client].heap:
+            del groups[entry.client]
+        if not groups:
+            del self._groups[domain]

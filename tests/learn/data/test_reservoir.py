@@ -47,6 +47,18 @@ def test_the_reservoir_keeps_a_fair_sample_within_its_bytes_and_spares_rare_doma
     assert 300 < sum(marks) / len(marks) < 700, "old and new alike"
 
 
+def test_a_client_with_many_traces_neither_pushes_out_others_nor_is_replayed_more_often(tmp_path: Path) -> None:
+    reservoir = Reservoir(tmp_path / "r", limit_bytes=20 * len(to_bytes(a_trace(client="b"))), seed=0)
+    for mark in range(5):
+        reservoir.add(a_trace(client="b", mark=mark))
+    for mark in range(5, 300):
+        reservoir.add(a_trace(client="a", mark=mark))
+    assert reservoir.domains == {"a": 20}
+    found = [trace for _ in range(400) if (trace := reservoir.sample())]
+    assert {int(trace.token_ids_T[0]) for trace in found if trace.client == "b"} == set(range(5))
+    assert 150 < sum(trace.client == "b" for trace in found) < 250
+
+
 def test_traces_of_a_domain_that_went_into_another_are_of_that(tmp_path: Path) -> None:
     reservoir = Reservoir(tmp_path / "r", limit_bytes=1 << 20, seed=0)
     for mark, domain in enumerate(["a", "a", "b", "c", "c", "c"]):
