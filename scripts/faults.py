@@ -7,8 +7,9 @@
 fault into a copy of the tracked files and runs the tests of the folder that mirrors the file's, those named after the
 file first, until one fails; slow tests and those that need a GPU or a browser are left out. A fault is known by its
 function and its statement, not by its line, so `run` finds faults that were drawn from an earlier version again;
-those whose statement has gone are reported as gone. Whether a fault that no test notices is visible at all, a reader
-must say.
+those whose statement has gone are reported as gone. A statement of the native code is a line that stands once in its
+file; its faults are told apart by whether they compile, and to other code on this processor. Whether a fault that no
+test notices is visible at all, a reader must say.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import json
 import multiprocessing
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -47,6 +49,16 @@ _SWAPPED: dict[type[ast.AST], str] = {
 }  # fmt: skip
 
 
+_NATIVE = (".cpp", ".hpp")
+_NATIVE_SWAPPED = {
+    " < ": " <= ", " <= ": " < ", " > ": " >= ", " >= ": " > ", " == ": " != ", " != ": " == ", " && ": " || ",
+    " || ": " && ", " + ": " - ", " - ": " + ", " += ": " -= ", "std::min": "std::max", "std::max": "std::min",
+}  # fmt: skip
+_NO_NATIVE_STATEMENT = re.compile(r"#|//|template|using|static_assert|namespace|struct|class|return;|break;|continue;")
+_NATIVE_EXPRESSION = re.compile(r"(\+\+|--|[\w.\[\]>-]+( [-+*|&^]?= |\())[^{}]*;|[\w.]+(\+\+|--);")
+_BUILD = "from aurora_lit.kernels import build; print(build.built_library(build.compiler()))"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Fault:
     """One mutation of one statement."""
@@ -67,6 +79,26 @@ def faults_of(file: str, source: str) -> Iterator[Fault]:
         for operator, after in _mutations(statement):
             if after != before:
                 yield Fault(file=file, function=function, operator=operator, before=before, after=after)
+
+
+def native_faults_of(file: str, source: str) -> Iterator[Fault]:
+    """Every fault that the operators make of a file of native code: of lines that stand once in it."""
+    lines = Counter(line.strip() for line in source.splitlines())
+    for line, count in lines.items():
+        if count > 1 or _NO_NATIVE_STATEMENT.match(line):
+            continue
+        code = line.partition(" //")[0].rstrip()
+        mutations = [
+            (operator.strip(), code[: at.start()] + changed + code[at.end() :])
+            for operator, changed in _NATIVE_SWAPPED.items()
+            for at in re.finditer(re.escape(operator), code)
+        ]
+        for at in re.finditer(r"(?<![\w.])\d+(?![\w.])", code):
+            mutations.append(("constant", code[: at.start()] + str(int(at[0]) + 1) + code[at.end() :]))
+        if _NATIVE_EXPRESSION.fullmatch(code):
+            mutations.append(("remove", ";"))
+        for operator, after in mutations:
+            yield Fault(file=file, function="", operator=operator, before=line, after=after)
 
 
 def _statements(node: ast.AST, function: str) -> Iterator[tuple[str, ast.stmt]]:
@@ -187,7 +219,11 @@ def _is_none(node: ast.expr) -> bool:
 
 def draw(seed: int, count: int) -> list[Fault]:
     """`count` faults of the package, at most one of a statement."""
-    pool = [fault for file in _package_files(ROOT) for fault in faults_of(file, (ROOT / file).read_text())]
+    pool = [
+        fault
+        for file in _package_files(ROOT)
+        for fault in (native_faults_of if file.endswith(_NATIVE) else faults_of)(file, (ROOT / file).read_text())
+    ]
     random.Random(seed).shuffle(pool)
     chosen: dict[tuple[str, str, str], Fault] = {}
     for fault in pool:
@@ -197,15 +233,14 @@ def draw(seed: int, count: int) -> list[Fault]:
 
 
 def _package_files(root: Path) -> list[str]:
-    listed = subprocess.run(
-        ["git", "ls-files", f"{PACKAGE}/*.py"], cwd=root, capture_output=True, text=True, check=True
-    )
+    kinds = [f"{PACKAGE}/*{suffix}" for suffix in (".py", *_NATIVE)]
+    listed = subprocess.run(["git", "ls-files", *kinds], cwd=root, capture_output=True, text=True, check=True)
     return sorted(file for file in listed.stdout.split() if (root / file).exists())
 
 
 def place_of(fault: Fault, root: Path) -> tuple[str, ast.stmt] | None:
     """The file and the statement that a fault changes today; None: it has gone, or there are several."""
-    files = _package_files(root)
+    files = [file for file in _package_files(root) if not file.endswith(_NATIVE)]
     same_file = [fault.file] if fault.file in files else []
     for candidates, same_function in ((same_file, True), (files, True), (same_file, False), (files, False)):
         found = [
@@ -240,6 +275,22 @@ def mutated(source: str, statement: ast.stmt, after: str) -> str:
     raise AssertionError("the statement was found in this source")
 
 
+def faulty(fault: Fault, root: Path) -> tuple[str, int, str] | None:
+    """The file that a fault changes today, the line, and the file's text with the fault; None: it has gone."""
+    if fault.file.endswith(_NATIVE):
+        lines = (root / fault.file).read_text().splitlines() if (root / fault.file).exists() else []
+        places = [number for number, line in enumerate(lines) if line.strip() == fault.before]
+        if len(places) != 1:
+            return None
+        lines[places[0]] = fault.after
+        return fault.file, places[0] + 1, "\n".join([*lines, ""])
+    place = place_of(fault, root)
+    if place is None:
+        return None
+    file, statement = place
+    return file, statement.lineno, mutated((root / file).read_text(), statement, fault.after)
+
+
 def _is_whole(statement: ast.stmt) -> bool:
     return not isinstance(statement, ast.Break | ast.Continue)
 
@@ -262,16 +313,21 @@ def tests_of(file: str, root: Path) -> list[list[str]]:
 
 def run_one(fault: Fault, copy: Path) -> dict[str, Any]:
     """Put a fault into a copy of the project, run the tests until one fails, and take it out again."""
-    place = place_of(fault, copy)
+    place = faulty(fault, copy)
     if place is None:
         return {**asdict(fault), "outcome": "gone"}
-    file, statement = place
-    path = copy / file
+    file, line, text = place
+    path, library = copy / file, None
     source = path.read_text()
     started = time.monotonic()
-    result: dict[str, Any] = {**asdict(fault), "now_in": file, "line": statement.lineno, "outcome": "escaped"}
+    result: dict[str, Any] = {**asdict(fault), "now_in": file, "line": line, "outcome": "escaped"}
     try:
-        path.write_text(mutated(source, statement, fault.after))
+        original = _library(copy) if file.endswith(_NATIVE) else None
+        path.write_text(text)
+        if original is not None:
+            library = _library(copy)
+            if library is None or library.read_bytes() == original.read_bytes():
+                return {**result, "outcome": "does not compile" if library is None else "same code"}
         for tests in tests_of(file, copy):
             noticed = _failure(tests, copy)
             if noticed is not None:
@@ -279,7 +335,18 @@ def run_one(fault: Fault, copy: Path) -> dict[str, Any]:
                 break
     finally:
         path.write_text(source)
+        if library is not None:
+            library.unlink()
     return {**result, "seconds": round(time.monotonic() - started, 1)}
+
+
+def _library(copy: Path) -> Path | None:
+    """The native code of a copy, compiled; None: it cannot be."""
+    command = [sys.executable, "-c", _BUILD]
+    built = subprocess.run(
+        command, cwd=copy, env={**os.environ, "PYTHONPATH": str(copy)}, capture_output=True, text=True
+    )
+    return None if built.returncode else Path(built.stdout.split()[-1])
 
 
 def _failure(tests: list[str], copy: Path) -> str | None:

@@ -60,3 +60,37 @@ def test_tests_named_after_a_file_come_before_its_folders(tmp_path: Path) -> Non
     assert faults.tests_of("aurora_lit/ipc/inner/new.py", tmp_path) == [
         ["tests/ipc/test_page.py", "tests/ipc/test_ring.py"]
     ]
+
+
+NATIVE = """#include <algorithm>
+// int n = 1;
+inline int least(int a, int b) {
+  int n = 0;
+  while (n < a && n < b) ++n;  // 1 and 2
+  total += n;
+  push(n, 2);
+  return std::min(n, 15);
+}
+}
+"""
+
+
+def test_faults_of_native_code_change_one_line_that_stands_once(tmp_path: Path) -> None:
+    made = list(faults.native_faults_of("aurora_lit/a.hpp", NATIVE))
+    assert {fault.operator for fault in made} == {"constant", "<", "&&", "+=", "remove", "std::min"}
+    assert {fault.after for fault in made if fault.before.startswith("while")} == {
+        "while (n <= a && n < b) ++n;", "while (n < a && n <= b) ++n;", "while (n < a || n < b) ++n;",
+    }  # fmt: skip
+    assert [fault.before for fault in made if fault.operator == "remove"] == ["total += n;", "push(n, 2);"]
+    (tmp_path / "aurora_lit").mkdir()
+    (tmp_path / "aurora_lit" / "a.hpp").write_text(f"\n{NATIVE}")
+    for fault in made:
+        file, line, text = faults.faulty(fault, tmp_path)
+        changed = [
+            (n, b)
+            for n, (a, b) in enumerate(zip(f"\n{NATIVE}".splitlines(), text.splitlines(), strict=True), 1)
+            if a != b
+        ]
+        assert (file, changed) == (fault.file, [(line, fault.after)])
+    (tmp_path / "aurora_lit" / "a.hpp").write_text(NATIVE + NATIVE)
+    assert faults.faulty(made[0], tmp_path) is None
