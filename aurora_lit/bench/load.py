@@ -161,7 +161,7 @@ def read_answer(lines: Sequence[tuple[float, bytes]], *, sent_s: float, ended_s:
             reason = choice.get("finish_reason") or reason
             sources.update(token["source"] for token in choice.get("token_sources", ()))
         usage = event.get("usage") or usage
-        speculation = event.get("metrics", {}).get("speculative_decoding", speculation)
+        speculation = (event.get("metrics") or {}).get("speculative_decoding", speculation)
     if usage is None:
         raise AuroraError(f"an answer ended without its usage after {len(lines)} lines, so the request failed")
     return Answer(

@@ -80,6 +80,8 @@ def test_a_whole_answer_has_the_servers_counts_and_no_pieces() -> None:
     answer = read_answer(lines, sent_s=0.0, ended_s=1.0, streamed=False)
     assert (answer.text, answer.tokens, answer.finish_reason) == ("Hello", 3, "length")
     assert (answer.accepted_length, answer.pieces_s, answer.chunks_s) == (2.5, (), ())
+    others = json.dumps({**body, "metrics": None}).encode()  # as vLLM answers
+    assert read_answer([(1.0, others)], sent_s=0.0, ended_s=1.0, streamed=False).speculation == {}
 
 
 def test_an_incomplete_answer_is_an_error() -> None:
