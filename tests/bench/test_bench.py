@@ -199,6 +199,23 @@ def test_the_reference_batch_answers_as_transformers_does_prompt_by_prompt() -> 
     assert cut.answers[0].token_ids.count(eos) == 1
 
 
+def test_every_option_of_sampling_reaches_the_reference() -> None:
+    asked: dict[str, Any] = {}
+
+    class Model:
+        def generate(self, ids_BT: torch.Tensor, **options: Any) -> torch.Tensor:
+            asked.update(options)
+            return torch.cat([ids_BT, ids_BT], dim=1)
+
+    params = SamplingParams(
+        max_tokens=9, temperature=0.7, top_k=5, top_p=0.9, min_p=0.1, repetition_penalty=1.2, seed=None
+    )
+    reference_generate(Model(), [_prompt(3, 4)], params, eos_token_ids=frozenset({31}))
+    expected = {"max_new_tokens": 9, "temperature": 0.7, "top_k": 5, "top_p": 0.9, "min_p": 0.1, "do_sample": True}
+    assert expected.items() <= asked.items()
+    assert asked["repetition_penalty"] == 1.2
+
+
 # -- prompts answered by an engine ------------------------------------------------------------------------------------
 
 

@@ -113,3 +113,13 @@ def test_whatever_one_client_does_equal_drafts_reach_evidence_no_oftener_than_th
             top = max(top, agreed(evidence.without, "0123"))
         reached += top >= 8
     assert reached / 400 < 1 / 4, "8 to the power of 2/3"
+
+
+@pytest.mark.parametrize(("lead", "is_kept"), [(0.5, True), (-0.5, False)])
+def test_what_speaks_for_a_draft_is_kept_where_losses_are_forgotten(lead: float, is_kept: bool) -> None:
+    evidence = Evidence()
+    evidence.add_lead(lead)
+    before = evidence.value
+    assert 0.5 < before < 2.0
+    evidence.forget_losses()
+    assert evidence.value == (before if is_kept else 1.0)

@@ -237,7 +237,7 @@ def test_a_change_of_traffic_within_a_domain_soon_after_the_swap_is_not_blamed_o
 def test_a_version_restored_by_a_rollback_has_no_trial_and_the_next_is_compared_with_it() -> None:
     rng = random.Random(8)
     watch = watched(rounds(rng, 0.7))
-    assert observe(watch, rounds(rng, 0.0), 400) is not None
+    assert observe(watch, rounds(rng, 0.0), 600) is not None
     watch.swapped(trusted=True)
     assert observe(watch, rounds(rng, 0.1), 500) is None, "traffic changed as well: no second rollback"
     watch = watched(rounds(rng, 0.7))
@@ -365,3 +365,10 @@ def test_what_makes_one_domain_worse_is_rolled_back_and_named_or_raises_an_alarm
         assert ("not for several clients" in reason) is (found is None)
         watch.swapped(trusted=False)
         assert not watch.alarm
+
+
+def test_a_client_that_is_alone_has_a_say_from_its_first_requests_on() -> None:
+    """There is nobody else to hear."""
+    rng = random.Random(21)
+    watch = watched(rounds(rng, 0.6), num_before=3 * ROUNDS_OF_REQUEST)
+    assert observe(watch, rounds(rng, 0.0), 600) is not None

@@ -213,3 +213,8 @@ def test_half_of_a_surrogate_pair_stays_escaped() -> None:
     _, calls = read_any_way(PLAIN, written)
     assert calls[0][1].encode()
     assert json.loads(calls[0][1]) == json.loads(written)["arguments"]
+
+
+def test_what_an_object_has_after_its_arguments_is_no_content() -> None:
+    text = '<tool_call>\n{"name": "f", "arguments": {"a": 1}, "meta": {"b": {"c": 2}}}\n</tool_call>'
+    assert read_any_way(HERMES, text) == ("", [("f", '{"a": 1}')])

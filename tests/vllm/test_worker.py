@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import os
 import sys
 import time
@@ -102,6 +103,16 @@ def test_traces_reach_the_ring_and_counts_the_page(run_folder: Path, make_worker
     while page.read().heartbeat_ns == status.heartbeat_ns:  # an idle engine's, too
         assert time.monotonic() < until
         time.sleep(0.05)
+
+
+def test_the_page_shows_what_running_requests_have_made(run_folder: Path, make_worker: MakeWorker) -> None:
+    worker = make_worker()
+    worker.aurora_lit_start(str(run_folder))
+    for step in itertools.islice(Traffic(requests={"r1": (10, 400)}).steps(), 5):
+        worker.model_runner.run(step)
+    status = EngineStatusPage.open(run_folder / STATUS_NAME).read()
+    assert (status.running, status.prompt_tokens) == (1, 10)
+    assert status.generated_tokens > 0
 
 
 def test_an_engine_that_was_killed_and_started_again_takes_up_its_ring(

@@ -179,3 +179,16 @@ def test_a_trace_of_a_client_that_has_no_room_is_not_read(tmp_path: Path, monkey
         assert {int(trace.token_ids_T[0]) for trace in found if trace is not None} == {0}
         assert set(asked) == {("ann", 17), ("bob", 17)}
         assert len(read) == asked.count(("ann", 17)) < 40
+
+
+def test_where_there_is_room_for_one_trace_it_is_by_chance_a_new_one_or_the_old_one(tmp_path: Path) -> None:
+    reservoir = Reservoir(tmp_path / "r", limit_bytes=len(to_bytes(a_trace())) * 3 // 2, seed=0)
+    held = []
+    for mark in range(30):
+        reservoir.add(a_trace(mark=mark))
+        assert reservoir.domains == {"a": 1}
+        trace = reservoir.sample()
+        assert trace is not None
+        held.append(int(trace.token_ids_T[0]))
+    assert held[0] == 0
+    assert 2 <= len(set(held)) < 15

@@ -108,3 +108,11 @@ def test_rows_that_no_block_size_divides_are_blocks_of_fewer() -> None:
     assert orthogonalise_blocks(random(34, 20), block_rows=16).shape == (34, 20)  # two blocks of 17 are too large
     assert orthogonalise_blocks(random(7, 20), block_rows=5).isfinite().all()
     assert (orthogonalise_blocks(torch.zeros(8, 8)) == 0).all()
+
+
+def test_a_matrix_without_gradient_is_left_out_and_those_after_it_are_not() -> None:
+    first, second = (torch.nn.Parameter(random(24, 40)) for _ in range(2))
+    second.grad = random(24, 40, seed=1)
+    BlockMuon([first, second], lr=0.1).step()
+    assert torch.equal(first, random(24, 40))
+    assert not torch.equal(second, random(24, 40))

@@ -1,6 +1,8 @@
 """WorkerClient and PendingCall without a server: a silent worker, a broken queue, a damaged message, no leftovers."""
 
 import asyncio
+import os
+import signal
 import time
 from dataclasses import replace
 from types import SimpleNamespace
@@ -336,3 +338,29 @@ async def test_a_newer_request_of_a_slot_replaces_those_that_have_not_begun(work
     for pending in (new, other):
         pending.close()
     assert worker_client.num_sequences == 0
+
+
+@in_loop
+async def test_when_the_worker_ends_waiting_calls_fail_at_once(worker_client, page, spec, monkeypatch):
+    ends = []
+    monkeypatch.setattr(worker_client_module, "call_when_process_ends", lambda pid, call: ends.append(call) or list)
+    async with worker_client.watch_worker():
+        pending = begin(worker_client)
+        ends[0]()
+        with pytest.raises(RequestError, match="must be restarted") as caught:
+            await pending.next()
+        assert (caught.value.status, caught.value.code) == (503, "engine_dead")
+        pending.close()
+
+
+@in_loop
+async def test_what_has_not_ended_when_draining_ends_is_told_so(worker_client, spec):
+    began = []
+    with worker_client.drain_on_sigterm(0.05, on_begin=lambda: began.append(time.monotonic())):
+        pending = begin(worker_client)
+        os.kill(os.getpid(), signal.SIGTERM)
+        with pytest.raises(RequestError, match="is shutting down") as caught:
+            await pending.next()
+        assert time.monotonic() - began[0] >= 0.04
+        assert (caught.value.status, caught.value.code) == (503, "shutting_down")
+        pending.close()
