@@ -14,6 +14,8 @@ from __future__ import annotations
 
 import ctypes
 import os
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
@@ -23,6 +25,9 @@ _SPINS = "60000"
 """How often a thread that waits for others asks again before it sleeps: for a millisecond, longer than threads of
 undisturbed rounds wait. libgomp's own 300,000 take five times as long, at each of the 180 meetings in a pass that
 another process has taken a core from."""
+
+_GIVES_BACK_EVERY_S, _WORTH_GIVING_BACK = 10.0, 8 << 20
+"""How often, and how many bytes more than after the last time a process must hold."""
 
 
 def _num_allowed() -> int:
@@ -149,3 +154,18 @@ def give_back_freed_memory() -> None:
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
+
+
+def keep_giving_back_freed_memory() -> None:
+    """Do so in a thread from now on, whenever this process has grown: what one burst of requests took returns."""
+    import psutil  # as above
+
+    def run() -> None:
+        process, least = psutil.Process(), 0
+        while True:
+            time.sleep(_GIVES_BACK_EVERY_S)
+            if process.memory_info().rss > least + _WORTH_GIVING_BACK:
+                give_back_freed_memory()
+                least = process.memory_info().rss
+
+    threading.Thread(target=run, name="freed-memory", daemon=True).start()

@@ -70,9 +70,17 @@ class Server:
             return "engine worker"
         return "HTTP" if any(c.status == psutil.CONN_LISTEN for c in member.net_connections("tcp")) else "queue manager"
 
+    def memory_by_role_mb(self) -> dict[str, float]:
+        """MB of the processes of each role; memory that processes share is divided among them (PSS)."""
+        found: dict[str, float] = {}
+        for member in self.members():
+            role = self.role(member)
+            found[role] = found.get(role, 0.0) + member.memory_full_info().pss / 1e6
+        return found
+
     def memory_mb(self) -> float:
-        """MB of all its processes; memory that processes share is divided among them (PSS)."""
-        return sum(member.memory_full_info().pss for member in self.members()) / 1e6
+        """MB of all its processes."""
+        return sum(self.memory_by_role_mb().values())
 
     def wait_until_ready(self, url: str, *, within_s: float = _START_S) -> None:
         """Wait until `url` answers 200. Raises AuroraError if the server ends before, or after `within_s` seconds."""

@@ -51,8 +51,13 @@ class Rest(NamedTuple):
     life: int
     """Number of servers before it."""
     held: Held
-    memory_mb: float
-    """Pss of all its processes."""
+    memory_by_role_mb: dict[str, float]
+    """Pss of its processes."""
+
+    @property
+    def memory_mb(self) -> float:
+        """Of all of them."""
+        return sum(self.memory_by_role_mb.values())
 
 
 class Done(NamedTuple):
@@ -111,7 +116,7 @@ class Watch:
         main = server.main()
         found = settled(lambda: held(status(server.url, key=server.key)["queue"], main.pid))
         assert server.server is not None
-        self.rests.append(Rest(name, time.monotonic(), server.lives, found, server.server.memory_mb()))
+        self.rests.append(Rest(name, time.monotonic(), server.lives, found, server.server.memory_by_role_mb()))
 
     def new_traces(self) -> list[str]:
         """Lines of the logs since the last call that no server should write, each with the one before."""
@@ -281,11 +286,15 @@ def _of_rest(run: Run) -> list[Row]:
     is_long = minutes * 60 >= _LONG_S
     growth, more = after.memory_mb - before.memory_mb, _MORE if is_long else _SHORT_MORE
     most = _GROWTH_MB_IN_TEN_MINUTES * minutes / 10 if is_long else _SHORT_GROWTH_MB
+    where = ", ".join(
+        f"{role} {before.memory_by_role_mb.get(role, 0.0):.0f} → {mb:.0f}"
+        for role, mb in after.memory_by_role_mb.items()
+    )
     rows = [
         Row("the queue returns to 0", f"{queues} at rest", not any(queues)),
         Row(
             f"memory grows by at most {most:.1f} MB in the last {minutes:.1f} minutes",
-            f"{first.memory_mb:.0f} MB after the baseline, {before.memory_mb:.0f} → {after.memory_mb:.0f} MB",
+            f"{first.memory_mb:.0f} MB after the baseline, {before.memory_mb:.0f} → {after.memory_mb:.0f} MB: {where}",
             growth <= most and before.life == after.life,
         ),
     ]

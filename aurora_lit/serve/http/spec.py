@@ -27,6 +27,7 @@ from aurora_lit.config import AuroraConfig, model_name, resolved_memory, shows_p
 from aurora_lit.errors import RequestError
 from aurora_lit.ipc.engine_status import STATUS_NAME, EngineStatusPage
 from aurora_lit.ipc.learner_status import LEARNER_STATUS_NAME, LearnerStatusPage
+from aurora_lit.machine import keep_giving_back_freed_memory
 from aurora_lit.models.sampling_defaults import default_sampling
 from aurora_lit.models.tokenizer import Tokenizer
 from aurora_lit.request import SamplingParams
@@ -140,6 +141,7 @@ class AuroraSpec(LitSpec):  # type: ignore[misc]
             page, client = self._live_page, self._worker_client
             sampling = contextlib.nullcontext() if page is None else page.sampling()
             end_page = (lambda: None) if page is None else page.close
+            keep_giving_back_freed_memory()
             async with litserve_lifespan(app), client.watch_worker(), self._savings.kept(), sampling:
                 with client.drain_on_sigterm(self._drain_s, on_begin=end_page):
                     yield

@@ -26,7 +26,7 @@ from aurora_lit.ipc.ring import RingWriter
 from aurora_lit.ipc.run_folder import RING_NAME
 from aurora_lit.kernels import native
 from aurora_lit.kernels.build import processor_name
-from aurora_lit.machine import available_bytes, give_back_freed_memory, use_threads
+from aurora_lit.machine import available_bytes, give_back_freed_memory, keep_giving_back_freed_memory, use_threads
 from aurora_lit.models.interface import Target
 from aurora_lit.models.kv_cache import cache_bytes
 from aurora_lit.models.source import cache_root, find_target
@@ -117,6 +117,7 @@ def build_worker(config: AuroraConfig, run_folder: Path) -> WorkerParts:
     )
     kept = _kept_answers(config, engine)
     give_back_freed_memory()  # packing a target needs more for a moment
+    keep_giving_back_freed_memory()
 
     def load(folder: Path | None) -> RuntimeDraft:
         draft = starting_draft(config, target)[0] if folder is None else load_draft(folder, target)

@@ -182,7 +182,7 @@ def test_a_trace_of_a_client_that_has_no_room_is_not_read(tmp_path: Path, monkey
 
 
 def test_where_there_is_room_for_one_trace_it_is_by_chance_a_new_one_or_the_old_one(tmp_path: Path) -> None:
-    reservoir = Reservoir(tmp_path / "r", limit_bytes=len(to_bytes(a_trace())) * 3 // 2, seed=0)
+    reservoir = Reservoir(tmp_path / "r", limit_bytes=len(to_bytes(a_trace())) + a_trace().num_bytes - 1, seed=0)
     held = []
     for mark in range(30):
         reservoir.add(a_trace(mark=mark))

@@ -142,11 +142,11 @@ def test_it_is_said_how_the_draft_is_served(
     target: Target, stream: list[Trace], replay: Command, tmp_path: Path
 ) -> None:
     """Where a version is published, or learning began from scratch, under another run: a server would begin with the
-    version, and say little of the draft it was given."""
+    version, and say little of the draft it was given. Brackets in a path are no markup."""
     done = replay("learn.from_scratch=true", traces=stream[:3])
     assert "learning begins untrained" in " ".join(done.stderr.split())
     assert f"draft.checkpoint={replay.out / 'draft'} learn.from_scratch=false checkpoint.run=NEW\n" in done.stdout
-    for out, more in (("unpublished", ""), ("published", " checkpoint.run=NEW")):
+    for out, more in (("[b]unpublished", ""), ("[b]published", " checkpoint.run=NEW")):
         done = replay(f"checkpoint.dir={tmp_path}", "--traces", str(tmp_path / "few"), out=tmp_path / out)
         assert f"serve it with draft.checkpoint={tmp_path / out / 'draft'}{more}\n" in done.stdout
         DraftStore(tmp_path / "live").publish(random_draft(target), record={})
