@@ -203,7 +203,7 @@ class LearnSettings:
     """Share of each batch, and of the loss, that comes from the reservoir instead of the newest traffic."""
     reservoir_mb: int = _within(512, 1, 1 << 20)
     """Size of the reservoir of past traces, in MiB; a quarter of it more for requests that drafts are compared on."""
-    ppo: bool = False
+    ppo: bool = True
     """true: the loss credits each proposal with what is accepted after it too, and keeps the draft near what it was
     where positions are learned from again at rest (PPO). false: the acceptance loss of each proposal by itself (LK)."""
     gate_requests: int = _within(16, 6, 1 << 20)

@@ -20,8 +20,7 @@ both          the settings unchanged: learner and memory
 kl            KL on live tokens only, as in online distillation (Liu et al., arXiv 2310.07177): no domains, no replay,
               no gate, no averaging, and a constant rate of 0.3 learn.learning_rate (none of these lowers it)
 lk            the same with the acceptance loss
-ppo           the learner with learn.ppo=true
-without-detector, without-replay, without-gate: the learner without that part
+without-ppo, without-detector, without-replay, without-gate: the learner without that part
 
 All arms copy from earlier in a request where engine.lookup says so; only memory and both copy from earlier requests, of
 which they remember all. Of --every requests one is scored and offered to learning, others with each seed, since a
@@ -130,7 +129,7 @@ ARMS = {
     "both": Arm(remembers=True),
     "kl": Arm(changes=_LIVE_ONLY, base_loss="kl", rate_factor=_LIVE_RATE, gated=False),
     "lk": Arm(changes=_LIVE_ONLY, rate_factor=_LIVE_RATE, gated=False),
-    "ppo": Arm(changes=[{"learn": {"ppo": True}}]),
+    "without-ppo": Arm(changes=[{"learn": {"ppo": False}}]),
     "without-detector": Arm(changes=[_NO_DETECTOR]),
     "without-replay": Arm(changes=[_NO_REPLAY]),
     "without-gate": Arm(gated=False),

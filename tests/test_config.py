@@ -116,7 +116,7 @@ DEFAULTS = {
         "ema_decay": 0.0,
         "replay_share": 0.3,
         "reservoir_mb": 512,
-        "ppo": False,
+        "ppo": True,
         "gate_requests": 16,
         "publish_every_s": 30.0,
         "publish_every_steps": 8,

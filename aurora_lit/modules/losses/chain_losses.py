@@ -27,7 +27,7 @@ from aurora_lit.modules.draft.logit_transform import LogitTransform
 from aurora_lit.modules.losses.fused_lk import OldRows, TargetRows, fused_lk_loss
 from aurora_lit.modules.losses.lk import KL_DECAY, LKStats
 from aurora_lit.modules.losses.objective import OnlineWeights
-from aurora_lit.modules.losses.ppo import Q_RANGES, Region
+from aurora_lit.modules.losses.ppo import Q_RANGES
 from aurora_lit.modules.losses.token_sample import TokenSample
 from aurora_lit.modules.losses.unroll import StepwiseChains, shift_positions
 from aurora_lit.modules.sampling.noise import noise_bits
@@ -59,9 +59,9 @@ class OldChains:
     weight_SH: torch.Tensor
     """The rows of its head for the tokens of `ChainHeads`."""
 
-    def rows(self, region: Region) -> OldRows:
+    def rows(self) -> OldRows:
         """Of the present step."""
-        return OldRows(h_NH=self.draft.norm(self.chains.hidden_MH), weight_DH=self.weight_SH, region=region)
+        return OldRows(h_NH=self.draft.norm(self.chains.hidden_MH), weight_DH=self.weight_SH)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,7 +138,7 @@ def chain_losses(
         # PPO's loss needs V of the next step, and whether a chain goes on depends on α: it is computed twice.
         with torch.set_grad_enabled(torch.is_grad_enabled() and not weights.ppo):
             step_sum, stats = loss_of()
-        old_rows = None if old is None or weights.region is None else old.rows(weights.region)
+        old_rows = None if old is None else old.rows()
         counted_C = (share_M > 0).nonzero()[:, 0]
         place_C, importance_C, alpha_C = place_M[counted_C], importance_M[counted_C], stats.alpha_N[counted_C]
         found.add(
@@ -163,9 +163,8 @@ def chain_losses(
             importance_M = torch.ones(len(chains.row_M), device=share_N.device)
             importance_M[: chains.count] = survival_C[goes_on_C].clamp_min(weights.certain_survival)
             value_M = draft.compute_value(chains.hidden_MH.detach())
-            if weights.credits_depth:
-                left = num_steps - 1 - step
-                gain_M[kept_N] += carry_C[goes_on_C] * value_M[: chains.count].detach().float().clamp(0, left)
+            left = num_steps - 1 - step
+            gain_M[kept_N] += carry_C[goes_on_C] * value_M[: chains.count].detach().float().clamp(0, left)
         if weights.ppo:
             step_sum, of_loss = loss_of(gain_N=gain_M, old=old_rows)
             found.stopped_R2 += of_loss.stopped_R2

@@ -130,7 +130,7 @@ class DraftModule(LightningModule):
 
         In other batches, of which some positions are used again too, q_old is the present q.
         """
-        if not (self.online.ppo and self.online.region and batch.at_rest):
+        if not (self.online.ppo and batch.at_rest):
             self.forget_rest()
             return None
         if not self._before_rest:

@@ -16,7 +16,7 @@ from torch import Tensor
 from aurora_lit.kernels import lk_loss as lk_kernel
 from aurora_lit.modules.draft.logit_transform import IDENTITY, LogitTransform
 from aurora_lit.modules.losses.lk import KL_DECAY, LKStats
-from aurora_lit.modules.losses.ppo import Q_RANGES, Region, advantage, is_stopped, overlap_credit, stopped_mass
+from aurora_lit.modules.losses.ppo import Q_RANGES, advantage, is_stopped, overlap_credit, stopped_mass
 from aurora_lit.modules.losses.token_sample import TokenSample
 
 _CHUNK_ROWS = 512
@@ -57,7 +57,6 @@ class OldRows:
     """Its normed hidden states."""
     weight_DH: Tensor
     """Its head."""
-    region: Region
 
 
 def fused_lk_loss(
@@ -261,13 +260,13 @@ class _ChunkedPass:
 
         # dz = λ(s·q − p) − (1 − λ)·q·(m − Σ m·q) = q·[λs + (1 − λ)(Σ m·q − m)] − λp, times the row's weight.
         if self._old is not None:
-            m_KCD, q_below_KC = self._credit_in_region(self._old, rows, p_CD, q_KCD)
+            m_KCD, q_below_KC = self._clipped_credit(self._old, rows, p_CD, q_KCD)
         dz_KCD.mul_(-alpha_part_KC[..., None])
         dz_KCD.add_((kl_part_KC * p_sum_C + alpha_part_KC * q_below_KC)[..., None]).mul_(q_KCD)
         dz_KCD.addcmul_(kl_part_KC[..., None], p_CD.expand_as(dz_KCD), value=-1)
         self._add_gradients(rows, h_MH, draft_KCD.copy_(dz_KCD))
 
-    def _credit_in_region(self, old: OldRows, rows: slice, p_CD: Tensor, q_KCD: Tensor) -> tuple[Tensor, Tensor]:
+    def _clipped_credit(self, old: OldRows, rows: slice, p_CD: Tensor, q_KCD: Tensor) -> tuple[Tensor, Tensor]:
         """What takes the place of m and Σ m·q for PPO: each token's advantage, 0 where it is stopped, in m's buffer.
 
         The gain is part of the loss's weight, so A is without it here.
@@ -277,7 +276,7 @@ class _ChunkedPass:
             self._target.sample.raise_logits(logits_CD)
         q_old_CD = logits_CD.to(self._math_dtype).softmax(-1)
         advantage_CD = advantage(overlap_credit(p_CD, q_old_CD), q_old_CD, torch.ones_like(q_old_CD[:, 0]))
-        stopped_CD = is_stopped(q_KCD[0], q_old_CD, advantage_CD, old.region)
+        stopped_CD = is_stopped(q_KCD[0], q_old_CD, advantage_CD)
         counted_C1 = self._row_weight_KN[0, rows, None] > 0
         self.stopped_R2 += stopped_mass(p_CD * counted_C1, q_old_CD, stopped_CD)
         m_KCD = self._of_chunk(self._dz_KCD, rows)

@@ -13,7 +13,6 @@ from typing import Literal
 import torch
 
 from aurora_lit.modules.losses.lk import LKStats
-from aurora_lit.modules.losses.ppo import Region
 
 BaseLoss = Literal["lk", "kl"]
 """"lk": the LK loss. "kl": KL alone in its place."""
@@ -26,10 +25,6 @@ class OnlineWeights:
     base_loss: BaseLoss = "lk"
     ppo: bool = False
     """True: PPO takes the place of LK's 1 − α (modules/losses/ppo.py)."""
-    credits_depth: bool = True
-    """False: PPO with V = 0."""
-    region: Region | None = "clip"
-    """What keeps PPO near q_old where positions are used again at rest; None: q_old is always the present q."""
     replay_weight: float = 1.0
     """β."""
     fewest_live: int = 1

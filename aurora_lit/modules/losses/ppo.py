@@ -23,19 +23,13 @@ Shapes: [..., D] draft vocabulary.
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from torch import Tensor
 
-Region = Literal["clip", "tv"]
-""""clip": PPO's, of each token by itself. "tv": of all tokens of a row together, by their total variation distance."""
 CLIP = 0.2
 """ε: how far a token's ρ may be from 1."""
-MOST_TV = 0.1
-"""How far q may be from q_old: ½ Σ |q − q_old|."""
 Q_RANGES = ((0.0, 0.01), (0.01, 0.1), (0.1, 2.0))
-"""Ranges of q_old, low end included, by which it is reported how much the region stops."""
+"""Ranges of q_old, low end included, by which it is reported how much the clip stops."""
 
 
 def overlap_credit(p_D: Tensor, q_old_D: Tensor) -> Tensor:
@@ -43,24 +37,15 @@ def overlap_credit(p_D: Tensor, q_old_D: Tensor) -> Tensor:
     return (q_old_D < p_D).to(p_D.dtype)
 
 
-def greedy_credit(p_D: Tensor) -> Tensor:
-    """c = 1[a = argmax p] of α = q(argmax p), a surrogate of greedy verification, which is a step function of q."""
-    return torch.zeros_like(p_D).scatter(-1, p_D.argmax(-1, keepdim=True), 1.0)
-
-
 def advantage(credit_D: Tensor, q_old_D: Tensor, gain: Tensor) -> Tensor:
     """A of every token; gain [...]: 1 + V_{t+1}."""
     return gain[..., None] * (credit_D - (q_old_D * credit_D).sum(-1, keepdim=True))
 
 
-def is_stopped(q_D: Tensor, q_old_D: Tensor, advantage_D: Tensor, region: Region) -> Tensor:
-    """bool. True where the gradient would move a token further out of the region."""
+def is_stopped(q_D: Tensor, q_old_D: Tensor, advantage_D: Tensor) -> Tensor:
+    """bool. True where the gradient would move a token further away from q_old than the clip allows."""
     change_D = q_D - q_old_D
-    if region == "clip":
-        is_outside_D = change_D.abs() > CLIP * q_old_D
-    else:
-        is_outside_D = change_D.abs().sum(-1, keepdim=True) > 2 * MOST_TV
-    return is_outside_D & (advantage_D * change_D > 0)
+    return (change_D.abs() > CLIP * q_old_D) & (advantage_D * change_D > 0)
 
 
 def stopped_mass(p_ND: Tensor, q_old_ND: Tensor, stopped_ND: Tensor) -> Tensor:
@@ -72,7 +57,7 @@ def stopped_mass(p_ND: Tensor, q_old_ND: Tensor, stopped_ND: Tensor) -> Tensor:
     return torch.stack([torch.stack([(each * stopped_ND).sum(), each.sum()]) for each in in_range])
 
 
-def ppo_loss(q_D: Tensor, q_old_D: Tensor, advantage_D: Tensor, region: Region) -> Tensor:
+def ppo_loss(q_D: Tensor, q_old_D: Tensor, advantage_D: Tensor) -> Tensor:
     """A loss with the gradient of L / S_t for each row; of stopped tokens it has −q A as a constant."""
-    stopped_D = is_stopped(q_D, q_old_D, advantage_D, region)
+    stopped_D = is_stopped(q_D, q_old_D, advantage_D)
     return -(torch.where(stopped_D, q_D.detach(), q_D) * advantage_D).sum(-1)

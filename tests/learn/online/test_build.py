@@ -49,7 +49,7 @@ def test_learning_from_scratch_publishes_an_untrained_draft_of_the_same_shape(
 
 
 def test_the_loss_is_what_is_asked_for(server: ServerStandIn) -> None:
-    for overrides, expected in (([], False), (["learn.ppo=true"], True)):
+    for overrides, expected in (([], True), (["learn.ppo=false"], False)):
         with server.loop(*overrides) as loop:
             assert loop.learner.module.module.online.ppo == expected
 
