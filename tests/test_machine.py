@@ -239,3 +239,23 @@ def test_memory_that_a_cgroup_leaves_counts_what_is_cached_as_free(
     assert available_bytes(root=tmp_path) == 6 << 30
     machine.write(f"{mount[1:]}/box/{usage}", str(20 << 30))
     assert available_bytes(root=tmp_path) == 0
+
+
+@pytest.mark.process
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc keeps what is freed; others may not")
+def test_what_a_burst_took_is_given_back() -> None:
+    code = """
+import time, psutil
+from aurora_lit import machine
+machine._GIVES_BACK_EVERY_S = 0.05
+held = [bytes(2000) for _ in range(50_000)]
+last = bytes(2000)  # above all others, so that freeing alone gives nothing back
+del held
+resident = lambda: psutil.Process().memory_info().rss >> 20
+before, until = resident(), time.monotonic() + 20
+machine.keep_giving_back_freed_memory()
+while resident() > before - 80 and time.monotonic() < until:
+    time.sleep(0.05)
+print(before - resident())
+"""
+    assert int(run(code, child_environment()).stdout) >= 80
