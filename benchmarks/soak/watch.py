@@ -54,7 +54,7 @@ class Rest(NamedTuple):
     """Number of servers before it."""
     held: Held
     memory_by_role_mb: dict[str, float]
-    """Pss of its processes, the least of several readings: a learner goes on, and a step of the 0.5B takes 100 MB."""
+    """Pss of its processes, the least of several readings: a learner goes on with steps, each 90 MB."""
 
     @property
     def memory_mb(self) -> float:
@@ -118,10 +118,11 @@ class Watch:
         main = server.main()
         found = settled(lambda: held(status(server.url, key=server.key)["queue"], main.pid))
         assert server.server is not None
-        least = server.server.memory_by_role_mb()
-        for _ in range(_READINGS - 1):
+        readings = [server.server.memory_by_role_mb()]
+        while len(readings) < _READINGS:
             time.sleep(_EVERY_S)
-            least = min(least, server.server.memory_by_role_mb(), key=lambda mb_by_role: sum(mb_by_role.values()))
+            readings.append(server.server.memory_by_role_mb())
+        least = min(readings, key=lambda memory_by_role_mb: sum(memory_by_role_mb.values()))
         self.rests.append(Rest(name, time.monotonic(), server.lives, found, least))
 
     def new_traces(self) -> list[str]:
